@@ -1,0 +1,171 @@
+"""Word problems with a gold answer: read from a file or from the hub, and held out by question.
+
+A record in GSM8K form is {"question": "Natalia sold ...", "answer": "She sold 48/2 = ...\\n#### 72"}. From it comes
+one Problem: the question, the worked solution, and the number after `####`. An answer that is only a number will do too.
+
+Every bad record is an error that names its line: a problem dropped in silence would change the denominator of every
+accuracy reported. Left out: made-up problems (arithmetic.py), prompts (prompts.py), judging answers (grpo/reward.py).
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from data import DataError
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HUB_ID = "openai/gsm8k"
+MAX_LINE_BYTES = 1_000_000  # GSM8K's longest record has 1,700: a longer line is another kind of file
+FAULTS_NAMED = 5
+# Bounded, ASCII only: "1,234" and "-3.5", but not "1_000", "1e9", "1,23" or other alphabets' digits.
+NUMBER = re.compile(r"-?([0-9]{1,15}|[0-9]{1,3}(,[0-9]{3}){1,4})(\.[0-9]{1,15})?")
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half a character ("\ud83d"); no tokenizer takes it
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question and its gold number as text, without commas ("1234"); the solution may be empty."""
+
+    id: str
+    question: str
+    answer: str
+    solution: str = ""
+
+
+def load_problems(source: str) -> list[Problem]:
+    """Problems of a local `.jsonl` or `.parquet` file, or of `openai/gsm8k` (`:train` by default, or `:test`).
+
+    Ids are "file name:line", counted from 1. Raises DataError for a missing file and for anything else
+    wrong; a bad record is named by its line, the first five of them with the reason.
+    """
+    if source == HUB_ID or source.startswith(HUB_ID + ":"):
+        return _load_hub(source)
+    path = Path(source)
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise DataError(f'data "{source}" must be a .jsonl file, a .parquet file or {HUB_ID}[:train|:test]')
+    if not path.is_file():
+        raise DataError(f'data file "{source}" does not exist')
+    return _load_jsonl(path) if path.suffix == ".jsonl" else _load_parquet(path)
+
+
+def split_problems(problems: list[Problem], held_out: int, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """(train, held out): `held_out` problems drawn by `seed`, and those that share no question with them.
+
+    Both keep the given order. When a held-out question stands in the data twice, its copies go to neither part.
+    Raises DataError when there are not more than `held_out` different questions.
+    """
+    first_by_question = {_question_key(p): i for i, p in reversed(list(enumerate(problems)))}
+    if not 0 <= held_out < len(first_by_question):
+        raise DataError(
+            f"cannot hold out {held_out} of {len(first_by_question)} different questions: "
+            "must be at least 0 and leave one to train on"
+        )
+    candidates = sorted(first_by_question.values())
+    chosen = {candidates[i] for i in np.random.default_rng(seed).permutation(len(candidates))[:held_out]}
+    held_questions = {_question_key(problems[i]) for i in chosen}
+    train = [p for p in problems if _question_key(p) not in held_questions]
+    return train, [p for i, p in enumerate(problems) if i in chosen]
+
+
+def _question_key(problem: Problem) -> str:
+    return " ".join(problem.question.split())  # a copy with other blanks is still the same question
+
+
+def _load_jsonl(path: Path) -> list[Problem]:
+    # Read as bytes and cut at \n only: text mode would stop at the first bad byte without a line number.
+    with path.open("rb") as file:
+        lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+        return _collect(str(path), lines, lambda line: _parse_record(_parse_line(line)))
+
+
+def _load_parquet(path: Path) -> list[Problem]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f'"{path}" is not a readable parquet file: {_first_line(error)}') from error
+    return _collect(str(path), enumerate(rows, start=1), _parse_record)
+
+
+def _load_hub(source: str) -> list[Problem]:
+    split = source.removeprefix(HUB_ID).removeprefix(":") or "train"
+    if split not in ("train", "test"):
+        raise DataError(f'{HUB_ID} has no split "{split}": must be train or test')
+    try:
+        from datasets import load_dataset
+
+        rows = load_dataset(HUB_ID, "main", split=split)
+    except Exception as error:  # a dozen kinds: no network, no cache, a proxy, a full disk, the hub itself
+        raise DataError(
+            f"cannot get {HUB_ID} from the hub ({_first_line(error)}): "
+            "check the network, or give a local .jsonl or .parquet file with --data"
+        ) from error
+    return _collect(f"{HUB_ID}:{split}", enumerate(rows, start=1), _parse_record)
+
+
+def _collect(name: str, rows: Iterable[tuple[int, Any]], parse: Callable[[Any], tuple[str, str, str]]) -> list[Problem]:
+    problems, faults = [], []
+    for number, row in rows:
+        try:
+            question, answer, solution = parse(row)
+        except ValueError as error:
+            faults.append(f"{name}:{number}: {error}")
+        else:
+            problems.append(Problem(f"{Path(name).name}:{number}", question, answer, solution))
+    if faults:
+        more = len(faults) - FAULTS_NAMED
+        raise DataError("; ".join(faults[:FAULTS_NAMED]) + (f"; and {more} more bad records" if more > 0 else ""))
+    if not problems:
+        raise DataError(f'data "{name}" holds no problems')
+    return problems
+
+
+def _parse_line(line: bytes) -> object:
+    if len(line) > MAX_LINE_BYTES:
+        raise ValueError(f"line of {len(line)} bytes: at most {MAX_LINE_BYTES} are read")
+    try:
+        text = line.decode("utf-8-sig")  # -sig: editors on Windows begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text at byte {error.start}") from error
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON at column {error.colno}: {error.msg}") from error
+    except RecursionError as error:
+        raise ValueError("JSON is nested too deep") from error
+
+
+def _parse_record(record: object) -> tuple[str, str, str]:
+    """(question, gold number without commas, worked solution) of one GSM8K record; ValueError holds the reason."""
+    question, answer = _text(record, "question").strip(), _text(record, "answer").strip()
+    if not question:
+        raise ValueError("question is empty")
+    if "####" not in answer and not NUMBER.fullmatch(answer):
+        raise ValueError('answer has no "#### number"')
+    if answer.count("####") > 1:
+        raise ValueError(f'answer has {answer.count("####")} "####", must have one')
+    solution, _, gold = answer.rpartition("####")
+    gold = gold.strip()
+    if not NUMBER.fullmatch(gold):
+        raise ValueError(f"answer {gold[:40]!r} is not a number")
+    return question, gold.replace(",", ""), solution.strip()
+
+
+def _text(record: object, key: str) -> str:
+    if not isinstance(record, dict) or key not in record:
+        raise ValueError(f'no key "{key}"')
+    value = record[key]
+    if key == "answer" and type(value) in (int, float):
+        return str(value)
+    if not isinstance(value, str) or SURROGATE.search(value):
+        raise ValueError(f"{key} must be UTF-8 text, not {str(value)[:40]!r}")
+    return value
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

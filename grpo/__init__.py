@@ -1,0 +1,1 @@
+"""The algorithm: group relative policy optimisation. Start at `loss.py`."""

@@ -1,0 +1,197 @@
+"""Every number of a run, in one flat frozen dataclass; the presets; and the command line made from them.
+
+A field is a flag: `prompts_per_step` is `--prompts_per_step` (or `--prompts-per-step`). Checked once, here, before anything is
+loaded. Left out: the model's dimensions, which come from its `config.json`.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import sys
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+from data.prompts import SYSTEM
+
+TINY_MODEL = str(Path(__file__).parents[1] / "models" / "tiny")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message is one line for the user."""
+
+
+def flag(default, text: str, choices: tuple[str, ...] = ()):
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run. `preset` names where the values started from."""
+
+    preset: str = flag("custom", "name of the preset these values started from")
+    # what
+    model_path: str = flag("", "Hugging Face folder: config.json, *.safetensors, tokenizer")
+    data: str = flag("openai/gsm8k", "arithmetic, a .jsonl or .parquet file in GSM8K form, or openai/gsm8k")
+    eval_data: str = flag("", "problems to evaluate on (arithmetic:tune for choosing settings); default: held out from --data, never trained on")
+    run_dir: str = flag("", "where everything is written; default runs/PRESET-seedSEED")
+    system_prompt: str = flag(SYSTEM, "opens the user's turn; the reward expects its tags")
+    seed: int = flag(0, "decides data order, samples and held-out problems")
+    # how long
+    new_problems: int = flag(500, "problems to train on, drawn from --data; 0 takes all")
+    epochs: int = flag(1, "times each problem is met")
+    max_steps: int = flag(0, "stop after so many steps; 0: as epochs say")
+    # rollout
+    prompts_per_step: int = flag(16, "Q: prompts a step")
+    group_size: int = flag(8, "G: completions a prompt")
+    max_prompt_tokens: int = flag(256, "P: longer prompts are dropped and counted, never cut")
+    max_new_tokens: int = flag(512, "C: longest completion, the stop token included")
+    temperature: float = flag(1.0, "of the samples, and of every log-probability")
+    top_k: int = flag(0, "sample among the k likeliest tokens; 0: all")
+    top_p: float = flag(1.0, "sample among the likeliest tokens of this total probability; 1: all")
+    # reward
+    reward_correct: float = flag(25.0, "the number in <answer> equals the gold answer")
+    reward_reasoning_tags: float = flag(2.0, "exactly one <reasoning> block, not empty")
+    reward_answer_tags: float = flag(2.0, "exactly one <answer> block, not empty")
+    reward_operators: float = flag(1.0, "the reasoning calculates: digit, operator, digit")
+    reward_violation: float = flag(-15.0, "a tag missing, repeated or out of order; text after </answer>; cut off by the limit")
+    reward: str = flag("", "more rewards, FILE.py:FUNCTION[,...]; each is a function (completion, problem) -> float, added")
+    # loss
+    beta: float = flag(0.04, "weight of the KL to the reference; 0 runs without a reference")
+    epsilon_low: float = flag(0.2, "the ratio is clipped below 1 - epsilon_low")
+    epsilon_high: float = flag(0.2, "the ratio is clipped above 1 + epsilon_high")
+    advantage_scale: str = flag("group", "what advantages are divided by", ("group", "batch", "none"))
+    aggregation: str = flag("grpo", "how tokens are averaged", ("grpo", "dapo", "dr_grpo"))
+    sampler_cap: float = flag(2.0, "cap of the importance weight trainer / sampler; 0: no correction")
+    mask_truncated: bool = flag(False, "leave completions that hit the length limit out of the loss")
+    # optimizer
+    learning_rate: float = flag(1e-6, "peak, after warm-up; a cosine takes it to a tenth")
+    warmup_steps: int = flag(10, "updates of linear warm-up")
+    weight_decay: float = flag(0.0, "AdamW's")
+    adam_b1: float = flag(0.9, "AdamW's first decay")
+    adam_b2: float = flag(0.99, "AdamW's second decay")
+    max_grad_norm: float = flag(1.0, "gradients are scaled down to this global norm")
+    updates_per_rollout: int = flag(1, "mu: optimizer updates on each rollout")
+    microbatches: int = flag(1, "gradient accumulation: the step's prompts are worked through in so many parts")
+    max_bad_updates: int = flag(5, "stop after so many non-finite updates in a row; each is skipped")
+    # evaluation and files
+    eval_problems: int = flag(200, "problems of each evaluation; 0: none")
+    eval_every: int = flag(0, "evaluate every N steps too, not only before and after; 0: no")
+    save_every: int = flag(50, "checkpoint every N steps, and at the end")
+    keep_checkpoints: int = flag(2, "how many to keep")
+    # machine
+    rollout_tp: int = flag(1, "devices that share one copy of the MLP and the vocabulary while sampling")
+    dtype: str = flag("auto", "of activations; auto: float32 on a CPU, bfloat16 elsewhere", ("auto", "float32", "bfloat16"))
+    remat: str = flag("dots", "what the backward pass recomputes", ("none", "dots", "full"))
+    unroll: bool = flag(False, "unroll the layers: faster sampling on a CPU, slower to compile")
+    logprob_chunk: int = flag(64, "tokens of each row whose vocabulary logits exist at a time")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), field.metadata.get("choices")
+            if choices and value not in choices:
+                raise ConfigError(f"{field.name} {value!r} must be one of {', '.join(choices)}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{field.name} {value} must be a finite number")
+        positive = "prompts_per_step max_prompt_tokens max_new_tokens temperature epochs learning_rate max_grad_norm"
+        positive += " updates_per_rollout microbatches rollout_tp logprob_chunk save_every keep_checkpoints max_bad_updates"
+        for name in positive.split():
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} {getattr(self, name)} must be above 0")
+        zero = "new_problems max_steps seed top_k beta epsilon_low epsilon_high sampler_cap warmup_steps weight_decay"
+        for name in [*zero.split(), "eval_problems", "eval_every"]:
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} {getattr(self, name)} must not be negative")
+        if self.group_size < 2:
+            raise ConfigError(f"group_size {self.group_size} must be at least 2: an advantage compares a completion with others")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p {self.top_p} must be above 0 and at most 1")
+        if self.prompts_per_step % self.microbatches:
+            raise ConfigError(f"prompts_per_step {self.prompts_per_step} must divide into microbatches {self.microbatches}")
+
+    @property
+    def rows(self) -> int:
+        """B: completions a step."""
+        return self.prompts_per_step * self.group_size
+
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        names = ("correct", "reasoning_tags", "answer_tags", "operators", "violation")
+        return {name: getattr(self, f"reward_{name}") for name in names}
+
+
+PRESETS: dict[str, Config] = {
+    "tiny": Config(
+        preset="tiny", model_path=TINY_MODEL, data="arithmetic", system_prompt="", new_problems=4000, max_steps=60,
+        prompts_per_step=16, group_size=8, max_prompt_tokens=64, max_new_tokens=48, learning_rate=2e-4, warmup_steps=5,
+        eval_problems=500, remat="none", unroll=True,
+    ),
+    "gemma3-270m": Config(preset="gemma3-270m", epochs=10, learning_rate=2e-6, prompts_per_step=16),
+    "gemma3-1b": Config(preset="gemma3-1b", epochs=10, rollout_tp=4),
+    "gemma-2b": Config(preset="gemma-2b", epochs=10, max_new_tokens=768, rollout_tp=8),
+    "gemma2-2b": Config(preset="gemma2-2b", epochs=10, max_new_tokens=768, rollout_tp=8),
+}  # fmt: skip
+
+C = TypeVar("C")
+
+
+def fail(message: str) -> NoReturn:
+    """End the program on the user's mistake: one line, exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse(default: C, argv: list[str], description: str, presets: dict[str, C] | None = None) -> C:
+    """Command line -> a dataclass like `default`: `[PRESET] --field value ...`; unknown flags name the nearest field."""
+    names = {field.name: field for field in dataclasses.fields(default)}  # type: ignore[arg-type]
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if presets:
+        parser.add_argument("preset", nargs="?", default=next(iter(presets)), help=f"one of {', '.join(presets)}")
+    types = typing.get_type_hints(type(default))
+    for name, field in names.items():
+        if presets and name == "preset":
+            continue
+        kind = {bool: parse_bool}.get(types[name], types[name])
+        text = f"{field.metadata['help']} ({getattr(default, name)!r})".replace("%", "%%")
+        choices = field.metadata.get("choices") or None
+        parser.add_argument(f"--{name}", type=kind, default=None, help=text, choices=choices, metavar=name.upper())
+    known, unknown = parser.parse_known_args([normalise(word) for word in argv])
+    for word in unknown:
+        name = word.split("=")[0]
+        near = difflib.get_close_matches(name.lstrip("-"), names, n=1, cutoff=0.5)
+        parser.error(f"{name} is no flag" + (f"; did you mean --{near[0]}?" if near else "; --help lists them"))
+    given = {name: value for name, value in vars(known).items() if value is not None}
+    if presets:
+        preset = given.pop("preset")
+        if preset not in presets:
+            near = difflib.get_close_matches(preset, presets, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            parser.error(f"preset {preset!r} is unknown: one of {', '.join(presets)}{hint}")
+        default = presets[preset]
+    return dataclasses.replace(default, **given)  # type: ignore[type-var]
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(message.removeprefix("argument "))
+
+
+def normalise(word: str) -> str:
+    """`--max-new-tokens=5` -> `--max_new_tokens=5`; anything else as it is."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    return "--" + name.replace("-", "_") + equals + value
+
+
+def parse_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be true or false")
+    return text.lower() in ("true", "1")
+
+
+parse_bool.__name__ = "bool"

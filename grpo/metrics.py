@@ -1,0 +1,75 @@
+"""The record of a run: one JSON object a line in files that a resumed run continues, and what a person sees meanwhile.
+
+Left out: TensorBoard and the like; pictures, which are drawn from these files.
+"""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+class JsonLines:
+    """A file of one JSON object a line, each with a `step`. Opening it for a resumed run drops what lies after `step`."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        lines = path.read_text().splitlines() if path.is_file() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]  # a torn line is no record
+        path.write_text("".join(line + "\n" for line in kept))
+        self.records: list[dict[str, Any]] = [json.loads(line) for line in kept]
+
+    def write(self, record: dict[str, Any], remember: bool = True) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(record, ensure_ascii=False, allow_nan=True) + "\n")
+        if remember:
+            self.records.append(record)
+
+
+class CompileCounter:
+    """How many programs XLA has compiled in this process: more after the first step means a shape that changes."""
+
+    def __init__(self):
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self.hear)
+
+    def hear(self, event: str, duration: float, **_) -> None:
+        self.count += event.endswith("backend_compile_duration")
+
+
+class Progress:
+    """One line a step: rewritten in place on a terminal, else printed."""
+
+    def __init__(self, steps: int, done: int):
+        self.steps, self.done, self.start = steps, done, time.monotonic()
+        self.terminal = sys.stdout.isatty()
+
+    def show(self, step: int, metrics: dict[str, float]) -> None:
+        left = (self.steps - step) * (time.monotonic() - self.start) / max(step - self.done, 1)
+        line = (
+            f"step {step}/{self.steps}  reward {metrics['reward']:6.2f}  accuracy {metrics['accuracy']:5.1%}  "
+            f"length {metrics['completions/mean_length']:5.1f}  kl {metrics.get('kl/k3', 0):.4f}  "
+            f"{metrics['time/step']:.2f} s  {clock(left)} left"
+        )
+        last = step == self.steps
+        print("\r\x1b[K" + line if self.terminal else line, end="" if self.terminal and not last else "\n", flush=True)
+
+
+def clock(seconds: float) -> str:
+    """`3:07` or `1:02:03`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """95% interval of a proportion (Wilson 1927): sensible at 0 and at n, where the normal one is not."""
+    if n == 0:
+        return 0.0, 1.0
+    z, p = 1.959964, right / n
+    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)

@@ -1,0 +1,180 @@
+"""The reward of one completion: five named components of its text, and three readings of its accuracy.
+
+    reward = sum over components c of  w[c] * 1[c holds]        right and clean 30, wrong and clean 5, empty -15
+
+A completion should read `<reasoning>5 + 13 = 18</reasoning><answer>18</answer>`. The answer is what the complete
+`<answer>` blocks state: exactly one decimal numeral, alone or among words, compared exactly with the gold answer.
+What is not a plain numeral is not an answer: no expression is evaluated, nothing is rounded or rescaled, no number
+words are read. No completion raises, and time is linear in its length: the model will find whatever is slow or
+generous. Left out: tokens, batches, advantages, and any reading of the prompt.
+"""
+
+import re
+from decimal import Decimal
+from typing import NamedTuple, Protocol
+
+WEIGHTS: dict[str, float] = {
+    "correct": 25.0,
+    "reasoning_tags": 2.0,
+    "answer_tags": 2.0,
+    "operators": 1.0,
+    "violation": -15.0,
+}
+
+TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")  # each exactly once, in this order
+
+MAX_ANSWER_CHARS = 200  # a sentence; every regex but OPERATION only ever sees this much text
+MAX_ANSWERS = 32  # different wordings in one completion; more are taken to disagree, unread, to bound the time
+
+# ASCII digits only: \d also matches Arabic and full-width digits. Malformed thousands (1,23) match neither branch.
+NUMERAL = r"(?:[0-9]{1,15}|[1-9][0-9]{0,2}(?:,[0-9]{3}){1,4})(?:\.[0-9]{1,15})?"
+LETTER = "A-Za-zÀ-ÖØ-öø-ÿ"  # Latin-1 without × and ÷, which are operators
+
+# Words and their punctuation: no digit and no operator, except a joint as in `18-inch` or `km/h`.
+# The possessive ++ and *+ never give text back, so nested repetition stays linear.
+WORDS = rf"""(?:[{LETTER}\s.,:;!?'’"()°$]++|(?<=[{LETTER}0-9])[-/](?=[{LETTER}]))*+"""
+
+# One numeral among words. Its sign touches it, and no letter, point or comma does: `x18`, `COVID-19` and `.5` fail.
+STATEMENT = re.compile(rf"{WORDS}(?<![{LETTER}.,])([-+]?)\$?({NUMERAL}){WORDS}")
+
+# Words that make the value another than the numeral's. By case, for 5 m is metres; no dozen, for GSM8K asks in dozens.
+RESCALING = re.compile(
+    rf"(?<![{LETTER}])(?:(?i:k|mn|bn|hundreds?|thousands?|(?:m|b|tr)illions?|half(?!-)|minus|negative)|M|B)(?![{LETTER}])"
+)
+DOLLAR = re.compile(r"EUR|GBP|USD|[€£]|\\\$")  # every currency is read as $, \$ is LaTeX
+BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+MARKUP = re.compile(r"\*\*|####|\\?%")
+EQUALS = re.compile(r"(?<![<>!~])=")  # x >= 18 states no number
+
+OPERATION = re.compile(r"[0-9] *[-+*/x×÷−] *[0-9]")  # spaces only: a numbered list over two lines is no subtraction
+LOOSE_NUMBER = re.compile(r"-?[$0-9.,]+")  # lm-eval's flexible-extract
+
+
+class HasAnswer(Protocol):
+    """A problem, as far as the reward can see it."""
+
+    @property
+    def answer(self) -> str: ...
+
+
+class Score(NamedTuple):
+    """Weighted components by name, and their sum."""
+
+    components: dict[str, float]
+    total: float
+
+
+def score(completion: str, problem: HasAnswer, truncated: bool = False, weights: dict[str, float] = WEIGHTS) -> Score:
+    """The reward. `truncated`: the length limit cut the completion off. ValueError if the gold is not a number."""
+    if weights.keys() != WEIGHTS.keys():
+        raise ValueError(f"reward weights must name {sorted(WEIGHTS)}, got {sorted(weights)}")
+    holds = {
+        "correct": is_correct(completion, problem.answer),
+        "operators": has_operation(completion),
+        **format_checks(completion, truncated),
+    }
+    components = {name: float(weight) if holds[name] else 0.0 for name, weight in weights.items()}
+    return Score(components, sum(components.values()))
+
+
+def accuracies(completion: str, ground_truth: str, truncated: bool = False) -> dict[str, bool]:
+    """Three readings: `tagged`, the headline; `strict`, tagged without a violation; `flexible`, the last number."""
+    tagged = is_correct(completion, ground_truth)
+    return {
+        "tagged": tagged,
+        "strict": tagged and not violates_format(completion, truncated),
+        "flexible": flexible_answer(completion) == parse_gold(ground_truth),
+    }
+
+
+def is_correct(completion: str, ground_truth: str) -> bool:
+    """Whether the tagged answer equals the gold one, as decimals: `18.0` is 18, `18.01` is not."""
+    return extract_answer(completion) == parse_gold(ground_truth)
+
+
+def extract_answer(completion: str) -> Decimal | None:
+    """The number in the `<answer>` block; several blocks must agree. None if there is none.
+
+    `<answer>$1,234.00</answer>` -> 1234; `<answer>18</answer> or <answer>20</answer>` -> None
+    """
+    statements = set(blocks(completion, "answer"))
+    if len(statements) > MAX_ANSWERS:
+        return None
+    numbers = {parse_number(statement) for statement in statements}
+    return numbers.pop() if len(numbers) == 1 else None
+
+
+def flexible_answer(completion: str) -> Decimal | None:
+    """The last number anywhere in the text, tags or not, comparable with lm-eval's flexible-extract.
+
+    `That makes 5 + 13 = 18 dollars.` -> 18. Like lm-eval, it takes the hyphen of `10-12` for a sign.
+    """
+    last_digit = max(map(completion.rfind, "0123456789"))  # -1 if none: an empty tail
+    tail = completion[max(0, last_digit - MAX_ANSWER_CHARS) : last_digit + 1].replace("−", "-")
+    numbers = LOOSE_NUMBER.findall(tail)
+    return parse_number(numbers[-1]) if numbers else None
+
+
+def parse_number(text: str) -> Decimal | None:
+    """The one number that an answer states, or None.
+
+    `$1,234.50` -> 1234.50; `5 + 13 = 18 dollars` -> 18; `5 + 13`, `36/2`, `18 or 20`, `18k`, `1e5` -> None
+    """
+    text = text.strip()
+    if len(text) > MAX_ANSWER_CHARS:
+        return None
+    text = DOLLAR.sub("$", text.replace("−", "-"))  # U+2212
+    text = MARKUP.sub(" ", BOXED.sub(r" \1 ", text))  # a space, lest 2**5 become 25
+    right_side = EQUALS.split(text)[-1]
+    match = STATEMENT.fullmatch(right_side)
+    if match is None or RESCALING.search(right_side):
+        return None
+    sign, numeral = match.groups()
+    return Decimal(sign + numeral.replace(",", ""))
+
+
+def parse_gold(ground_truth: str) -> Decimal:
+    """The gold answer, read by the same rules as the model's."""
+    gold = parse_number(ground_truth)
+    if gold is None:
+        raise ValueError(f"the gold answer {ground_truth[:80]!r} is not a number")
+    return gold
+
+
+def blocks(text: str, tag: str) -> list[str]:
+    """The insides of the complete blocks, each from the opening tag nearest its closing one.
+
+    `blocks("<a>1<a>2</a>3</a><a>4", "a") == ["2"]`
+    """
+    *closed, _unclosed = text.split(f"</{tag}>")
+    parts = [segment.rpartition(f"<{tag}>") for segment in closed]
+    return [inside for _before, opening, inside in parts if opening]
+
+
+def has_operation(completion: str) -> bool:
+    """Whether a reasoning block calculates: digit, operator, digit, as in `5 + 13`. An equals sign is no operator."""
+    return any(OPERATION.search(block) for block in blocks(completion, "reasoning"))
+
+
+def format_checks(completion: str, truncated: bool = False) -> dict[str, bool]:
+    """The three components that read nothing but tags."""
+    return {
+        "reasoning_tags": has_one_block(completion, "reasoning"),
+        "answer_tags": has_one_block(completion, "answer"),
+        "violation": violates_format(completion, truncated),
+    }
+
+
+def has_one_block(completion: str, tag: str) -> bool:
+    """One opening tag, one closing tag, in this order, with something between them."""
+    once = completion.count(f"<{tag}>") == completion.count(f"</{tag}>") == 1
+    return once and any(inside.strip() for inside in blocks(completion, tag))
+
+
+def violates_format(completion: str, truncated: bool = False) -> bool:
+    """A tag missing, repeated, nested or out of order; text after the last; cut off. Text before or between is fine."""
+    if truncated or any(completion.count(tag) != 1 for tag in TAGS):
+        return True
+    positions = [completion.find(tag) for tag in TAGS]
+    text_after = completion[positions[-1] + len(TAGS[-1]) :].strip()
+    return positions != sorted(positions) or text_after != ""

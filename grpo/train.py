@@ -1,0 +1,437 @@
+"""The loop: roll out, score, compare with the reference, update; as often as the plan says.
+
+`train_step` is one optimizer update on a rollout, `train` the run around it. A step is one rollout and its
+`updates_per_rollout` updates. Left out: relay sessions and their reviews (session.py).
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+from jax.sharding import Mesh
+
+from data.arithmetic import make_problems
+from data.batches import step_indices
+from data.problems import Problem, load_problems, split_problems
+from data.prompts import drop_long
+from data.tokenizer import Tokenizer, load_tokenizer
+from grpo.checkpoint import Checkpoints, digest
+from grpo.config import Config, ConfigError
+from grpo.evaluate import evaluate
+from grpo.loss import dapo_weights, dr_grpo_weights, grpo_loss, grpo_weights
+from grpo.metrics import CompileCounter, JsonLines, Progress, clock
+from grpo.rollout import Batch, RewardFunction, load_rewards, rollout
+from models import ModelError
+from models.convert import load_params, read_config
+from models.gemma import Compute, GemmaConfig, Params, axes, forward_group, shapes, token_logprobs
+from models.sharding import ROLLOUT, STORE, TRAIN, check_divides, make_mesh, spec
+
+AGGREGATIONS = {"grpo": grpo_weights, "dapo": dapo_weights, "dr_grpo": dr_grpo_weights}
+
+# What a resumed run may change: how long it goes on, what it looks at, and how it uses the machine.
+FREE_TO_CHANGE = (
+    "run_dir model_path data eval_data max_steps epochs eval_problems eval_every save_every keep_checkpoints "
+    "rollout_tp remat unroll logprob_chunk microbatches"
+).split()
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a checkpoint holds."""
+
+    params: Params  # float32 master weights
+    opt_state: Any
+    bad_updates: Array  # non-finite updates skipped so far
+    bad_in_a_row: Array
+
+
+def learning_rate(config: Config, updates: int) -> optax.Schedule:
+    """Linear warm-up to the peak, then a cosine to a tenth of it."""
+    warmup = min(config.warmup_steps, updates - 1)
+    peak = config.learning_rate
+    return optax.warmup_cosine_decay_schedule(peak / (warmup + 1), peak, warmup, max(updates, warmup + 1), peak / 10)
+
+
+def make_optimizer(config: Config, updates: int) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(learning_rate(config, updates), config.adam_b1, config.adam_b2, weight_decay=config.weight_decay),
+    )
+
+
+@partial(jax.jit, static_argnames=("config", "updates"))
+def init_state(params: Params, config: Config, updates: int) -> TrainState:
+    return TrainState(params, make_optimizer(config, updates).init(params), jnp.int32(0), jnp.int32(0))
+
+
+@partial(jax.jit, static_argnames=("model", "compute"))
+def rollout_view(params: Params, model: GemmaConfig, compute: Compute) -> Params:
+    """The weights as sampling wants them: cast once a step, laid out so that none moves while decoding."""
+    return compute.use(params, axes(model))
+
+
+def logprobs_of(params: Params, part: Batch, model: GemmaConfig, compute: Compute, config: Config) -> Array:  # -> BC
+    hidden = forward_group(params, part.prompts, part.lengths, part.tokens, model, compute)
+    return token_logprobs(params, hidden, part.tokens, config.temperature, model, compute, config.logprob_chunk)
+
+
+def split(tree: Any, Q: int, parts: int, at) -> Any:
+    """Every leaf [Q*g, ...] -> [parts, Q/parts*g, ...]: whole groups, each part spread over all devices."""
+
+    def cut(x: Array) -> Array:
+        rest = "." * (x.ndim - 1)
+        x = lax.reshape(x, (Q // parts, parts, x.shape[0] // Q, *x.shape[1:]), out_sharding=at("Q.." + rest))
+        x = jnp.moveaxis(x, 1, 0)
+        return lax.reshape(x, (parts, x.shape[1] * x.shape[2], *x.shape[3:]), out_sharding=at(".B" + rest))
+
+    return jax.tree.map(cut, tree)
+
+
+@partial(jax.jit, static_argnames=("model", "compute", "config"))
+def completion_logprobs(params: Params, batch: Batch, model: GemmaConfig, compute: Compute, config: Config) -> Array:
+    """log π of every completion token under `params`, at the sampling temperature: the reference's, or the old policy's.  BC"""
+    if config.microbatches == 1:
+        return logprobs_of(params, batch, model, compute, config)
+    at, (B, C) = compute.at, batch.tokens.shape
+    Q, n = batch.prompts.shape[0], config.microbatches
+    _, picked = lax.scan(lambda _, part: (None, logprobs_of(params, part, model, compute, config)), None, split(batch, Q, n, at))
+    picked = lax.reshape(picked, (n, Q // n, B // Q, C), out_sharding=at(".Q.."))  # undo split
+    return lax.reshape(jnp.moveaxis(picked, 0, 1), (B, C), out_sharding=at("BC"))
+
+
+@partial(jax.jit, static_argnames=("model", "compute", "config", "updates"), donate_argnames="state")
+def train_step(
+    state: TrainState, batch: Batch, model: GemmaConfig, compute: Compute, config: Config, updates: int
+) -> tuple[TrainState, dict[str, Array]]:
+    """One optimizer update. A non-finite loss or gradient leaves the state as it was, and is counted."""
+    weights = AGGREGATIONS[config.aggregation](batch.mask)  # over the whole batch: parts only sum
+
+    def part_loss(params: Params, part: Batch, weights: Array):
+        logprobs = logprobs_of(params, part, model, compute, config)
+        old = lax.stop_gradient(logprobs) if part.old_logprobs is None else part.old_logprobs
+        loss, terms = grpo_loss(
+            logprobs, old, part.ref_logprobs, part.advantages, weights, beta=config.beta, epsilon_low=config.epsilon_low,
+            epsilon_high=config.epsilon_high, sampler_logprobs=part.sampler_logprobs if config.sampler_cap else None,
+            sampler_cap=config.sampler_cap,
+        )  # fmt: skip
+        return loss, terms | {"logprobs": lax.stop_gradient(logprobs), "old": old}
+
+    def accumulate(total, part):
+        (loss, terms), grads = jax.value_and_grad(part_loss, has_aux=True)(state.params, *part)
+        return jax.tree.map(jnp.add, total, (loss, grads)), terms
+
+    if config.microbatches == 1:
+        (loss, terms), grads = jax.value_and_grad(part_loss, has_aux=True)(state.params, batch, weights)
+    else:
+        batch, weights = split((batch, weights), len(batch.prompts), config.microbatches, compute.at)
+        zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params)
+        (loss, grads), terms = lax.scan(accumulate, zero, (batch, weights))
+
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    changes, opt_state = make_optimizer(config, updates).update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, changes)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+    )
+    new = TrainState(params, opt_state, state.bad_updates + ~finite, jnp.where(finite, 0, state.bad_in_a_row + 1))
+    stats = summarise(terms, batch) | {"loss": loss, "grad_norm": grad_norm, "bad_updates": new.bad_updates}
+    return new, stats
+
+
+def summarise(terms: dict[str, Array], batch: Batch) -> dict[str, Array]:
+    """Means and extremes of the loss's terms over completion tokens."""
+    mask = batch.mask
+
+    def mean(x: Array) -> Array:
+        return jnp.where(mask > 0, x, 0.0).sum() / jnp.maximum(mask.sum(), 1)
+
+    def highest(x: Array) -> Array:
+        return jnp.where(mask > 0, x, -jnp.inf).max()
+
+    gap = jnp.abs(terms["old"] - batch.sampler_logprobs)
+    stats = {
+        "ratio/mean": mean(terms["ratio"]),
+        "ratio/max": highest(terms["ratio"]),
+        "ratio/min": -highest(-terms["ratio"]),
+        "clip/low": mean(terms["clipped_low"]),
+        "clip/high": mean(terms["clipped_high"]),
+        "logp_diff_sampler_trainer/mean": mean(gap),
+        "logp_diff_sampler_trainer/max": highest(gap),
+    }
+    if batch.ref_logprobs is not None:
+        stats["kl/k3"] = mean(terms["kl"])
+        stats["kl/k3_max"] = highest(terms["kl"])
+        stats["kl/k1"] = mean(terms["logprobs"] - batch.ref_logprobs)
+    return stats
+
+
+@dataclass
+class Run:
+    """What a run works with, loaded and checked."""
+
+    config: Config
+    mesh: Mesh
+    model: GemmaConfig
+    tokenizer: Tokenizer
+    problems: list[Problem]
+    prompt_ids: list[list[int]]
+    eval_problems: list[Problem]
+    eval_ids: list[list[int]]
+    dropped: int
+    rewards: dict[str, RewardFunction]
+    train: Compute  # how the update and the reference run
+    sample: Compute  # how the rollout runs
+
+    @property
+    def steps(self) -> int:
+        planned = -(-len(self.problems) * self.config.epochs // self.config.prompts_per_step)
+        return min(planned, self.config.max_steps) if self.config.max_steps else planned
+
+    @property
+    def updates(self) -> int:
+        return self.steps * self.config.updates_per_rollout
+
+
+def prepare(config: Config) -> Run:
+    """Load and check everything but the weights. Raises ConfigError, DataError or ModelError."""
+    if not config.model_path:
+        raise ConfigError(f"model_path is needed: preset {config.preset} brings no weights; give a Hugging Face folder")
+    mesh = make_mesh(config.rollout_tp)
+    model = read_config(config.model_path)
+    tokenizer = load_tokenizer(config.model_path)
+    check_tokenizer(tokenizer, model)
+    check_divides(f"prompts_per_step {config.prompts_per_step} / microbatches {config.microbatches} =",
+                  config.prompts_per_step // config.microbatches, mesh)  # fmt: skip
+    for name, size in (("hidden_size", model.embed_dim), ("intermediate_size", model.mlp_dim), ("vocab_size", model.vocab_size)):
+        check_divides(name, size, mesh)
+    rewards = load_rewards(config.reward)
+    problems, eval_problems = choose_problems(config)
+    problems, prompt_ids, dropped = drop_long(problems, tokenizer, config.system_prompt, config.max_prompt_tokens)
+    eval_ids: list[list[int]] = []
+    if eval_problems:
+        eval_problems, eval_ids, more = drop_long(eval_problems, tokenizer, config.system_prompt, config.max_prompt_tokens)
+        dropped += more
+    if len(problems) < config.prompts_per_step:
+        raise ConfigError(f"prompts_per_step {config.prompts_per_step} must be at most {len(problems)}, the problems there are")
+    dtype = ("float32" if jax.default_backend() == "cpu" else "bfloat16") if config.dtype == "auto" else config.dtype
+    train = Compute(TRAIN, dtype, config.remat, config.unroll)
+    sample = Compute(ROLLOUT, dtype, unroll=config.unroll)
+    return Run(
+        config, mesh, model, tokenizer, problems, prompt_ids, eval_problems, eval_ids, dropped, rewards, train, sample
+    )
+
+
+def choose_problems(config: Config) -> tuple[list[Problem], list[Problem]]:
+    """Problems to train on and to evaluate on; never one in both."""
+    if config.data == "arithmetic":
+        problems = make_problems(config.new_problems or 4000, config.seed, "train")
+        split = config.eval_data.removeprefix("arithmetic:") or "test"
+        return problems, make_problems(config.eval_problems, 0, split)
+    problems = load_problems(config.data)
+    if config.eval_data:
+        held_out = load_problems(config.eval_data)[: config.eval_problems]
+        asked = {problem.question for problem in held_out}
+        problems = [problem for problem in problems if problem.question not in asked]
+    else:
+        problems, held_out = split_problems(problems, config.eval_problems, seed=0)
+    order = step_indices(0, len(problems), len(problems), config.seed)
+    return [problems[i] for i in order[: config.new_problems or None]], held_out
+
+
+def check_tokenizer(tokenizer: Tokenizer, model: GemmaConfig) -> None:
+    """A tokenizer of another family gives ids that mean something else to the model."""
+    pieces, rows = tokenizer.vocab_size, model.vocab_size
+    if not 0.99 * rows < pieces <= rows:
+        raise ModelError(f"tokenizer in {tokenizer.folder} has {pieces} pieces, the model {rows} rows: not this model's tokenizer")
+
+
+def describe(run: Run) -> str:
+    """The plan, before anything is spent."""
+    config, mesh = run.config, run.mesh
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes(run.model)))
+    device = mesh.devices.flat[0]
+    memory = state_bytes(run, count) / 2**30
+    tokens = run.steps * config.rows * config.max_new_tokens
+    mu = config.updates_per_rollout
+    return "\n".join([
+        f"model       {config.model_path}  ({count / 1e6:.1f}M parameters, {run.model.num_layers} layers, {run.train.dtype})",
+        f"mesh        {mesh.size} x {device.device_kind}  (fsdp {mesh.shape['fsdp']} x tp {mesh.shape['tp']})",
+        f"data        {len(run.problems)} problems from {config.data}, {len(run.eval_problems)} held out, {run.dropped} too long and dropped",
+        f"a step      {config.prompts_per_step} prompts x {config.group_size} completions = {config.rows} rows, "
+        f"at most {config.max_prompt_tokens} + {config.max_new_tokens} tokens",
+        f"plan        {run.steps} steps, {mu} update{'s' * (mu > 1)} each, at most {tokens / 1e6:.1f}M sampled tokens",
+        f"loss        {config.aggregation}, beta {config.beta}, advantages by {config.advantage_scale}; "
+        f"learning rate {config.learning_rate}",
+        f"memory      {memory:.2f} GiB a device at least: weights, moments, gradients, reference, sampling weights, KV cache",
+        f"run         {run_dir(config)}",
+    ])  # fmt: skip
+
+
+def state_bytes(run: Run, parameters: int) -> float:
+    """What a device must hold, activations aside: a lower bound."""
+    config, model, n = run.config, run.model, run.mesh.size
+    width = jnp.dtype(run.train.dtype).itemsize
+    state = parameters * (4 * 4 + (width if config.beta else 0)) / n
+    view = parameters * width * (1 if run.mesh.shape["tp"] == 1 else 1 / run.mesh.shape["tp"])
+    slots = config.prompts_per_step * config.max_prompt_tokens + config.rows * config.max_new_tokens
+    cache = 2 * model.num_layers * model.num_kv_heads * model.head_dim * slots * width / n
+    return state + view + cache
+
+
+def run_dir(config: Config) -> Path:
+    return Path(config.run_dir or f"runs/{config.preset}-seed{config.seed}")
+
+
+def check_same_run(folder: Path, config: Config) -> None:
+    """A run directory belongs to one configuration; a resumed run may change only what does not touch the result."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    saved, now = json.loads(path.read_text()), asdict(config)
+    differing = [name for name in now if name not in FREE_TO_CHANGE and saved.get(name) != now[name]]
+    if differing:
+        changes = ", ".join(f"{name} {saved.get(name)!r} -> {now[name]!r}" for name in differing)
+        raise ConfigError(f"{folder} holds a run with other settings ({changes}); use another --run_dir or the same settings")
+
+
+def train(config: Config) -> dict[str, Any]:
+    """The whole run: plan, evaluate, train, evaluate, save. Running it again goes on where it stopped."""
+    start = time.monotonic()
+    compiles = CompileCounter()
+    run = prepare(config)
+    folder = run_dir(config)
+    check_same_run(folder, config)
+    print(describe(run), flush=True)
+    with jax.set_mesh(run.mesh):
+        state = init_state(load_params(config.model_path, run.model, run.mesh, STORE), config, run.updates)
+        reference = load_params(config.model_path, run.model, run.mesh, STORE, run.train.dtype) if config.beta else None
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+        checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
+        done = 0
+        if checkpoints.latest() is not None:
+            done, state = checkpoints.restore(state)
+            print(f"resumed     step {done}, from {folder / 'checkpoints'}", flush=True)
+        metrics_log = JsonLines(folder / "metrics.jsonl", done)
+        evaluations = JsonLines(folder / "evaluations.jsonl", done)
+        completions = JsonLines(folder / "completions.jsonl", done)
+
+        def accuracy(step: int, state: TrainState) -> dict[str, Any] | None:
+            if not run.eval_problems:
+                return None
+            known = [record for record in evaluations.records if record["step"] == step]
+            if known:
+                return known[-1]["accuracy"]
+            view = rollout_view(state.params, run.model, run.sample)
+            figures = evaluate(
+                view, run.eval_problems, run.eval_ids, run.tokenizer, run.model, run.sample, config, run.rewards
+            )
+            evaluations.write({"step": step, "accuracy": figures})
+            return figures
+
+        before = accuracy(0, state) if done == 0 else next((r["accuracy"] for r in evaluations.records), None)
+        progress = Progress(run.steps, done)
+        recompilations = 0
+        for step in range(done + 1, run.steps + 1):
+            compiled, began = compiles.count, time.perf_counter()
+            state, metrics, records = one_step(step, state, reference, run)
+            metrics |= {"time/step": time.perf_counter() - began, "compiles": compiles.count - compiled}
+            recompilations += metrics["compiles"] if step > done + 1 else 0
+            metrics["tokens_per_s/total"] = metrics["completions/mean_length"] * config.rows / metrics["time/step"]
+            metrics_log.write({"step": step, **metrics})
+            for record in records:
+                completions.write(record, remember=False)
+            progress.show(step, metrics)
+            if step % config.save_every == 0 and step < run.steps:
+                checkpoints.save(step, state, {"step": step})
+            if config.eval_every and step % config.eval_every == 0 and step < run.steps:
+                accuracy(step, state)
+        checkpoints.save(run.steps, state, {"step": run.steps})
+        checkpoints.close()
+        after = accuracy(run.steps, state)
+        result = {
+            "run_dir": str(folder),
+            "preset": config.preset,
+            "seed": config.seed,
+            "steps": run.steps,
+            "seconds": round(time.monotonic() - start, 1),
+            "accuracy_before": before,
+            "accuracy_after": after,
+            "reward_first": metrics_log.records[0]["reward"],
+            "reward_last": metrics_log.records[-1]["reward"],
+            "recompilations": recompilations,
+            "params_digest": digest(state.params),
+        }
+    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(closing_table(result, folder), flush=True)
+    return result
+
+
+def one_step(
+    step: int, state: TrainState, reference: Params | None, run: Run
+) -> tuple[TrainState, dict[str, Any], list[dict[str, Any]]]:
+    """Rollout and updates: the state after them, the step's metrics, a record of each completion."""
+    config, model = run.config, run.model
+    chosen = step_indices(step - 1, config.prompts_per_step, len(run.problems), config.seed)
+    view = rollout_view(state.params, model, run.sample)
+    batch, records, metrics = rollout(
+        view, [run.problems[i] for i in chosen], [run.prompt_ids[i] for i in chosen], step, run.tokenizer, model, run.sample,
+        config, run.rewards,
+    )  # fmt: skip
+    del view  # its memory is the update's
+    metrics["tokens_per_s/decode"] = sum(record["length"] for record in records) / metrics["time/decode"]
+
+    began = time.perf_counter()
+    if reference is not None:
+        batch = batch.replace(ref_logprobs=completion_logprobs(reference, batch, model, run.train, config))
+    if config.updates_per_rollout > 1:
+        batch = batch.replace(old_logprobs=completion_logprobs(state.params, batch, model, run.train, config))
+    jax.block_until_ready(batch)
+    metrics["time/reference"] = time.perf_counter() - began
+
+    began = time.perf_counter()
+    stats: dict[str, Any] = {}
+    for _ in range(config.updates_per_rollout):
+        state, stats = train_step(state, batch, model, run.train, config, run.updates)
+    stats = {name: float(value) for name, value in jax.device_get(stats).items()}
+    metrics["time/update"] = time.perf_counter() - began
+    if int(state.bad_in_a_row) >= config.max_bad_updates:
+        raise FloatingPointError(f"step {step}: {int(state.bad_in_a_row)} non-finite updates in a row; lower learning_rate")
+    memory = run.mesh.devices.flat[0].memory_stats() or {}
+    metrics["hbm_peak"] = memory.get("peak_bytes_in_use", 0)
+    metrics["lr"] = float(learning_rate(config, run.updates)(step * config.updates_per_rollout - 1))
+    return state, metrics | stats, records
+
+
+def closing_table(result: dict[str, Any], folder: Path) -> str:
+    """What came of it, and where it lies."""
+    lines = [f"\n{'':24}{'before':>10}{'after':>10}"]
+    before, after = result["accuracy_before"], result["accuracy_after"]
+    if before and after:
+
+        def row(name: str, key: str, form: str) -> str:
+            return f"{name:24}{format(before[key], form):>10}{format(after[key], form):>10}"
+
+        interval = [f"{100 * figures['low']:.0f}-{100 * figures['high']:.0f}%" for figures in (before, after)]
+        lines += [
+            row(f"accuracy, greedy (N={after['n']})", "greedy", ".1%"),
+            f"{'  95% interval':24}{interval[0]:>10}{interval[1]:>10}",
+            row("accuracy, sampled", "sampled", ".1%"),
+            row("format right, sampled", "sampled_format", ".1%"),
+            row("reward, sampled", "sampled_reward", ".2f"),
+            row("length, sampled", "sampled_length", ".1f"),
+        ]
+    lines += [
+        f"\n{result['steps']} steps in {clock(result['seconds'])}, {result['recompilations']} recompilations",
+        f"{folder}/  metrics.jsonl  completions.jsonl  evaluations.jsonl  config.json  result.json  checkpoints/",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,88 @@
+"""Where every array lies: one mesh, and rules that turn the letters of a shape into a sharding.
+
+The mesh has two axes, `fsdp` x `tp`, over all devices. A rule set maps a letter (a dimension, see `gemma.py`) to the mesh
+axes that cut it; a letter without a rule is whole on every device.
+
+    STORE    how weights, Adam moments and the reference rest: each matrix cut over all devices.
+    TRAIN    how they are used in training: rows cut over all devices, a layer's weights gathered while it runs (FSDP); the
+             vocabulary stays cut, and the rows travel to it instead.
+    ROLLOUT  how they are used in sampling: rows (and their KV cache) cut over all devices, attention weights whole, the MLP
+             and the vocabulary cut over `tp`: no weight moves while decoding.
+
+Weights are cut tp-major and rows fsdp-major, so that STORE -> ROLLOUT is one all-gather over `fsdp` and the rows of one
+`tp` group lie next to each other. On one device every rule is the identity. Left out: pipeline and sequence parallelism.
+"""
+
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from models import ModelError
+
+Axes = str | tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The mesh axes that cut each letter; a letter that is not a field is never cut."""
+
+    Q: Axes = None  # questions
+    B: Axes = None  # rows in attention and the KV cache
+    M: Axes = None  # rows in the MLP
+    W: Axes = None  # rows at the vocabulary head
+    D: Axes = None
+    F: Axes = None
+    V: Axes = None
+
+
+WEIGHTS = ("tp", "fsdp")
+ROWS = ("fsdp", "tp")
+
+STORE = Rules(D=WEIGHTS, F=WEIGHTS, V=WEIGHTS)
+TRAIN = Rules(Q=ROWS, B=ROWS, M=ROWS, V=WEIGHTS)
+ROLLOUT = Rules(Q=ROWS, B=ROWS, M="fsdp", W="fsdp", F="tp", V="tp")
+
+
+def make_mesh(tp: int = 1, devices: list | None = None) -> Mesh:
+    """A mesh of all `devices` (default: every device of every process), `tp` of them sharing one copy of the rows.
+
+    Raises ModelError when `tp` does not divide the number of devices.
+    """
+    devices = devices or jax.devices()
+    if tp < 1 or len(devices) % tp:
+        legal = [k for k in range(1, len(devices) + 1) if len(devices) % k == 0]
+        raise ModelError(f"rollout_tp {tp} does not divide {len(devices)} devices; use one of {legal}")
+    explicit = (jax.sharding.AxisType.Explicit,) * 2
+    return jax.make_mesh((len(devices) // tp, tp), ("fsdp", "tp"), axis_types=explicit, devices=devices)
+
+
+def spec(letters: str, rules: Rules) -> PartitionSpec:
+    """The sharding of a shape: `spec("BTD", TRAIN) == PartitionSpec(("fsdp", "tp"), None, None)`.
+
+    Each mesh axis is claimed once, left to right.
+    """
+    claimed: set[str] = set()
+    axes: list[Axes] = []
+    for letter in letters:
+        rule = getattr(rules, letter, None)
+        names = {rule} if isinstance(rule, str) else set(rule or ())
+        axes.append(None if names & claimed else rule)
+        claimed |= names
+    return PartitionSpec(*axes)
+
+
+def specs(axes, rules: Rules):
+    """`spec` over a tree of letters: the shardings of a whole parameter tree."""
+    return jax.tree.map(lambda letters: spec(letters, rules), axes)
+
+
+def reshard(tree, axes, rules: Rules):
+    """Lay every leaf of `tree` out as `rules` want it; leaves that lie so already are left alone."""
+    return jax.tree.map(lambda leaf, letters: jax.sharding.reshard(leaf, spec(letters, rules)), tree, axes)
+
+
+def check_divides(what: str, size: int, mesh: Mesh) -> None:
+    """One clear line when `size` cannot be cut evenly over all devices of `mesh`."""
+    if size % mesh.size:
+        raise ModelError(f"{what} {size} must divide over {mesh.size} devices; use a multiple of {mesh.size}")

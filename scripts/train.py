@@ -1,0 +1,21 @@
+"""Train Gemma by GRPO.
+
+    python scripts/train.py                                        the embedded default: a tiny Gemma, minutes on a laptop
+    python scripts/train.py gemma2-2b --model_path DIR --data FILE --run_dir DIR
+
+The same command again goes on where it stopped. The last line of standard output is one line of JSON.
+"""
+
+import sys
+
+from grpo.cli import run_script
+from grpo.config import PRESETS, Config, parse
+from grpo.train import train
+
+
+def main(argv: list[str]) -> dict:
+    return train(parse(Config(), argv, __doc__ or "", PRESETS))
+
+
+if __name__ == "__main__":
+    run_script(main, sys.argv[1:])

@@ -1,0 +1,45 @@
+"""Fixtures that several test files share."""
+
+import os
+import string
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def gemma270m() -> Path:
+    """Folder of the real Gemma 3 270M, with both tokenizer files, named by GEMMA3_270M; skips without it."""
+    if "GEMMA3_270M" not in os.environ:
+        pytest.skip("GEMMA3_270M is not set")
+    return Path(os.environ["GEMMA3_270M"])
+
+
+@pytest.fixture
+def small_tokenizer_folder(tmp_path) -> Path:
+    """Folder with a tokenizer.json in Gemma's style: single characters, bytes, and three merged pieces."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+    control = ["<pad>", "<eos>", "<bos>", "<unk>", "<unused0>", "<start_of_turn>", "<end_of_turn>"]
+    characters = ["▁", "\n", *string.digits, *string.ascii_letters, *string.punctuation]
+    pieces = [*control, *(f"<0x{byte:02X}>" for byte in range(256)), *characters, "mo", "▁t", "an"]
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={piece: i for i, piece in enumerate(pieces)},
+            merges=[("m", "o"), ("▁", "t"), ("a", "n")],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    # As in Google's file: every control piece is matched in text, but <unused0> is not flagged as special.
+    tokenizer.add_special_tokens([AddedToken(p, normalized=False) for p in control if p != "<unused0>"])
+    tokenizer.add_tokens([AddedToken("<unused0>", normalized=False)])
+    # As in Google's file too: whoever encodes with the library's defaults gets a BOS.
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    folder = tmp_path / "small"
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
