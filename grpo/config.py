@@ -143,20 +143,21 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def parse(default: C, argv: list[str], description: str, presets: dict[str, C] | None = None) -> C:
-    """Command line -> a dataclass like `default`: `[PRESET] --field value ...`; unknown flags name the nearest field."""
-    names = {field.name: field for field in dataclasses.fields(default)}  # type: ignore[arg-type]
+def parse(kind: type[C], argv: list[str], description: str, presets: dict[str, C] | None = None) -> C:
+    """Command line -> a dataclass of `kind`: `[PRESET] --field value ...`; unknown flags name the nearest field."""
+    names = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     if presets:
         parser.add_argument("preset", nargs="?", default=next(iter(presets)), help=f"one of {', '.join(presets)}")
-    types = typing.get_type_hints(type(default))
+    types = typing.get_type_hints(kind)
     for name, field in names.items():
         if presets and name == "preset":
             continue
-        kind = {bool: parse_bool}.get(types[name], types[name])
-        text = f"{field.metadata['help']} ({getattr(default, name)!r})".replace("%", "%%")
-        choices = field.metadata.get("choices") or None
-        parser.add_argument(f"--{name}", type=kind, default=None, help=text, choices=choices, metavar=name.upper())
+        text = f"{field.metadata['help']} ({field.default!r})".replace("%", "%%")
+        options: dict = {"type": types[name], "choices": field.metadata.get("choices") or None}
+        if types[name] is bool:  # --raw, --raw true, --raw=false
+            options = {"type": parse_bool, "nargs": "?", "const": True}
+        parser.add_argument(f"--{name}", help=text, metavar=name.upper(), **options)
     known, unknown = parser.parse_known_args([normalise(word) for word in argv])
     for word in unknown:
         name = word.split("=")[0]
@@ -169,8 +170,8 @@ def parse(default: C, argv: list[str], description: str, presets: dict[str, C] |
             near = difflib.get_close_matches(preset, presets, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             parser.error(f"preset {preset!r} is unknown: one of {', '.join(presets)}{hint}")
-        default = presets[preset]
-    return dataclasses.replace(default, **given)  # type: ignore[type-var]
+        return dataclasses.replace(presets[preset], **given)  # type: ignore[type-var]
+    return kind(**given)
 
 
 class Parser(argparse.ArgumentParser):

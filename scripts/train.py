@@ -14,7 +14,7 @@ from grpo.train import train
 
 
 def main(argv: list[str]) -> dict:
-    return train(parse(Config(), argv, __doc__ or "", PRESETS))
+    return train(parse(Config, argv, __doc__ or "", PRESETS))
 
 
 if __name__ == "__main__":

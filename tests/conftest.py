@@ -1,10 +1,13 @@
-"""Fixtures that several test files share."""
+"""Eight fake CPU devices for every test, and fixtures that several test files share."""
 
 import os
 import string
 from pathlib import Path
 
-import pytest
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # before anything imports jax
+
+import pytest  # noqa: E402
 
 
 @pytest.fixture(scope="session")

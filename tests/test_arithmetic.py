@@ -5,6 +5,7 @@ import re
 import pytest
 
 from data import arithmetic
+from data import DataError
 from data.arithmetic import demonstration, make_problems
 
 SPLITS = ("train", "tune", "test")
@@ -65,13 +66,13 @@ def test_the_vocabulary_is_small():
 def test_asking_for_more_than_there_are_fails_and_ends(monkeypatch):
     monkeypatch.setattr(arithmetic, "LARGEST_START", 2)
     monkeypatch.setattr(arithmetic, "LARGEST_OPERAND", 1)
-    with pytest.raises(ValueError, match='cannot make 1000 different problems in split "test": found'):
+    with pytest.raises(DataError, match='cannot make 1000 different problems in split "test": found'):
         make_problems(1000, seed=0, split="test")
 
 
 @pytest.mark.parametrize(("count", "split", "reason"), [(1, "dev", 'no split "dev"'), (-1, "test", "at least 0")])
 def test_a_wrong_request_is_an_error(count, split, reason):
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(DataError, match=reason):
         make_problems(count, seed=0, split=split)
 
 
@@ -91,5 +92,5 @@ def test_every_demonstration_is_right_and_only_the_slip_breaks_the_format():
 
 def test_another_style_is_an_error():
     (problem,) = make_problems(1, seed=0, split="train")
-    with pytest.raises(ValueError, match='no style "long"'):
+    with pytest.raises(DataError, match='no style "long"'):
         demonstration(problem, "long")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from data import DataError
 from data.batches import epoch_order, step_indices
 
 
@@ -43,5 +44,5 @@ def test_a_step_is_the_same_whatever_came_before():
     ],
 )
 def test_an_impossible_request_is_an_error(step, prompts_per_step, seed, reason):
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(DataError, match=reason):
         step_indices(step, prompts_per_step, count=10, seed=seed)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from data import DataError
 from data.problems import Problem, load_problems, split_problems
 
 TRAIN = Path(__file__).parents[2] / "shared/data/gsm8k_train.jsonl"
@@ -23,7 +24,7 @@ def record(answer: object, question: object = "How many?") -> str:
 
 
 def fault(tmp_path: Path, *lines: str | bytes) -> str:
-    with pytest.raises(ValueError, match=r"x\.jsonl") as error:
+    with pytest.raises(DataError, match=r"x\.jsonl") as error:
         load_problems(write(tmp_path / "x.jsonl", *lines))
     message = str(error.value)
     assert "\n" not in message
@@ -113,9 +114,9 @@ def test_an_empty_file_is_an_error(tmp_path, content):
 
 
 def test_a_missing_file_and_another_suffix_are_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r'"nowhere\.jsonl" does not exist'):
+    with pytest.raises(DataError, match=r'"nowhere\.jsonl" does not exist'):
         load_problems("nowhere.jsonl")
-    with pytest.raises(ValueError, match=r"must be a \.jsonl file"):
+    with pytest.raises(DataError, match=r"must be a \.jsonl file"):
         load_problems(write(tmp_path / "x.csv", GOOD))
 
 
@@ -133,7 +134,7 @@ def test_parquet_equals_jsonl(tmp_path):
 
 
 def test_a_damaged_parquet_file_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="not a readable parquet file"):
+    with pytest.raises(DataError, match="not a readable parquet file"):
         load_problems(write(tmp_path / "x.parquet", GOOD))
 
 
@@ -148,7 +149,7 @@ def test_the_hub_id_asks_for_the_main_config_and_the_named_split(monkeypatch):
     (train,), (test,) = load_problems("openai/gsm8k"), load_problems("openai/gsm8k:test")
     assert asked == [("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test")]
     assert (train.id, test.id, test.answer) == ("gsm8k:train:1", "gsm8k:test:1", "72")
-    with pytest.raises(ValueError, match='no split "dev"'):
+    with pytest.raises(DataError, match='no split "dev"'):
         load_problems("openai/gsm8k:dev")
 
 
@@ -157,7 +158,7 @@ def test_without_the_hub_one_line_says_what_to_do(monkeypatch):
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(ValueError, match=r"no route.*give a local .*--data") as error:
+    with pytest.raises(DataError, match=r"no route.*give a local .*--data") as error:
         load_problems("openai/gsm8k")
     assert "\n" not in str(error.value)
 
@@ -198,5 +199,5 @@ def test_a_held_out_question_is_never_trained_on_in_another_copy():
 
 @pytest.mark.parametrize("held_out", [-1, 5, 6])
 def test_a_split_that_leaves_nothing_to_train_on_is_an_error(held_out):
-    with pytest.raises(ValueError, match=f"cannot hold out {held_out} of 5"):
+    with pytest.raises(DataError, match=f"cannot hold out {held_out} of 5"):
         split_problems(many(5), held_out, seed=0)

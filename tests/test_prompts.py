@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from data import DataError
 from data.problems import Problem, load_problems
 from data.prompts import SYSTEM, drop_long, encode_prompt, pad_prompts, render_prompt
 from data.tokenizer import load_tokenizer
@@ -44,7 +45,7 @@ def test_a_second_bos_is_an_error(small_tokenizer_folder):
     tokenizer = load_tokenizer(small_tokenizer_folder)
     plain = tokenizer.encode
     tokenizer.encode = lambda text: [tokenizer.bos_id, *plain(text)]
-    with pytest.raises(ValueError, match="prompt has 4 BOS tokens, must have one"):
+    with pytest.raises(DataError, match="prompt has 4 BOS tokens, must have one"):
         encode_prompt(tokenizer, "How many?")
 
 
@@ -67,7 +68,7 @@ def test_prompts_are_padded_on_the_right():
 
 @pytest.mark.parametrize(("prompts", "reason"), [([[2], [2, 5, 6]], "prompt 1 has 3 tokens"), ([[]], "prompt 0 has 0")])
 def test_a_prompt_that_does_not_fit_is_never_cut(prompts, reason):
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(DataError, match=reason):
         pad_prompts(prompts, width=2, pad_id=0)
 
 
@@ -84,7 +85,7 @@ def test_long_prompts_are_dropped_whole_and_counted():
     assert [len(row) - overhead for row in ids] == [3, 5, 4]
     assert ids[0] == encode_prompt(tokenizer, "xxx")  # pyright: ignore[reportArgumentType]
     assert dropped == 2
-    with pytest.raises(ValueError, match=f"none of 5 prompts fits in 3 tokens: the shortest has {overhead + 3}"):
+    with pytest.raises(DataError, match=f"none of 5 prompts fits in 3 tokens: the shortest has {overhead + 3}"):
         drop_long(problems, tokenizer, system="", width=3)  # pyright: ignore[reportArgumentType]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data import DataError
 from data.tokenizer import Tokenizer, load_tokenizer
 
 TRAIN = Path(__file__).parents[2] / "shared/data/gsm8k_train.jsonl"
@@ -122,7 +123,7 @@ def test_ids_are_those_of_the_pieces(tokenizer):
     assert (pad, eos, bos) == (tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id)
     assert (start, end) == (tokenizer.start_of_turn_id, tokenizer.end_of_turn_id)
     assert tokenizer.stop_ids == (eos, end)
-    with pytest.raises(ValueError, match='has no piece "<nothing>"'):
+    with pytest.raises(DataError, match='has no piece "<nothing>"'):
         tokenizer.piece_id("<nothing>")
 
 
@@ -162,7 +163,7 @@ def test_a_missing_special_piece_is_an_error(small_tokenizer_folder, piece):
         content["model"]["vocab"]["<other>"] = content["model"]["vocab"].pop(piece)
         content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != piece]
 
-    with pytest.raises(ValueError, match=f'has no piece "{piece}": not a Gemma tokenizer'):
+    with pytest.raises(DataError, match=f'has no piece "{piece}": not a Gemma tokenizer'):
         load_tokenizer(edit(small_tokenizer_folder, rename))
 
 
@@ -171,7 +172,7 @@ def test_a_tokenizer_that_changes_text_is_an_error(small_tokenizer_folder):
         prepend = {"type": "Prepend", "prepend": "▁"}
         content["normalizer"] = {"type": "Sequence", "normalizers": [prepend, content["normalizer"]]}
 
-    with pytest.raises(ValueError, match=r"changes text: .* not a Gemma tokenizer"):
+    with pytest.raises(DataError, match=r"changes text: .* not a Gemma tokenizer"):
         load_tokenizer(edit(small_tokenizer_folder, put_a_blank_in_front))
 
 
@@ -215,11 +216,11 @@ def test_the_image_piece_past_the_text_models_rows_does_not_count(small_tokenize
 @pytest.mark.parametrize("content", [b"", b"{}", b"version https://git-lfs.github.com/spec/v1\n"])
 def test_a_damaged_file_is_one_clear_line(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"cannot read .*{name}") as error:
+    with pytest.raises(DataError, match=rf"cannot read .*{name}") as error:
         load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
 
 
 def test_a_folder_without_tokenizer_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json and no tokenizer\.model in"):
+    with pytest.raises(DataError, match=r"no tokenizer\.json and no tokenizer\.model in"):
         load_tokenizer(tmp_path)

@@ -1,0 +1,124 @@
+"""Complete prompts with a Gemma from a Hugging Face folder.
+
+    python scripts/sample.py --prompt "Ann has 3 pens and buys 4. How many pens has she?" --max_new_tokens 64
+    python scripts/sample.py --model_path DIR --ids "[[2,17,9],[2,5]]" --temperature 0      no tokenizer needed
+
+Each prompt becomes a user's turn of Gemma's chat template, unless --raw. The last line of standard output is one line of JSON:
+`completions: [{token_ids, logprobs, text}]`, the stop token included, log-probabilities at the temperature (at 1 when it is 0).
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from data.prompts import encode_prompt, pad_prompts, render_prompt
+from data.tokenizer import Tokenizer, load_tokenizer
+from grpo.cli import run_script
+from grpo.config import TINY_MODEL, ConfigError, flag, parse
+from models.convert import load_params, read_config, read_json
+from models.gemma import Compute
+from models.sampler import row_keys, sample
+from models.sharding import ROLLOUT, TRAIN, make_mesh, spec
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    model_path: str = flag(TINY_MODEL, "Hugging Face folder: config.json, *.safetensors, tokenizer")
+    prompt: str = flag("", "text of the user's turn")
+    ids: str = flag("", "prompts as token ids instead, a JSON list of lists; lengths may differ")
+    system_prompt: str = flag("", "opens the user's turn")
+    raw: bool = flag(False, "leave the chat template out: <bos>, then the text")
+    samples: int = flag(1, "completions of each prompt")
+    max_new_tokens: int = flag(128, "longest completion, the stop token included")
+    temperature: float = flag(0.0, "0 is greedy")
+    top_k: int = flag(0, "sample among the k likeliest tokens; 0: all")
+    top_p: float = flag(1.0, "sample among the likeliest tokens of this total probability; 1: all")
+    seed: int = flag(0, "of the samples")
+    dtype: str = flag("auto", "auto: float32 on a CPU, bfloat16 elsewhere", ("auto", "float32", "bfloat16"))
+    rollout_tp: int = flag(1, "devices that share one copy of the MLP and the vocabulary")
+
+    def __post_init__(self):
+        if bool(self.prompt) == bool(self.ids):
+            raise ConfigError("give one of --prompt TEXT and --ids '[[2,17,9],...]'")
+        for name in ("samples", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} {getattr(self, name)} must be at least 1")
+        if not 0 <= self.temperature < float("inf") or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ConfigError(
+                f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}: must be at least 0, at least 0, in (0, 1]"
+            )
+
+
+def read_ids(text: str, vocab_size: int) -> list[list[int]]:
+    """`[[2,17,9],[2,5]]` -> the prompts."""
+    try:
+        prompts = json.loads(text)
+    except ValueError:
+        prompts = None
+    shaped = isinstance(prompts, list) and prompts and all(isinstance(ids, list) and ids for ids in prompts)
+    if not shaped or any(type(i) is not int for ids in prompts for i in ids):  # type: ignore[union-attr]
+        raise ConfigError(f"ids {text[:60]!r} must be a JSON list of lists of token ids, such as [[2,17,9],[2,5]]")
+    wrong = [i for ids in prompts for i in ids if not 0 <= i < vocab_size]  # type: ignore[union-attr]
+    if wrong:
+        raise ConfigError(f"ids: token {wrong[0]} must be at least 0 and below {vocab_size}, the model's vocabulary")
+    return prompts  # type: ignore[return-value]
+
+
+def stop_ids(folder: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """Where completions end: the tokenizer's <eos> and <end_of_turn>; without a tokenizer, what the folder's config says."""
+    if tokenizer:
+        return tokenizer.stop_ids
+    generation = folder / "generation_config.json"
+    ids = read_json(generation if generation.is_file() else folder / "config.json").get("eos_token_id", 1)
+    return tuple(ids) if isinstance(ids, list) else (ids,)
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    config = parse(SampleConfig, argv, __doc__ or "")
+    folder = Path(config.model_path)
+    model = read_config(folder)
+    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    tokenizer = load_tokenizer(folder) if has_tokenizer or config.prompt else None
+    if config.ids:
+        prompts = read_ids(config.ids, model.vocab_size)
+    else:
+        assert tokenizer
+        text = render_prompt(config.prompt, config.system_prompt)
+        prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] if config.raw else encode_prompt(tokenizer, text)]
+    mesh = make_mesh(config.rollout_tp)
+    count, G = len(prompts), config.samples
+    padded = prompts + [prompts[0]] * (-count % mesh.size)  # rows must divide over the devices; the copies are not shown
+    tokens, lengths = pad_prompts(padded, max(map(len, padded)), pad_id=0)
+    dtype = ("float32" if jax.default_backend() == "cpu" else "bfloat16") if config.dtype == "auto" else config.dtype
+    with jax.set_mesh(mesh):
+
+        def put(x: np.ndarray, letters: str):
+            return jax.device_put(x, spec(letters, TRAIN))
+
+        params = load_params(folder, model, mesh, ROLLOUT, dtype)
+        start = time.perf_counter()
+        samples = sample(
+            params, put(tokens, "QP"), put(lengths, "Q"), row_keys(config.seed, 0, put(np.arange(len(padded) * G), "B")),
+            put(np.full(len(padded) * G, config.temperature, np.float32), "B"), model, Compute(ROLLOUT, dtype),
+            width=config.max_new_tokens, stop_ids=stop_ids(folder, tokenizer), top_k=config.top_k, top_p=config.top_p,
+        )  # fmt: skip
+        samples = jax.device_get(samples)
+    seconds = time.perf_counter() - start
+    completions = []
+    for b in range(count * G):
+        length = int(samples.lengths[b])
+        ids = samples.tokens[b, :length].tolist()
+        text = tokenizer.decode(ids) if tokenizer else ""
+        completions.append({"token_ids": ids, "logprobs": samples.logprobs[b, :length].tolist(), "text": text})
+        print(text if tokenizer else " ".join(map(str, ids)), end="\n\n" if b < count * G - 1 else "\n")
+    return {"model_path": str(folder), "seconds": round(seconds, 2), "completions": completions}
+
+
+if __name__ == "__main__":
+    run_script(main, sys.argv[1:])
