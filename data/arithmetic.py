@@ -15,7 +15,7 @@ import zlib
 from data import DataError
 from data.problems import Problem
 
-LARGEST_VALUE, LARGEST_START, LARGEST_OPERAND = 99, 50, 20
+LARGEST_VALUE, LARGEST_START, LARGEST_OPERAND = 99, 50, 10
 LENGTHS = (2, 3, 4)
 NAMES = ("Ann", "Ben", "Eva", "Max", "Sam", "Tom")
 THINGS = ("pens", "cups", "eggs", "nuts", "hats", "keys")
@@ -36,7 +36,7 @@ def make_problems(count: int, seed: int, split: str) -> list[Problem]:
     """`count` problems of `split` ("train", "tune" or "test"), no chain twice, lengths 2, 3, 4 in turn.
 
     The id is the chain itself ("10-3+2"), the solution its steps. Raises DataError for another split, a negative
-    count, or more problems than there are chains of the shortest length (about 20,000 in "test").
+    count, or more problems than there are chains of the shortest length (about 6,000 in "test").
     """
     if split not in SPLIT_TENTHS:
         raise DataError(f'no split "{split}": must be one of {", ".join(SPLIT_TENTHS)}')

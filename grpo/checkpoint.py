@@ -30,7 +30,8 @@ class Checkpoints:
         """Write the state after `step`; a step that is there already is left alone."""
         if self.latest() == step:
             return
-        saved = self.manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)))
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        saved = self.manager.save(step, args=args)
         assert saved, f"orbax refused to save step {step}"
         self.manager.wait_until_finished()
 
@@ -50,18 +51,25 @@ class Checkpoints:
         self.manager.close()
 
 
+def scramble(x: Array) -> Array:
+    """Murmur3's finalizer: maps 32-bit words one to one, and a flipped bit flips about half of the others."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
 @jax.jit
 def leaf_words(leaf: Array) -> Array:
-    """Two 32-bit words that any flipped bit changes, whatever devices hold the leaf: sums of bits x odd numbers, mod 2^32."""
+    """Two 32-bit words that any changed element changes, whatever devices hold the leaf: sums of scrambles, mod 2^32."""
     bits = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize])
     bits = bits.astype(jnp.uint32)
     index, stride = jnp.zeros((), jnp.uint32), 1
-    for axis in reversed(range(bits.ndim)):  # row-major position; an odd factor cannot cancel a power of two
+    for axis in reversed(range(bits.ndim)):  # row-major position
         place = jnp.arange(bits.shape[axis], dtype=jnp.uint32) * jnp.uint32(stride % 2**32)
         index = index + place.reshape([-1] + [1] * (bits.ndim - 1 - axis))
         stride *= bits.shape[axis]
-    mixed = (index ^ (index >> 16)) * jnp.uint32(0x45D9F3B)
-    return jnp.stack([(bits * (2 * index + 1)).sum(dtype=jnp.uint32), (bits * (mixed | 1)).sum(dtype=jnp.uint32)])
+    places = (index, index + jnp.uint32(0x9E3779B9))
+    return jnp.stack([scramble(bits ^ scramble(place)).sum(dtype=jnp.uint32) for place in places])
 
 
 def digest(tree: Any) -> str:

@@ -35,10 +35,10 @@ class Config:
     # what
     model_path: str = flag("", "Hugging Face folder: config.json, *.safetensors, tokenizer")
     data: str = flag("openai/gsm8k", "arithmetic, a .jsonl or .parquet file in GSM8K form, or openai/gsm8k")
-    eval_data: str = flag("", "problems to evaluate on (arithmetic:tune for choosing settings); default: held out from --data, never trained on")
+    eval_data: str = flag("", "problems to evaluate on; arithmetic:tune to choose settings; default: held out from --data")
     run_dir: str = flag("", "where everything is written; default runs/PRESET-seedSEED")
     system_prompt: str = flag(SYSTEM, "opens the user's turn; the reward expects its tags")
-    seed: int = flag(0, "decides data order, samples and held-out problems")
+    seed: int = flag(0, "decides which problems, in what order, and every sample")
     # how long
     new_problems: int = flag(500, "problems to train on, drawn from --data; 0 takes all")
     epochs: int = flag(1, "times each problem is met")
@@ -101,11 +101,14 @@ class Config:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} {getattr(self, name)} must be above 0")
         zero = "new_problems max_steps seed top_k beta epsilon_low epsilon_high sampler_cap warmup_steps weight_decay"
-        for name in [*zero.split(), "eval_problems", "eval_every"]:
+        for name in [*zero.split(), "eval_problems", "eval_every", "adam_b1", "adam_b2"]:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} {getattr(self, name)} must not be negative")
+        for name, end in (("adam_b1", 1), ("adam_b2", 1), ("seed", 2**32)):
+            if getattr(self, name) >= end:
+                raise ConfigError(f"{name} {getattr(self, name)} must be below {end}")
         if self.group_size < 2:
-            raise ConfigError(f"group_size {self.group_size} must be at least 2: an advantage compares a completion with others")
+            raise ConfigError(f"group_size {self.group_size} must be at least 2: completions are compared with each other")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p {self.top_p} must be above 0 and at most 1")
         if self.prompts_per_step % self.microbatches:
@@ -125,8 +128,8 @@ class Config:
 PRESETS: dict[str, Config] = {
     "tiny": Config(
         preset="tiny", model_path=TINY_MODEL, data="arithmetic", system_prompt="", new_problems=4000, max_steps=60,
-        prompts_per_step=16, group_size=8, max_prompt_tokens=64, max_new_tokens=48, learning_rate=2e-4, warmup_steps=5,
-        eval_problems=500, remat="none", unroll=True,
+        prompts_per_step=16, group_size=8, max_prompt_tokens=48, max_new_tokens=32, learning_rate=3e-4, warmup_steps=5,
+        eval_problems=500, remat="none", logprob_chunk=32,
     ),
     "gemma3-270m": Config(preset="gemma3-270m", epochs=10, learning_rate=2e-6, prompts_per_step=16),
     "gemma3-1b": Config(preset="gemma3-1b", epochs=10, rollout_tp=4),
@@ -146,19 +149,27 @@ def fail(message: str) -> NoReturn:
 def parse(kind: type[C], argv: list[str], description: str, presets: dict[str, C] | None = None) -> C:
     """Command line -> a dataclass of `kind`: `[PRESET] --field value ...`; unknown flags name the nearest field."""
     names = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words = [normalise(word) for word in argv]
+    usage = f"%(prog)s {'[PRESET] ' * bool(presets)}[--flag value ...]"
+    parser = Parser(
+        usage=usage, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     if presets:
-        parser.add_argument("preset", nargs="?", default=next(iter(presets)), help=f"one of {', '.join(presets)}")
+        parser.add_argument("preset", nargs="?", default=next(iter(presets)), help=f"one of {', '.join(presets)} (the first)")
+        words = [word.removeprefix("--preset=") for word in words if word != "--preset"]  # `--preset tiny` is `tiny`
     types = typing.get_type_hints(kind)
     for name, field in names.items():
         if presets and name == "preset":
             continue
-        text = f"{field.metadata['help']} ({field.default!r})".replace("%", "%%")
+        values = [repr(field.default)]
+        for preset, other in (presets or {}).items():
+            values += [f"{preset} {getattr(other, name)!r}"] * (getattr(other, name) != field.default)
+        text = f"{field.metadata['help']} ({'; '.join(values)})".replace("%", "%%")
         options: dict = {"type": types[name], "choices": field.metadata.get("choices") or None}
         if types[name] is bool:  # --raw, --raw true, --raw=false
             options = {"type": parse_bool, "nargs": "?", "const": True}
         parser.add_argument(f"--{name}", help=text, metavar=name.upper(), **options)
-    known, unknown = parser.parse_known_args([normalise(word) for word in argv])
+    known, unknown = parser.parse_known_args(words)
     for word in unknown:
         name = word.split("=")[0]
         near = difflib.get_close_matches(name.lstrip("-"), names, n=1, cutoff=0.5)
@@ -193,6 +204,3 @@ def parse_bool(text: str) -> bool:
     if text.lower() not in ("true", "false", "1", "0"):
         raise argparse.ArgumentTypeError(f"{text!r} must be true or false")
     return text.lower() in ("true", "1")
-
-
-parse_bool.__name__ = "bool"

@@ -29,11 +29,9 @@ def evaluate(
         here = range(start, min(start + Q, len(problems)))
         padded = [*here] + [here[0]] * (Q - len(here))  # one shape for all batches; the copies are not counted
         prompts, lengths = pad_prompts([prompt_ids[i] for i in padded], config.max_prompt_tokens, tokenizer.pad_id)
-        temperature = np.tile(np.float32([0.0, config.temperature]), Q)
+        temperature = np.tile(np.array([0.0, config.temperature], np.float32), Q)
         rows = (2 * (start + np.arange(Q))[:, None] + [0, 1]).reshape(-1)
-        samples, texts, _ = generate(
-            view, prompts, lengths, temperature, rows, EVALUATION, tokenizer, model, compute, config
-        )
+        samples, texts, _ = generate(view, prompts, lengths, temperature, rows, EVALUATION, tokenizer, model, compute, config)
         for question, i in enumerate(here):
             pair = [2 * question, 2 * question + 1]
             records.append([

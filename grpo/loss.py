@@ -51,11 +51,12 @@ def group_advantages(rewards: Array, scale=group_std) -> Array:
 def kl_k3(logprobs: Array, ref_logprobs: Array, cap: float = 10.0) -> Array:
     """Schulman's k3 = exp(d) - d - 1 with d = ref - policy: unbiased for KL(policy || ref), never negative.  BC, BC -> BC
 
-    `expm1(d) - d` keeps its digits near d = 0, where exp(d) - d - 1 is rounding noise. d is held within ±20 and the value
-    below `cap`, so that one token cannot take over a step. http://joschu.net/blog/kl-approx.html
+    Near d = 0, where the subtraction leaves rounding noise, its series keeps six digits and cannot go negative. d is held
+    within ±20 and the value below `cap`, so that one token cannot take over a step. http://joschu.net/blog/kl-approx.html
     """
     d = jnp.clip(ref_logprobs - logprobs, -20.0, 20.0)
-    return jnp.minimum(jnp.expm1(d) - d, cap)
+    near = d * d * (1 / 2 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120 + d * (1 / 720 + d * (1 / 5040 + d / 40320))))))
+    return jnp.minimum(jnp.where(jnp.abs(d) < 0.5, near, jnp.expm1(d) - d), cap)
 
 
 def clipped_surrogate(ratio: Array, advantages: Array, epsilon_low: float, epsilon_high: float) -> Array:
@@ -65,7 +66,7 @@ def clipped_surrogate(ratio: Array, advantages: Array, epsilon_low: float, epsil
 
 
 def sampler_weights(old_logprobs: Array, sampler_logprobs: Array, cap: float) -> Array:
-    """ν = min(π_old / π_sampler, cap), a constant: corrects for a sampler that rounds otherwise than the trainer.  BC, BC -> BC"""
+    """ν = min(π_old / π_sampler, cap), a constant: corrects for a sampler that rounds unlike the trainer.  BC, BC -> BC"""
     return lax.stop_gradient(jnp.exp(jnp.minimum(old_logprobs - sampler_logprobs, jnp.log(cap))))
 
 
@@ -98,7 +99,7 @@ def grpo_loss(
     """
     counts = weights > 0
     logprobs = jnp.where(counts, logprobs, 0.0)
-    log_ratio = jnp.where(counts, logprobs - jnp.where(counts, old_logprobs, 0.0), 0.0)
+    log_ratio = jnp.where(counts, logprobs - old_logprobs, 0.0)
     ratio = jnp.exp(jnp.clip(log_ratio, -20.0, 20.0))
     surrogate = clipped_surrogate(ratio, advantages, epsilon_low, epsilon_high)
     if sampler_logprobs is not None:

@@ -18,16 +18,20 @@ class JsonLines:
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        lines = path.read_text().splitlines() if path.is_file() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]  # a torn line is no record
-        path.write_text("".join(line + "\n" for line in kept))
+        text = path.read_text("utf-8") if path.is_file() else ""
+        lines = text.split("\n")[:-1]  # not splitlines: a completion may hold U+2028; a torn last line ends in no \n
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in kept), "utf-8")
         self.records: list[dict[str, Any]] = [json.loads(line) for line in kept]
 
-    def write(self, record: dict[str, Any], remember: bool = True) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(record, ensure_ascii=False, allow_nan=True) + "\n")
-        if remember:
-            self.records.append(record)
+    def write(self, record: dict[str, Any]) -> None:
+        """Add one record, and remember it."""
+        self.write_all([record])
+        self.records.append(record)
+
+    def write_all(self, records: list[dict[str, Any]]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 class CompileCounter:
@@ -37,19 +41,23 @@ class CompileCounter:
         self.count = 0
         jax.monitoring.register_event_duration_secs_listener(self.hear)
 
-    def hear(self, event: str, duration: float, **_) -> None:
+    def hear(self, event: str, duration_secs: float, **_) -> None:
         self.count += event.endswith("backend_compile_duration")
 
 
 class Progress:
     """One line a step: rewritten in place on a terminal, else printed."""
 
-    def __init__(self, steps: int, done: int):
-        self.steps, self.done, self.start = steps, done, time.monotonic()
+    def __init__(self, steps: int):
+        self.steps, self.first, self.start = steps, 0, 0.0
         self.terminal = sys.stdout.isatty()
 
     def show(self, step: int, metrics: dict[str, float]) -> None:
-        left = (self.steps - step) * (time.monotonic() - self.start) / max(step - self.done, 1)
+        now = time.monotonic()
+        if not self.first:  # the first step compiles: the time left is judged by the others
+            self.first, self.start = step, now
+        pace = (now - self.start) / (step - self.first) if step > self.first else metrics["time/step"]
+        left = (self.steps - step) * pace
         line = (
             f"step {step}/{self.steps}  reward {metrics['reward']:6.2f}  accuracy {metrics['accuracy']:5.1%}  "
             f"length {metrics['completions/mean_length']:5.1f}  kl {metrics.get('kl/k3', 0):.4f}  "
@@ -72,4 +80,5 @@ def wilson(right: int, n: int) -> tuple[float, float]:
         return 0.0, 1.0
     z, p = 1.959964, right / n
     centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+    low, high = (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+    return max(low, 0.0), min(high, 1.0)  # rounding may leave -1e-17

@@ -135,7 +135,7 @@ def train_step(
         zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params)
         (loss, grads), terms = lax.scan(accumulate, zero, (batch, weights))
 
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     changes, opt_state = make_optimizer(config, updates).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, changes)
@@ -291,73 +291,71 @@ def run_dir(config: Config) -> Path:
     return Path(config.run_dir or f"runs/{config.preset}-seed{config.seed}")
 
 
-def check_same_run(folder: Path, config: Config) -> None:
-    """A run directory belongs to one configuration; a resumed run may change only what does not touch the result."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return
-    saved, now = json.loads(path.read_text()), asdict(config)
+def open_run_dir(config: Config) -> Path:
+    """The run's directory, with its configuration in it. A resumed run may change only what does not touch the result."""
+    folder = run_dir(config)
+    path, now = folder / "config.json", asdict(config)
+    saved = json.loads(path.read_text()) if path.is_file() else now
     differing = [name for name in now if name not in FREE_TO_CHANGE and saved.get(name) != now[name]]
     if differing:
         changes = ", ".join(f"{name} {saved.get(name)!r} -> {now[name]!r}" for name in differing)
         raise ConfigError(f"{folder} holds a run with other settings ({changes}); use another --run_dir or the same settings")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(now, indent=1) + "\n")
+    return folder
+
+
+def load_state(run: Run) -> tuple[TrainState, Params | None]:
+    """The state before the first step, and the reference: the same weights, frozen, in the dtype of activations."""
+    folder, model = run.config.model_path, run.model
+    state = init_state(load_params(folder, model, run.mesh, STORE), run.config, run.updates)
+    reference = load_params(folder, model, run.mesh, STORE, run.train.dtype) if run.config.beta else None
+    return state, reference
+
+
+def resume(state: TrainState, checkpoints: Checkpoints, run: Run) -> tuple[int, TrainState]:
+    """The last checkpoint's step and state; 0 and the given state when there is none."""
+    if checkpoints.latest() is None:
+        return 0, state
+    done, state = checkpoints.restore(state)
+    if done > run.steps:
+        raise ConfigError(f"{run_dir(run.config)} has {done} steps already; max_steps and epochs plan only {run.steps}")
+    print(f"resumed     after step {done}", flush=True)
+    return done, state
 
 
 def train(config: Config) -> dict[str, Any]:
-    """The whole run: plan, evaluate, train, evaluate, save. Running it again goes on where it stopped."""
-    start = time.monotonic()
-    compiles = CompileCounter()
+    """The whole run: plan, evaluate, train, save, evaluate. The same call again goes on where it stopped.
+
+    Returns what `scripts/train.py` prints as JSON. Raises ConfigError, DataError or ModelError for the user's mistakes.
+    """
+    start, compiles = time.monotonic(), CompileCounter()
     run = prepare(config)
-    folder = run_dir(config)
-    check_same_run(folder, config)
+    folder = open_run_dir(config)
     print(describe(run), flush=True)
     with jax.set_mesh(run.mesh):
-        state = init_state(load_params(config.model_path, run.model, run.mesh, STORE), config, run.updates)
-        reference = load_params(config.model_path, run.model, run.mesh, STORE, run.train.dtype) if config.beta else None
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+        state, reference = load_state(run)
         checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
-        done = 0
-        if checkpoints.latest() is not None:
-            done, state = checkpoints.restore(state)
-            print(f"resumed     step {done}, from {folder / 'checkpoints'}", flush=True)
-        metrics_log = JsonLines(folder / "metrics.jsonl", done)
-        evaluations = JsonLines(folder / "evaluations.jsonl", done)
-        completions = JsonLines(folder / "completions.jsonl", done)
-
-        def accuracy(step: int, state: TrainState) -> dict[str, Any] | None:
-            if not run.eval_problems:
-                return None
-            known = [record for record in evaluations.records if record["step"] == step]
-            if known:
-                return known[-1]["accuracy"]
-            view = rollout_view(state.params, run.model, run.sample)
-            figures = evaluate(
-                view, run.eval_problems, run.eval_ids, run.tokenizer, run.model, run.sample, config, run.rewards
-            )
-            evaluations.write({"step": step, "accuracy": figures})
-            return figures
-
-        before = accuracy(0, state) if done == 0 else next((r["accuracy"] for r in evaluations.records), None)
-        progress = Progress(run.steps, done)
-        recompilations = 0
+        done, state = resume(state, checkpoints, run)
+        metrics_log, completions, evaluations = (
+            JsonLines(folder / f"{name}.jsonl", done) for name in ("metrics", "completions", "evaluations")
+        )
+        before = recorded(0, evaluations) if done else accuracy(0, state, evaluations, run)
+        progress, recompilations = Progress(run.steps), 0
         for step in range(done + 1, run.steps + 1):
-            compiled, began = compiles.count, time.perf_counter()
+            compiled = compiles.count
             state, metrics, records = one_step(step, state, reference, run)
-            metrics |= {"time/step": time.perf_counter() - began, "compiles": compiles.count - compiled}
+            metrics["compiles"] = compiles.count - compiled
             recompilations += metrics["compiles"] if step > done + 1 else 0
-            metrics["tokens_per_s/total"] = metrics["completions/mean_length"] * config.rows / metrics["time/step"]
             metrics_log.write({"step": step, **metrics})
-            for record in records:
-                completions.write(record, remember=False)
+            completions.write_all(records)
             progress.show(step, metrics)
-            if step % config.save_every == 0 and step < run.steps:
+            if step % config.save_every == 0 or step == run.steps:
                 checkpoints.save(step, state, {"step": step})
-            if config.eval_every and step % config.eval_every == 0 and step < run.steps:
-                accuracy(step, state)
-        checkpoints.save(run.steps, state, {"step": run.steps})
+            if config.eval_every and step % config.eval_every == 0:
+                accuracy(step, state, evaluations, run)
         checkpoints.close()
-        after = accuracy(run.steps, state)
+        after = accuracy(run.steps, state, evaluations, run)
         result = {
             "run_dir": str(folder),
             "preset": config.preset,
@@ -372,15 +370,32 @@ def train(config: Config) -> dict[str, Any]:
             "params_digest": digest(state.params),
         }
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(closing_table(result, folder), flush=True)
+    print(closing_table(result), flush=True)
     return result
+
+
+def recorded(step: int, evaluations: JsonLines) -> dict[str, Any] | None:
+    return next((record["accuracy"] for record in evaluations.records if record["step"] == step), None)
+
+
+def accuracy(step: int, state: TrainState, evaluations: JsonLines, run: Run) -> dict[str, Any] | None:
+    """The evaluation after `step`: measured once, then read from the record. None without held-out problems."""
+    known = recorded(step, evaluations)
+    if known or not run.eval_problems:
+        return known
+    view = rollout_view(state.params, run.model, run.sample)
+    figures = evaluate(
+        view, run.eval_problems, run.eval_ids, run.tokenizer, run.model, run.sample, run.config, run.rewards
+    )
+    evaluations.write({"step": step, "accuracy": figures})
+    return figures
 
 
 def one_step(
     step: int, state: TrainState, reference: Params | None, run: Run
 ) -> tuple[TrainState, dict[str, Any], list[dict[str, Any]]]:
     """Rollout and updates: the state after them, the step's metrics, a record of each completion."""
-    config, model = run.config, run.model
+    config, model, start = run.config, run.model, time.perf_counter()
     chosen = step_indices(step - 1, config.prompts_per_step, len(run.problems), config.seed)
     view = rollout_view(state.params, model, run.sample)
     batch, records, metrics = rollout(
@@ -409,10 +424,12 @@ def one_step(
     memory = run.mesh.devices.flat[0].memory_stats() or {}
     metrics["hbm_peak"] = memory.get("peak_bytes_in_use", 0)
     metrics["lr"] = float(learning_rate(config, run.updates)(step * config.updates_per_rollout - 1))
+    metrics["time/step"] = time.perf_counter() - start
+    metrics["tokens_per_s/total"] = sum(record["length"] for record in records) / metrics["time/step"]
     return state, metrics | stats, records
 
 
-def closing_table(result: dict[str, Any], folder: Path) -> str:
+def closing_table(result: dict[str, Any]) -> str:
     """What came of it, and where it lies."""
     lines = [f"\n{'':24}{'before':>10}{'after':>10}"]
     before, after = result["accuracy_before"], result["accuracy_after"]
@@ -430,8 +447,10 @@ def closing_table(result: dict[str, Any], folder: Path) -> str:
             row("reward, sampled", "sampled_reward", ".2f"),
             row("length, sampled", "sampled_length", ".1f"),
         ]
+    example = f"python scripts/train.py {result['preset']} --seed {result['seed'] + 1}"
     lines += [
         f"\n{result['steps']} steps in {clock(result['seconds'])}, {result['recompilations']} recompilations",
-        f"{folder}/  metrics.jsonl  completions.jsonl  evaluations.jsonl  config.json  result.json  checkpoints/",
+        f"files  {result['run_dir']}/  metrics.jsonl  completions.jsonl  evaluations.jsonl  config.json  result.json  checkpoints/",
+        f"next   {example}      another seed: how far does luck go?",
     ]
     return "\n".join(lines)

@@ -23,6 +23,13 @@ FAMILIES = {
     "GemmaForCausalLM": 1, "Gemma2ForCausalLM": 2, "Gemma3ForCausalLM": 3, "Gemma3ForConditionalGeneration": 3,
 }  # fmt: skip
 
+# What transformers takes for granted where a config.json is silent; the first multimodal ones name little but sizes.
+DEFAULTS = {
+    1: {},
+    2: {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    3: dict(vocab_size=262_208, num_attention_heads=8, num_key_value_heads=4, head_dim=256, query_pre_attn_scalar=256),
+}
+
 PROJECTIONS = {"q", "k", "v", "o", "gate", "up", "down"}  # transposed on the way
 
 
@@ -53,20 +60,23 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         raise ModelError(f"{path} is missing: a model folder holds config.json, *.safetensors and a tokenizer")
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except ValueError as error:
         raise ModelError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ModelError(f"{path} holds no JSON object")
+    return values
 
 
 def read_config(folder: str | Path) -> GemmaConfig:
-    """The dimensions from `config.json`, in transformers' older dialect (`rope_theta`, ...) or newer (`rope_parameters`, ...)."""
+    """The dimensions from `config.json`, in transformers' older dialect (`rope_theta`, ...) or newer (`rope_parameters`)."""
     path = Path(folder) / "config.json"
     values = read_json(path)
     architecture = (values.get("architectures") or ["none"])[0]
     if architecture not in FAMILIES:
         raise ModelError(f"{path}: architecture {architecture} is unknown; one of {', '.join(FAMILIES)} is needed")
     family = FAMILIES[architecture]
-    values = {**values, **values.get("text_config", {})}
+    values = {**DEFAULTS[family], **values, **(values.get("text_config") or {})}
 
     def need(key: str):
         if values.get(key) is None:
@@ -78,11 +88,17 @@ def read_config(folder: str | Path) -> GemmaConfig:
         raise ModelError(f"{path}: activation {activation} is unknown; gelu_pytorch_tanh is needed")
     if values.get("attention_bias") or values.get("use_bidirectional_attention"):
         raise ModelError(f"{path}: attention_bias and use_bidirectional_attention are not supported; both must be false")
+    if values.get("tie_word_embeddings") is False:
+        raise ModelError(f"{path}: tie_word_embeddings is false; a head of its own is not supported")
     layers, head_dim = need("num_hidden_layers"), need("head_dim")
     local = local_layers(values, layers, family)
+    if len(local) != layers:
+        raise ModelError(f"{path}: layer_types names {len(local)} layers, num_hidden_layers says {layers}")
     rope, rope_local = rope_parameters(values, family)
-    if rope.get("rope_type", "default") not in ("default", "linear"):
-        raise ModelError(f"{path}: rope_type {rope['rope_type']} is unknown; default or linear is needed")
+    for kind, parameters, known in (("global", rope, ("default", "linear")), ("local", rope_local, ("default",))):
+        rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
+        if rope_type not in known and (kind == "global" or any(local)):
+            raise ModelError(f"{path}: rope_type {rope_type} of {kind} layers is unknown; {' or '.join(known)} is needed")
     query_scalar = head_dim if family == 1 else need("query_pre_attn_scalar")
     return GemmaConfig(
         num_layers=layers,
@@ -98,8 +114,8 @@ def read_config(folder: str | Path) -> GemmaConfig:
         rope_base=rope["rope_theta"],
         rope_local_base=rope_local["rope_theta"],
         rope_factor=rope.get("factor", 1.0),
-        attn_softcap=values.get("attn_logit_softcapping") if family == 2 else None,
-        final_softcap=values.get("final_logit_softcapping") if family == 2 else None,
+        attn_softcap=values.get("attn_logit_softcapping") if family > 1 else None,
+        final_softcap=values.get("final_logit_softcapping") if family > 1 else None,
         post_norms=family > 1,
         qk_norms=family == 3,
         norm_eps=values.get("rms_norm_eps", 1e-6),
@@ -117,15 +133,16 @@ def local_layers(values: dict, layers: int, family: int) -> tuple[bool, ...]:
 
 
 def rope_parameters(values: dict, family: int) -> tuple[dict, dict]:
-    """RoPE of global and of local layers: dicts with `rope_theta` and perhaps `factor`."""
-    given = values.get("rope_parameters")
-    if given and "full_attention" in given:
-        return given["full_attention"], given["sliding_attention"]
-    if given:
-        return given, given
-    scaling = values.get("rope_scaling") or {}
-    both = {"rope_theta": values.get("rope_theta", 1e6 if family == 3 else 1e4), **scaling}
-    return both, {"rope_theta": values.get("rope_local_base_freq", both["rope_theta"])} if family == 3 else both
+    """RoPE of global and of local layers: dicts with `rope_theta` and perhaps `rope_type` and `factor`."""
+    given, scaling = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
+    if family < 3:
+        both = {"rope_theta": values.get("rope_theta", 1e4), **scaling, **given}
+        return both, both
+    full, local = given.get("full_attention") or {}, given.get("sliding_attention") or {}
+    return (
+        {"rope_theta": values.get("rope_theta", 1e6), **scaling, **full},
+        {"rope_theta": values.get("rope_local_base_freq", 1e4), **local},
+    )
 
 
 class Weights:
@@ -133,31 +150,36 @@ class Weights:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self.handles: dict[Path, Any] = {}
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
             self.files = {name: self.checked(file, index) for name, file in read_json(index).get("weight_map", {}).items()}
         elif (self.folder / "model.safetensors").is_file():
             file = self.folder / "model.safetensors"
-            self.files = {name: file for name in self.open(file).keys()}
+            self.files = dict.fromkeys(self.opened(file).keys(), file)
         else:
             raise ModelError(f"{self.folder} holds no model.safetensors and no model.safetensors.index.json")
-        # a text model is stored under "model.", the text part of a multimodal one under "language_model.model."
-        self.names = {name.removeprefix("language_model.").removeprefix("model."): name for name in self.files}
+        # a text model lies under "model.", that of a multimodal one under "language_model.model." or "model.language_model."
+        short = [name.removeprefix("model.").removeprefix("language_model.").removeprefix("model.") for name in self.files]
+        self.names = dict(zip(short, self.files, strict=True))
 
     def checked(self, file: str, index: Path) -> Path:
-        if Path(file).name != file:
+        if Path(str(file)).name != file:
             raise ModelError(f"{index}: {file!r} leaves the folder; shards must lie beside their index")
         if not (self.folder / file).is_file():
             raise ModelError(f"{self.folder / file} is missing: {index.name} names it")
         return self.folder / file
 
-    def open(self, file: Path):
+    def opened(self, file: Path):
         from safetensors import SafetensorError, safe_open
 
-        try:
-            return safe_open(file, framework="numpy")
-        except SafetensorError as error:
-            raise ModelError(f"{file} is not a whole safetensors file (download it again): {error}") from None
+        if file not in self.handles:
+            try:
+                self.handles[file] = safe_open(file, framework="numpy")
+            except SafetensorError as error:
+                pointer = " (it is a git-lfs pointer: run git lfs pull)" if is_lfs_pointer(file) else ""
+                raise ModelError(f"{file} is not a whole safetensors file{pointer}; download it again: {error}") from None
+        return self.handles[file]
 
     def slice(self, name: str, index: tuple, transpose: bool, dtype) -> np.ndarray:
         """One tensor's slice; `index` counts in our order of dimensions."""
@@ -165,23 +187,23 @@ class Weights:
         array = tensor[tuple(reversed(index)) if transpose else index]
         return (array.T if transpose else array).astype(dtype)
 
-    def opened(self, file: Path):
-        self._open: dict[Path, Any] = getattr(self, "_open", {})
-        if file not in self._open:
-            self._open[file] = self.open(file)
-        return self._open[file]
-
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self.names:
             raise ModelError(f"{self.folder}: weight {name} is missing")
-        try:
-            tensor = self.opened(self.files[self.names[name]]).get_slice(self.names[name])
-        except Exception as error:  # the index names a tensor that its shard does not hold
-            raise ModelError(f"{self.folder}: weight {self.names[name]} cannot be read: {error}") from None
+        stored = self.names[name]
+        file = self.opened(self.files[stored])
+        if stored not in set(file.keys()):
+            raise ModelError(f"{self.files[stored]} holds no weight {stored}, though the index says so")
+        tensor = file.get_slice(stored)
         if tuple(tensor.get_shape()) != shape:
             raise ModelError(f"{self.folder}: weight {name} has shape {tuple(tensor.get_shape())}, config.json says {shape}")
         if tensor.get_dtype() not in ("F32", "F16", "BF16"):
             raise ModelError(f"{self.folder}: weight {name} is {tensor.get_dtype()}; F32, F16 or BF16 is needed")
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(8) == b"version "
 
 
 def leaf_names(config: GemmaConfig) -> dict[str, str]:
@@ -201,7 +223,7 @@ def load_params(folder: str | Path, config: GemmaConfig, mesh: Mesh, rules: Rule
             name = weight_name(leaf, config).format(layer)
             weights.check(name, shape[::-1] if leaf.split(".")[-1] in PROJECTIONS else shape)
             wanted.add(name)
-    text = {n for n, stored in weights.names.items() if not stored.startswith(("vision_tower", "multi_modal"))}
+    text = {name for name in weights.names if not name.startswith(("vision_tower", "multi_modal"))}
     extra = sorted(n for n in text - wanted if n != "lm_head.weight" and "rotary_emb" not in n)
     if extra:
         raise ModelError(f"{folder}: weight {extra[0]} has no place in this model ({len(extra)} such)")

@@ -19,7 +19,6 @@ sits at position FAR, in the future of every token, so there is no other mask. L
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import flax.struct
@@ -110,8 +109,8 @@ class Params:
 class KV:
     """Keys and values of some slots, and the positions they sit at. Stacked over layers, k and v have a leading L."""
 
-    k: Array  # BSKH
-    v: Array  # BSKH
+    k: Array  # BKSH: a head's slots lie together, so that attention reads them without a transpose
+    v: Array  # BKSH
     positions: Array  # BS
 
 
@@ -174,28 +173,28 @@ def rotate(x: Array, table: Array) -> Array:  # BTNH, [cos, sin]BTH/2 -> BTNH
 
 
 def attention_logits(q: Array, kv: KV, positions: Array, window: Array, config: GemmaConfig, at) -> Array:
-    """Masked, scaled and capped scores, float32.  BTNH, (QSKH, QS), BT -> BTKRS
+    """Masked, scaled and capped scores, float32.  BTNH, (QKSH, QS), BT -> BKTRS
 
-    B may be a multiple of the rows of `kv`: then each row of keys is read by a group of G consecutive queries' rows.
+    B may be a multiple of the rows of `kv`: then each row of keys is read by a group of G consecutive rows of queries.
     """
     B, T, N, H = q.shape
-    Q, S, K, _ = kv.k.shape
+    Q, K, S, _ = kv.k.shape
     q = lax.reshape(q, (Q, B // Q, T, K, N // K, H), out_sharding=at("QGTKRH"))
-    scores = jnp.einsum("QGTKRH,QSKH->QGTKRS", q, kv.k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("QGTKRH,QKSH->QGKTRS", q, kv.k, preferred_element_type=jnp.float32)
     scores = softcap(scores * config.query_scale, config.attn_softcap)
     positions = lax.reshape(positions, (Q, B // Q, T), out_sharding=at("QGT"))
     age = positions[..., None] - kv.positions[:, None, None]  # QGTS
     visible = (age >= 0) & (age < window)
-    scores = jnp.where(visible[:, :, :, None, None], scores, -1e30)
-    return lax.reshape(scores, (B, T, K, N // K, S), out_sharding=at("BTKRS"))
+    scores = jnp.where(visible[:, :, None, :, None], scores, -1e30)
+    return lax.reshape(scores, (B, K, T, N // K, S), out_sharding=at("BKTRS"))
 
 
-def mix_values(weights: Array, kv: KV, at) -> Array:  # BTKRS, QSKH -> BTKRH
-    B, T, K, R, S = weights.shape
+def mix_values(weights: Array, kv: KV, at) -> Array:  # BKTRS, QKSH -> BKTRH
+    B, K, T, R, S = weights.shape
     Q, _, _, H = kv.v.shape
-    weights = lax.reshape(weights, (Q, B // Q, T, K, R, S), out_sharding=at("QGTKRS"))
-    mixed = jnp.einsum("QGTKRS,QSKH->QGTKRH", weights, kv.v, preferred_element_type=jnp.float32)
-    return lax.reshape(mixed, (B, T, K, R, H), out_sharding=at("BTKRH"))
+    weights = lax.reshape(weights, (Q, B // Q, K, T, R, S), out_sharding=at("QGKTRS"))
+    mixed = jnp.einsum("QGKTRS,QKSH->QGKTRH", weights, kv.v, preferred_element_type=jnp.float32)
+    return lax.reshape(mixed, (B, K, T, R, H), out_sharding=at("BKTRH"))
 
 
 def attend(q: Array, pieces: list[KV], positions: Array, window: Array, config: GemmaConfig, at) -> Array:
@@ -207,11 +206,12 @@ def attend(q: Array, pieces: list[KV], positions: Array, window: Array, config: 
     weights = [jnp.exp(scores - top) for scores in logits]
     total = sum(w.sum(axis=-1, keepdims=True) for w in weights)
     mixed = sum(mix_values(w.astype(q.dtype), kv, at) for w, kv in zip(weights, pieces, strict=True))
-    return lax.reshape((mixed / total).astype(q.dtype), (B, T, N * H), out_sharding=at("BTA"))
+    mixed = jnp.moveaxis((mixed / total).astype(q.dtype), 1, 2)  # BKTRH -> BTKRH
+    return lax.reshape(mixed, (B, T, N * H), out_sharding=at("BTA"))
 
 
 def project(x: Array, w: Layers, table: Array, config: GemmaConfig, at) -> tuple[Array, Array, Array]:
-    """The first half of a layer: queries, keys and values.  BTD -> BTNH, BTKH, BTKH"""
+    """The first half of a layer: queries, keys and values.  BTD -> BTNH, BKTH, BKTH"""
     B, T, _ = x.shape
     h = rms_norm(x, w.pre_attn_norm, config.norm_eps)
 
@@ -221,7 +221,7 @@ def project(x: Array, w: Layers, table: Array, config: GemmaConfig, at) -> tuple
     q, k, v = heads(w.q, config.num_heads), heads(w.k, config.num_kv_heads), heads(w.v, config.num_kv_heads)
     if config.qk_norms:
         q, k = rms_norm(q, w.q_norm, config.norm_eps), rms_norm(k, w.k_norm, config.norm_eps)
-    return rotate(q, table), rotate(k, table), v
+    return rotate(q, table), jnp.moveaxis(rotate(k, table), 1, 2), jnp.moveaxis(v, 1, 2)
 
 
 def finish(x: Array, w: Layers, q: Array, pieces: list[KV], positions: Array, window: Array, config: GemmaConfig, at):
@@ -306,7 +306,7 @@ def forward_group(params: Params, prompts: Array, lengths: Array, completions: A
 
 
 def forward_cached(params: Params, tokens: Array, slot: Array, prefix: KV, cache: KV, config: GemmaConfig, compute: Compute):
-    """One token a row, written to `slot` of the cache.  B, scalar, (LQPKH, QP), (LBCKH, BC) -> hidden BD, cache"""
+    """One token a row, written to `slot` of the cache.  B, scalar, (LQKPH, QP), (LBKCH, BC) -> hidden BD, cache"""
     positions = lax.dynamic_slice_in_dim(cache.positions, slot, 1, axis=1)
     table = rope_table(positions, config)
     at = compute.at
@@ -315,8 +315,8 @@ def forward_cached(params: Params, tokens: Array, slot: Array, prefix: KV, cache
         x, all_k, all_v = carry
         layer, prefix_k, prefix_v = extra
         q, k, v = project(x, w, table[local], config, at)
-        all_k = lax.dynamic_update_slice(all_k, k[None], (layer, 0, slot, 0, 0))
-        all_v = lax.dynamic_update_slice(all_v, v[None], (layer, 0, slot, 0, 0))
+        all_k = lax.dynamic_update_slice(all_k, k[None], (layer, 0, 0, slot, 0))
+        all_v = lax.dynamic_update_slice(all_v, v[None], (layer, 0, 0, slot, 0))
         own = KV(all_k[layer], all_v[layer], cache.positions)
         shared = KV(prefix_k, prefix_v, prefix.positions)
         x = finish(x, w, q, [shared, own], positions, layer_window(local, config), config, at)
@@ -368,7 +368,7 @@ def token_logprobs(params: Params, hidden: Array, tokens: Array, temperature: fl
     """Log-probabilities of `tokens` from the hidden states that predict them.  BCD, BC -> BC
 
     Works on `chunk` tokens of every row at a time and recomputes them in the backward pass: the [B, C, V] logits, 1 MB a token
-    in float32 for Gemma, never exist at once.
+    in float32 for Gemma, never exist at once. With `chunk` >= C they do, and nothing is recomputed.
     """
     B, C, D = hidden.shape
     count = -(-C // chunk)
@@ -379,12 +379,13 @@ def token_logprobs(params: Params, hidden: Array, tokens: Array, temperature: fl
         x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(B, count, chunk, *x.shape[2:]), 1, 0)
 
-    @partial(jax.checkpoint, prevent_cse=False)
     def body(_, xs):
         hidden, tokens = xs
         tokens = jax.sharding.reshard(tokens, compute.at("WT"))
         picked = pick_logprobs(vocab_logits(hidden, params, config, compute), tokens, jnp.asarray(temperature))
         return None, jax.sharding.reshard(picked, compute.at("BT"))
 
+    if count > 1:
+        body = jax.checkpoint(body, prevent_cse=False)
     _, picked = lax.scan(body, None, (chunks(hidden), chunks(tokens)))
     return jnp.moveaxis(picked, 0, 1).reshape(B, count * chunk)[:, :C]

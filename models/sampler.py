@@ -25,7 +25,7 @@ from models.gemma import repeat, vocab_logits
 class Prefix:
     """What decoding needs of the prompts."""
 
-    kv: KV  # LQPKH
+    kv: KV  # LQKPH
     hidden: Array  # QD: of each prompt's last token
     lengths: Array  # Q
 
@@ -62,8 +62,8 @@ def decode(
     at = compute.at
     zeros = partial(jnp.zeros, out_sharding=at("B"))
     positions = repeat(prefix.lengths, B // Q, at)[:, None] + jnp.arange(width)
-    shape = (config.num_layers, B, width, config.num_kv_heads, config.head_dim)
-    empty = jnp.zeros(shape, compute.dtype, out_sharding=at("LBCKH"))
+    shape = (config.num_layers, B, config.num_kv_heads, width, config.head_dim)
+    empty = jnp.zeros(shape, compute.dtype, out_sharding=at("LBKCH"))
     grid = partial(jnp.zeros, (B, width), out_sharding=at("BC"))
     samples = Samples(grid(jnp.int32), grid(jnp.float32), zeros(B, jnp.int32), zeros(B, bool))
 

@@ -1,0 +1,24 @@
+"""The dimensions of known models, for planning and benchmarks without their weights; a real run reads `config.json` instead.
+
+Sources: the models' own `config.json`. Aligned so that the eye can compare them.
+"""
+
+from models.gemma import GemmaConfig
+
+
+def local(layers: int, pattern: int) -> tuple[bool, ...]:
+    """Every `pattern`-th layer attends globally."""
+    return tuple((i + 1) % pattern != 0 for i in range(layers))
+
+
+# fmt: off
+GEMMA3 = dict(sliding_window=512, rope_base=1e6, post_norms=True, qk_norms=True, query_scale=256**-0.5, vocab_size=262_144)
+GEMMA2 = dict(sliding_window=4096, attn_softcap=50.0, final_softcap=30.0, post_norms=True)
+
+MODELS: dict[str, GemmaConfig] = {
+    "gemma-2b":    GemmaConfig(18, 2048, 8, 1, 256, 16_384, 256_000, 256**-0.5, (False,) * 18),
+    "gemma2-2b":   GemmaConfig(26, 2304, 8, 4, 256, 9_216, 256_000, 256**-0.5, local(26, 2), **GEMMA2),
+    "gemma3-270m": GemmaConfig(18, 640, 4, 1, 256, 2_048, local_layers=local(18, 6), **GEMMA3),
+    "gemma3-1b":   GemmaConfig(26, 1152, 4, 1, 256, 6_912, local_layers=local(26, 6), **GEMMA3),
+    "gemma2-6m":   GemmaConfig(4, 256, 4, 2, 64, 1_024, 8_192, 64**-0.5, local(4, 2), **GEMMA2),  # fits any machine
+}

@@ -1,0 +1,733 @@
+"""Laws of the loop in grpo/train.py and grpo/rollout.py, on a random Gemma of two layers: what a run writes, how it resumes.
+
+Programs are compiled without most optimizations, and configurations are shared, because compiling is what takes time here.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import grpo.train
+from data.prompts import encode_prompt, render_prompt
+from data.tokenizer import load_tokenizer
+from grpo.checkpoint import Checkpoints
+from grpo.config import Config, ConfigError
+from grpo.metrics import JsonLines, wilson
+from grpo.rollout import Batch, judge, load_rewards, put, rollout
+from models import ModelError
+from models.convert import read_config, save_params
+from models.gemma import init_params
+from models.sharding import STORE, make_mesh
+
+CONTROL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+Q, G, C, STEPS = 8, 4, 8, 4
+
+REWARDS = """
+def variety(completion, problem):
+    return len(set(completion)) / 2
+
+def not_a_number(completion, problem):
+    return float("nan")
+
+def broken(completion, problem):
+    raise RuntimeError("a fault of the reward's own")
+"""
+
+
+def write_model(folder: Path) -> None:
+    """A random Gemma 1 of two layers whose pieces are single characters; `<end_of_turn>` is likely enough to be met."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+    pieces = [*CONTROL, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "\n", *map(chr, range(33, 127))]
+    pieces += [f"<unused{i}>" for i in range(-len(pieces) % 8)]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([AddedToken(piece, normalized=False) for piece in CONTROL])
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    values = {
+        "architectures": ["GemmaForCausalLM"], "vocab_size": len(pieces), "hidden_size": 16, "intermediate_size": 32,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(values))
+    config = read_config(folder)
+    with jax.set_mesh(make_mesh(1, jax.devices()[:1])):
+        params = init_params(jax.random.key(0), config, STORE)
+    embedding = np.array(params.embedding)
+    embedding[vocab["<end_of_turn>"]] *= 30  # about half the completions end within C = 8 tokens
+    save_params(folder, replace(params, embedding=embedding), config, values)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_to_compile() -> Iterator[None]:
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("training")
+    write_model(folder / "model")
+    (folder / "rewards.py").write_text(REWARDS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(folder) -> Config:
+    return Config(
+        model_path=str(folder / "model"), data="arithmetic", run_dir=str(folder / "run"), system_prompt="", new_problems=64,
+        max_steps=STEPS, prompts_per_step=Q, group_size=G, max_prompt_tokens=192, max_new_tokens=C, learning_rate=3e-4,
+        warmup_steps=2, reward=f"{folder / 'rewards.py'}:variety", max_bad_updates=2, eval_problems=Q, save_every=1,
+        keep_checkpoints=STEPS, remat="none", logprob_chunk=3,
+    )  # fmt: skip
+
+
+@contextmanager
+def devices(count: int) -> Iterator[None]:
+    """The loop sees so many devices."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo.train, "make_mesh", lambda tp: make_mesh(tp, jax.devices()[:count]))
+        yield
+
+
+def run(config: Config, count: int = 1) -> dict[str, Any]:
+    with devices(count):
+        return grpo.train.train(config)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
+
+
+def read_files(config: Config) -> dict[str, Any]:
+    folder = Path(config.run_dir)
+    files = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    return files | {path.name: lines(path) for path in folder.glob("*.jsonl")}
+
+
+def final_state(config: Config) -> grpo.train.TrainState:
+    """The last checkpoint on the host, whatever devices wrote it."""
+    with devices(1):
+        prepared = grpo.train.prepare(config)
+    with jax.set_mesh(prepared.mesh):
+        checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", STEPS)
+        _, state = checkpoints.restore(grpo.train.load_state(prepared)[0])
+        checkpoints.close()
+    return jax.device_get(state)
+
+
+def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    machine = ("time/", "tokens_per_s/", "compiles", "hbm_peak")
+    return [{name: value for name, value in record.items() if not name.startswith(machine)} for record in records]
+
+
+@dataclass
+class Finished:
+    result: dict[str, Any]
+    files: dict[str, Any]
+    state: grpo.train.TrainState
+    result_again: dict[str, Any]
+    files_again: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def finished(config) -> Finished:
+    """An uninterrupted run on one device, then the same command once more. Its directory is free again afterwards."""
+    result = run(config)
+    files, state = read_files(config), final_state(config)
+    again = run(config)
+    finished = Finished(result, files, state, again, read_files(config))
+    shutil.rmtree(config.run_dir)
+    return finished
+
+
+@pytest.fixture
+def free_run_dir(config) -> Iterator[None]:
+    """The run directory of `config`, so that its compiled programs serve every test."""
+    yield
+    shutil.rmtree(config.run_dir, ignore_errors=True)
+
+
+@contextmanager
+def interrupted(step: int, where: str) -> Iterator[None]:
+    """Ctrl-C in `step`: after its rollout; with its records written but not its checkpoint; in the evaluation at the end."""
+    real_rollout, real_save, real_evaluate, calls = grpo.train.rollout, Checkpoints.save, grpo.train.evaluate, []
+
+    def stop_in_rollout(view, problems, prompt_ids, at, *rest):
+        out = real_rollout(view, problems, prompt_ids, at, *rest)
+        if at == step:
+            raise KeyboardInterrupt
+        return out
+
+    def stop_in_save(self, at, *rest):
+        if at == step:
+            raise KeyboardInterrupt
+        real_save(self, at, *rest)
+
+    def stop_in_evaluation(*args):
+        calls.append(args)
+        if len(calls) == 2:  # the first is the one before training
+            raise KeyboardInterrupt
+        return real_evaluate(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if where == "rollout":
+            patch.setattr(grpo.train, "rollout", stop_in_rollout)
+        elif where == "save":
+            patch.setattr(Checkpoints, "save", stop_in_save)
+        else:
+            patch.setattr(grpo.train, "evaluate", stop_in_evaluation)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
+# ------------------------------------------------------------------------------------------------------ what a run writes
+
+
+def test_a_run_leaves_its_records(config, finished):
+    files = finished.files
+    assert set(files) == {"config.json", "result.json", "metrics.jsonl", "completions.jsonl", "evaluations.jsonl"}
+    assert Config(**files["config.json"]) == config
+    assert files["result.json"] == json.loads(json.dumps(finished.result))
+    assert [record["step"] for record in files["metrics.jsonl"]] == [1, 2, 3, 4]
+    assert [record["step"] for record in files["evaluations.jsonl"]] == [0, STEPS]
+    assert [record["step"] for record in files["completions.jsonl"]] == [step for step in (1, 2, 3, 4) for _ in range(Q * G)]
+
+
+def test_the_result_says_what_the_records_say(config, finished):
+    result, metrics = finished.result, finished.files["metrics.jsonl"]
+    evaluations = [record["accuracy"] for record in finished.files["evaluations.jsonl"]]
+    assert set(result) == {
+        "run_dir", "preset", "seed", "steps", "seconds", "accuracy_before", "accuracy_after", "reward_first", "reward_last",
+        "recompilations", "params_digest",
+    }  # fmt: skip
+    assert (result["run_dir"], result["preset"], result["seed"], result["steps"]) == (config.run_dir, "custom", 0, STEPS)
+    assert [result["accuracy_before"], result["accuracy_after"]] == evaluations
+    assert (result["reward_first"], result["reward_last"]) == (metrics[0]["reward"], metrics[-1]["reward"])
+
+
+def test_every_suggested_metric_is_there_and_finite(finished):
+    components = ("correct", "reasoning_tags", "answer_tags", "operators", "violation", "variety")
+    names = {f"rewards/{name}/{figure}" for name in components for figure in ("mean", "std")}
+    names |= {f"ratio/{figure}" for figure in ("mean", "max", "min")} | {
+        f"format/{part}" for part in ("strict", "reasoning", "answer")
+    }
+    names |= {f"time/{phase}" for phase in ("prefill", "decode", "reward", "reference", "update", "step")}
+    names |= {
+        "step", "reward", "reward_std", "accuracy", "accuracy/strict", "accuracy/flexible", "frac_reward_zero_std",
+        "frac_truncated", "kl/k3", "kl/k1", "entropy", "clip/low", "clip/high", "logp_diff_sampler_trainer/mean",
+        "logp_diff_sampler_trainer/max", "advantage/abs_mean", "advantage/max", "loss", "grad_norm", "bad_updates", "lr", "completions/mean_length",
+        "completions/max_length", "completions/mean_terminated_length", "completions/mean_words", "tokens_per_s/decode",
+        "tokens_per_s/total", "hbm_peak", "compiles",
+    }  # fmt: skip
+    for record in finished.files["metrics.jsonl"]:
+        assert names <= set(record)
+        assert all(math.isfinite(value) for value in record.values())
+        assert record["time/step"] >= record["time/prefill"] + record["time/decode"] + record["time/update"]
+
+
+def test_every_completion_is_recorded_with_its_reward_and_advantage(folder, finished):
+    variety = load_rewards(f"{folder / 'rewards.py'}:variety")["variety"]
+    for record in finished.files["completions.jsonl"]:
+        assert record["reward"] == pytest.approx(sum(record["components"].values()), abs=1e-6)
+        assert record["components"]["variety"] == variety(record["text"], None)  # type: ignore[arg-type]
+        assert record["components"]["violation"] == -15  # a random model writes no tags
+        assert 1 <= record["length"] <= C
+        assert record["length"] == C or not record["truncated"]
+    groups = np.array([record["advantage"] for record in finished.files["completions.jsonl"]]).reshape(-1, G)
+    rewards = np.array([record["reward"] for record in finished.files["completions.jsonl"]]).reshape(-1, G)
+    np.testing.assert_allclose(groups.sum(axis=1), 0, atol=1e-5)
+    centred = rewards - rewards.mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(groups, centred / (rewards.std(axis=1, ddof=1, keepdims=True) + 1e-4), atol=1e-5)
+    assert (groups != 0).any()
+    problems = np.array([record["problem"] for record in finished.files["completions.jsonl"]]).reshape(-1, G)
+    assert (problems == problems[:, :1]).all() and len(set(problems[:, 0])) == STEPS * Q
+
+
+def test_metrics_are_means_over_the_recorded_completions(finished):
+    for metrics in finished.files["metrics.jsonl"]:
+        records = [record for record in finished.files["completions.jsonl"] if record["step"] == metrics["step"]]
+        lengths = np.array([record["length"] for record in records])
+        ended = np.array([not record["truncated"] for record in records])
+        rewards = np.array([record["reward"] for record in records]).reshape(Q, G)
+        variety = np.array([record["components"]["variety"] for record in records])
+        expected = {
+            "reward": rewards.mean(),
+            "reward_std": rewards.std(axis=1, ddof=1).mean(),
+            "frac_reward_zero_std": (np.ptp(rewards, axis=1) == 0).mean(),
+            "frac_truncated": 1 - ended.mean(),
+            "completions/mean_length": lengths.mean(),
+            "completions/max_length": lengths.max(),
+            "completions/mean_terminated_length": lengths[ended].mean(),
+            "rewards/variety/mean": variety.mean(),
+            "rewards/variety/std": variety.std(),
+            "format/strict": 0.0,
+            "advantage/max": max(abs(record["advantage"]) for record in records),
+        }
+        assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+    assert any(0 < metrics["frac_truncated"] < 1 for metrics in finished.files["metrics.jsonl"])  # both kinds are met
+
+
+def test_on_policy_the_ratio_is_one_and_the_sampler_agrees_with_the_trainer(finished):
+    for metrics in finished.files["metrics.jsonl"]:
+        assert (metrics["ratio/min"], metrics["ratio/mean"], metrics["ratio/max"]) == (1, 1, 1)
+        assert metrics["clip/low"] == metrics["clip/high"] == 0
+        assert metrics["logp_diff_sampler_trainer/max"] < 1e-4  # nats, float32 on both sides
+    first, *later = finished.files["metrics.jsonl"]
+    assert abs(first["kl/k1"]) < 1e-6 and first["kl/k3"] < 1e-9  # the policy still is the reference
+    assert all(metrics["kl/k3"] > 1e-6 for metrics in later)
+
+
+def test_nothing_is_compiled_after_the_first_step(finished):
+    first, *later = finished.files["metrics.jsonl"]
+    assert first["compiles"] > 0
+    assert [metrics["compiles"] for metrics in later] == [0] * (STEPS - 1)
+    assert finished.result["recompilations"] == 0
+
+
+def test_the_learning_rate_warms_up_and_then_follows_a_cosine_to_a_tenth(config, finished):
+    """Two updates of warm-up of four in all: 1/3, 2/3, then the peak and half way down the cosine."""
+    peak = config.learning_rate
+    assert config.warmup_steps == 2
+    expected = [peak / 3, peak * 2 / 3, peak, (peak + peak / 10) / 2]
+    assert [metrics["lr"] for metrics in finished.files["metrics.jsonl"]] == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_evaluation_counts_what_it_says(finished):
+    for record in finished.files["evaluations.jsonl"]:
+        figures = record["accuracy"]
+        assert figures["n"] == Q
+        assert 0 <= figures["low"] <= figures["greedy"] <= figures["high"] <= 1
+        assert figures["greedy_reward"] != figures["sampled_reward"]  # variety differs, though nothing is right
+
+
+def test_the_interval_of_a_proportion_is_wilsons():
+    """The two p at which (p - share)^2 = z^2 p (1 - p) / n; never below 0 nor above 1."""
+    for right, n in ((0, 7), (7, 7), (3, 7), (60, 100), (1, 1)):
+        for p in wilson(right, n):
+            assert 0 <= p <= 1
+            assert (p - right / n) ** 2 == pytest.approx(1.959964**2 * p * (1 - p) / n, abs=1e-12)
+    assert wilson(0, 0) == (0, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------- resume
+
+
+def test_running_a_finished_run_again_changes_nothing(finished):
+    """Not even in a record: only how long the second call took."""
+    before, after = finished.result, finished.result_again
+    assert {**after, "seconds": 0} == {**before, "seconds": 0}
+    files, again = dict(finished.files), dict(finished.files_again)
+    assert {**again.pop("result.json"), "seconds": 0} == {**files.pop("result.json"), "seconds": 0}
+    assert again == files
+
+
+@pytest.mark.usefixtures("free_run_dir")
+@pytest.mark.parametrize(("step", "where"), [(1, "rollout"), (3, "rollout"), (3, "save"), (4, "save"), (4, "evaluation")])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(config, finished, step, where):
+    """Parameters, moments, counters and every record but the times: bit for bit."""
+    with interrupted(step, where):
+        run(config)
+    records = step - 1 if where == "rollout" else step
+    assert len(lines(Path(config.run_dir) / "metrics.jsonl")) == records
+    result = run(config)
+    assert {**result, "seconds": 0} == {**finished.result, "seconds": 0}
+    files = read_files(config)
+    for name in ("completions.jsonl", "evaluations.jsonl", "config.json"):
+        assert files[name] == finished.files[name]
+    assert without_times(files["metrics.jsonl"]) == without_times(finished.files["metrics.jsonl"])
+    for leaf, expected in zip(jax.tree.leaves(final_state(config)), jax.tree.leaves(finished.state), strict=True):
+        np.testing.assert_array_equal(leaf, expected)
+
+
+@pytest.mark.usefixtures("free_run_dir")
+def test_a_run_directory_belongs_to_its_settings(config, folder):
+    """What touches the result may not change; how far it goes, what it looks at and how it uses the machine may."""
+    with interrupted(3, "rollout"):
+        run(config)
+    before = read_files(config)
+    for change in ({"learning_rate": 1e-3}, {"seed": 1}, {"group_size": 2}, {"beta": 0.0}, {"mask_truncated": True}):
+        ((name, value),) = change.items()
+        with pytest.raises(ConfigError, match=rf"{name} {getattr(config, name)!r} -> {value!r}") as error:
+            run(replace(config, **change))
+        assert "\n" not in str(error.value) and "--run_dir" in str(error.value)
+    with pytest.raises(ConfigError, match=r"seed 0 -> 1, beta 0.04 -> 0.1"):
+        run(replace(config, seed=1, beta=0.1))
+    assert read_files(config) == before
+    with interrupted(3, "rollout"):
+        run(replace(config, save_every=7, eval_every=3))
+    assert read_files(config)["config.json"] == {**before["config.json"], "save_every": 7, "eval_every": 3}
+    with pytest.raises(ConfigError, match=r"has 2 steps already; .* plan only 1$"):
+        run(replace(config, max_steps=1))
+
+
+@pytest.mark.usefixtures("free_run_dir")
+def test_a_run_goes_from_eight_devices_to_one(config, finished):
+    """Two interruptions on eight devices, the rest on one. Same samples in step 1; after it, equal to rounding.
+
+    Adam turns the rounding of a vanishing gradient into a step of either sign, so parameters are compared as a whole:
+    they end within 1% of the way that training has taken them.
+    """
+    for step in (2, 4):
+        with interrupted(step, "rollout"):
+            run(config, count=8)
+    result = run(config)
+    assert result["recompilations"] == 0
+    files = read_files(config)
+    for record, expected in zip(files["completions.jsonl"][: Q * G], finished.files["completions.jsonl"], strict=False):
+        assert record == expected
+    first, expected = (without_times(f["metrics.jsonl"])[0] for f in (files, finished.files))
+    assert first == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert [m["reward"] for m in files["metrics.jsonl"]] == [m["reward"] for m in finished.files["metrics.jsonl"]]
+    with devices(1):
+        prepared = grpo.train.prepare(config)
+    with jax.set_mesh(prepared.mesh):
+        start = jax.device_get(grpo.train.load_state(prepared)[0].params)
+
+    def distance(a, b) -> float:
+        return math.sqrt(sum(float(((x - y) ** 2).sum()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)))
+
+    way = distance(finished.state.params, start)
+    assert 0 < distance(final_state(config).params, finished.state.params) < 0.01 * way
+
+
+# ------------------------------------------------------------------------------------------------------------- the update
+
+
+@dataclass
+class Bench:
+    """One rollout of the random model, on the host, to be put on any mesh."""
+
+    config: Config
+    batch: Batch
+
+    def prepared(self, count: int = 1, **changes):
+        with devices(count):
+            return grpo.train.prepare(replace(self.config, **changes))
+
+    def updates(self, batches: list[Batch], count: int = 1, **changes) -> tuple[list, list[dict[str, float]]]:
+        """States and statistics after each batch, beginning with the state before the first."""
+        prepared = self.prepared(count, **changes)
+        with jax.set_mesh(prepared.mesh):
+            state, _ = grpo.train.load_state(prepared)
+            states, stats = [jax.device_get(state)], []
+            for batch in batches:
+                state, figures = grpo.train.train_step(
+                    state, laid_out(batch), prepared.model, prepared.train, prepared.config, prepared.updates
+                )
+                states.append(jax.device_get(state))
+                stats.append({name: float(value) for name, value in jax.device_get(figures).items()})
+        return states, stats
+
+    def logprobs(self, count: int = 1, **changes) -> np.ndarray:
+        prepared = self.prepared(count, **changes)
+        with jax.set_mesh(prepared.mesh):
+            state, _ = grpo.train.load_state(prepared)
+            batch = laid_out(self.batch)
+            return jax.device_get(
+                grpo.train.completion_logprobs(state.params, batch, prepared.model, prepared.train, prepared.config)
+            )
+
+    def rollout(self, **changes) -> tuple[Batch, list[dict[str, Any]]]:
+        prepared = self.prepared(**changes)
+        with jax.set_mesh(prepared.mesh):
+            state, _ = grpo.train.load_state(prepared)
+            view = grpo.train.rollout_view(state.params, prepared.model, prepared.sample)
+            batch, records, _ = rollout(
+                view, prepared.problems[:Q], prepared.prompt_ids[:Q], 1, prepared.tokenizer, prepared.model, prepared.sample,
+                prepared.config, prepared.rewards,
+            )  # fmt: skip
+        return jax.device_get(batch), records
+
+
+def laid_out(batch: Batch) -> Batch:
+    letters = {"prompts": "QP", "lengths": "Q", "advantages": "B"}
+    return jax.tree.map(
+        put, batch, replace(batch, **{n: letters.get(n, "BC") for n, x in vars(batch).items() if x is not None})
+    )
+
+
+@pytest.fixture(scope="module")
+def bench(config) -> Bench:
+    """The reference is the policy moved a little, so that the KL has a gradient."""
+    bench = Bench(config, None)  # type: ignore[arg-type]
+    bench.batch, _ = bench.rollout()
+    noise = np.random.default_rng(0).normal(0, 0.3, bench.batch.mask.shape).astype(np.float32)
+    bench.batch = replace(bench.batch, ref_logprobs=bench.batch.sampler_logprobs + noise)
+    return bench
+
+
+def assert_same_update(states, others):
+    """The gradient, as Adam's first moment holds it, within 1e-5 of a leaf's largest entry: float32 sums in another order."""
+    moments, expected = (jax.tree.leaves(state.opt_state[1][0].mu) for state in (states[-1], others[-1]))
+    for leaf, other in zip(moments, expected, strict=True):
+        assert np.abs(other).max() > 0
+        np.testing.assert_allclose(leaf, other, rtol=0, atol=1e-5 * np.abs(other).max())
+
+
+@pytest.fixture(scope="module")
+def one_update(bench):
+    return bench.updates([bench.batch])
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_microbatches_change_the_update_by_rounding_only(bench, one_update, parts):
+    states, stats = bench.updates([bench.batch], microbatches=parts)
+    assert stats[0] == pytest.approx(one_update[1][0], rel=1e-5, abs=1e-5)
+    assert_same_update(states, one_update[0])
+
+
+def test_eight_devices_change_the_update_by_rounding_only(bench, one_update):
+    states, stats = bench.updates([bench.batch], count=8)
+    assert stats[0] == pytest.approx(one_update[1][0], rel=1e-5, abs=1e-5)
+    assert_same_update(states, one_update[0])
+
+
+def test_every_completion_is_a_sample_of_its_own(bench):
+    """Four tokens out of 360 pieces do not repeat by chance: not within a group, not across groups, not in another step."""
+    rows = [tuple(row) for row in np.asarray(bench.batch.tokens)[np.asarray(bench.batch.mask).sum(axis=1) >= 4].tolist()]
+    assert len(rows) > Q and len(set(rows)) == len(rows)
+
+
+def test_logprobs_do_not_depend_on_microbatches_and_equal_the_samplers(bench):
+    """Rows come back in their own order: parts are cut across the batch, and put together again."""
+    whole = bench.logprobs()
+    for parts in (2, 4):
+        np.testing.assert_allclose(bench.logprobs(microbatches=parts), whole, rtol=0, atol=1e-5)
+    counts = bench.batch.mask > 0
+    np.testing.assert_allclose(whole[counts], np.asarray(bench.batch.sampler_logprobs)[counts], rtol=0, atol=1e-4)
+
+
+def test_the_gradient_is_clipped_to_its_norm(config, bench, one_update):
+    """Adam's first moment after one update is (1 - b1) times the clipped gradient."""
+    (_, state), (stats,) = one_update
+    assert stats["grad_norm"] > config.max_grad_norm  # what is logged is the norm before
+    moments = jax.tree.leaves(state.opt_state[1][0].mu)
+    norm = math.sqrt(sum(float((np.asarray(leaf, float) ** 2).sum()) for leaf in moments))
+    assert norm == pytest.approx((1 - config.adam_b1) * config.max_grad_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_non_finite_update_is_skipped_and_counted(bench, bad):
+    """Parameters and moments stay bit-equal; the next good update ends the row but not the count."""
+    poisoned = replace(bench.batch, advantages=np.where(np.arange(Q * G) == 3, bad, bench.batch.advantages).astype(np.float32))
+    states, stats = bench.updates([bench.batch, poisoned, poisoned, bench.batch, poisoned])
+    assert [int(state.bad_updates) for state in states] == [0, 0, 1, 2, 2, 3]
+    assert [int(state.bad_in_a_row) for state in states] == [0, 0, 1, 2, 0, 1]
+    assert [figures["bad_updates"] for figures in stats] == [0, 1, 2, 2, 3]
+    assert [math.isfinite(figures["grad_norm"]) for figures in stats] == [True, False, False, True, False]
+    for before, after, same in zip(states[:-1], states[1:], [False, True, True, False, True], strict=True):
+        kept = (before.params, before.opt_state), (after.params, after.opt_state)
+        equal = [np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, kept), strict=True)]
+        assert all(equal) if same else not any(equal)
+
+
+@pytest.mark.usefixtures("free_run_dir")
+def test_bad_updates_in_a_row_end_the_run(config, monkeypatch):
+    """Bad in steps 1, 3 and 4: with max_bad_updates 2 the run goes on after 1 and 3, and ends at 4."""
+    real_rollout = grpo.train.rollout
+
+    def poisoned(*args):
+        batch, records, metrics = real_rollout(*args)
+        return replace(batch, advantages=batch.advantages * (1 if args[3] == 2 else jnp.nan)), records, metrics
+
+    monkeypatch.setattr(grpo.train, "rollout", poisoned)
+    with pytest.raises(FloatingPointError, match=r"^step 4: 2 non-finite updates in a row"):
+        run(config)
+    metrics = lines(Path(config.run_dir) / "metrics.jsonl")
+    assert [record["bad_updates"] for record in metrics] == [1, 1, 2]
+
+
+def test_a_second_update_on_a_rollout_compares_with_the_old_policy(config, tmp_path, monkeypatch):
+    seen, real_step = [], grpo.train.train_step
+
+    def spy(*args):
+        state, stats = real_step(*args)
+        seen.append(jax.device_get(stats))
+        return state, stats
+
+    monkeypatch.setattr(grpo.train, "train_step", spy)
+    run(replace(config, run_dir=str(tmp_path / "run"), updates_per_rollout=2, max_steps=1, eval_problems=0, warmup_steps=0))
+    first, second = seen
+    for ratio in ("ratio/min", "ratio/mean", "ratio/max"):
+        assert first[ratio] == pytest.approx(1, abs=1e-4)  # the old policy is computed by another program: rounding
+    assert second["ratio/min"] < 1 - 1e-3 and second["ratio/max"] > 1 + 1e-3
+    (logged,) = lines(tmp_path / "run" / "metrics.jsonl")
+    assert logged["ratio/max"] == second["ratio/max"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- options
+
+
+@pytest.fixture(scope="module")
+def bare(config, folder) -> Config:
+    """No KL, no correction for the sampler, no evaluation, and time enough to learn."""
+    return replace(
+        config, run_dir=str(folder / "bare"), beta=0.0, sampler_cap=0.0, eval_problems=0, max_steps=50, learning_rate=1e-2,
+        new_problems=400, save_every=100,
+    )  # fmt: skip
+
+
+def test_without_a_kl_no_reference_is_loaded_and_the_reward_rises(bare, monkeypatch):
+    """The mean of the last ten steps lies more than four standard errors above that of the first, untrained one."""
+    loads, real_load = [], grpo.train.load_params
+    monkeypatch.setattr(grpo.train, "load_params", lambda *args: loads.append(args) or real_load(*args))
+    result = run(bare)
+    assert len(loads) == 1
+    files = read_files(bare)
+    metrics, untrained = files["metrics.jsonl"], [record["reward"] for record in files["completions.jsonl"][: Q * G]]
+    assert not any(name.startswith("kl/") for record in metrics for name in record)
+    assert result["accuracy_before"] is None and result["accuracy_after"] is None
+    trained = np.mean([record["reward"] for record in metrics[-10:]])
+    assert trained > np.mean(untrained) + 4 * np.std(untrained, ddof=1) / math.sqrt(Q * G)
+
+
+def test_with_sampler_cap_0_the_samplers_logprobs_do_not_matter(bench, bare, one_update):
+    shifted = replace(bench.batch, sampler_logprobs=bench.batch.sampler_logprobs + np.float32(0.5))
+    _, with_cap = bench.updates([shifted])
+    assert with_cap[0]["grad_norm"] != pytest.approx(one_update[1][0]["grad_norm"], rel=0.01)
+    plain = Bench(bare, replace(bench.batch, ref_logprobs=None))
+    states, _ = plain.updates([plain.batch])
+    others, _ = plain.updates([replace(shifted, ref_logprobs=None)])
+    for leaf, other in zip(jax.tree.leaves(states[-1]), jax.tree.leaves(others[-1]), strict=True):
+        np.testing.assert_array_equal(leaf, other)
+
+
+@pytest.mark.parametrize("mask_truncated", [False, True])
+def test_truncated_completions_count_unless_they_are_masked(bench, mask_truncated):
+    batch, records = bench.rollout(mask_truncated=mask_truncated)
+    truncated = np.array([record["truncated"] for record in records])
+    lengths = np.array([record["length"] for record in records])
+    assert truncated.any() and not truncated.all()
+    expected = np.where(truncated & mask_truncated, 0, lengths)
+    np.testing.assert_array_equal(np.asarray(batch.mask).sum(axis=1), expected)  # the stop token counts
+    np.testing.assert_array_equal(batch.mask, np.arange(C) < expected[:, None])
+
+
+def test_top_k_1_and_a_tiny_top_p_are_greedy(bench):
+    """A group is then one completion four times; the log-probabilities are still those of the full softmax."""
+    batch, records = bench.rollout(top_k=1)
+    texts = np.array([record["text"] for record in records]).reshape(Q, G)
+    assert (texts == texts[:, :1]).all()
+    other, _ = bench.rollout(top_p=1e-6)
+    np.testing.assert_array_equal(batch.tokens, other.tokens)
+    assert (np.asarray(batch.advantages) == 0).all()
+    assert (np.asarray(batch.sampler_logprobs)[:, 0] < -0.01).all()
+
+
+@pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.5}])
+def test_top_k_and_top_p_leave_the_trainers_logprobs_alone(bench, options):
+    batch, _ = bench.rollout(**options)
+    exact = Bench(bench.config, batch).logprobs()
+    counts = np.asarray(batch.mask) > 0
+    np.testing.assert_allclose(exact[counts], np.asarray(batch.sampler_logprobs)[counts], rtol=0, atol=1e-4)
+    first_tokens = np.asarray(batch.tokens)[:, 0].reshape(Q, G)
+    choices = [len(set(group)) for group in first_tokens.tolist()]
+    assert 1 < max(choices) <= options.get("top_k", G)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None, "5"])
+def test_a_reward_that_is_no_number_is_one_line(config, value):
+    problem = grpo.train.choose_problems(config)[0][0]
+    with pytest.raises(ConfigError, match=r"^reward mine gave .* must be a finite number$") as error:
+        judge("text", problem, False, config, {"mine": lambda completion, problem: value})
+    assert problem.id in str(error.value)
+
+
+def test_a_reward_that_cannot_be_found_is_one_line(folder):
+    with pytest.raises(ConfigError, match="has no function 'vareity'"):
+        load_rewards(f"{folder / 'rewards.py'}:vareity")
+    for name in ("variety", "missing.py:variety", f"{folder}:variety"):
+        with pytest.raises(ConfigError, match=r"does not exist; give FILE.py:FUNCTION$"):
+            load_rewards(name)
+
+
+# --------------------------------------------------------------------------------------------------------------- problems
+
+
+def test_no_arithmetic_problem_is_trained_on_and_evaluated(config):
+    for eval_data in ("", "arithmetic:tune"):
+        train, held_out = grpo.train.choose_problems(replace(config, new_problems=2000, eval_problems=500, eval_data=eval_data))
+        assert (len(train), len(held_out)) == (2000, 500)
+        assert not {problem.id for problem in train} & {problem.id for problem in held_out}
+
+
+def test_no_problem_of_a_file_is_trained_on_and_evaluated(config, tmp_path):
+    """Ten questions, each twice with other blanks: whatever is held out is in neither form among the others."""
+    records = [{"question": f"What  is{' ' * copy} {n} + 1?", "answer": f"#### {n + 1}"} for n in range(10) for copy in (1, 2)]
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    def asked(problems):
+        return {" ".join(problem.question.split()) for problem in problems}
+
+    held_sets = []
+    for seed in (0, 1):
+        drawn = replace(config, data=str(path), eval_problems=4, new_problems=0, seed=seed)
+        train, held_out = grpo.train.choose_problems(drawn)
+        assert len(held_out) == 4 and len(train) == 2 * 6
+        assert not asked(train) & asked(held_out)
+        held_sets.append([problem.id for problem in held_out])
+        assert len(grpo.train.choose_problems(replace(drawn, new_problems=5))[0]) == 5
+    assert held_sets[0] == held_sets[1]  # runs of different seeds are measured on the same problems
+
+
+def test_prompts_too_long_are_dropped_and_counted(config):
+    tokenizer = load_tokenizer(config.model_path)
+    problems, held_out = grpo.train.choose_problems(config)
+    lengths = [len(encode_prompt(tokenizer, render_prompt(problem.question, ""))) for problem in problems]
+    held_lengths = [len(encode_prompt(tokenizer, render_prompt(problem.question, ""))) for problem in held_out]
+    width = sorted(lengths)[len(lengths) // 2]
+    with devices(1):
+        prepared = grpo.train.prepare(replace(config, max_prompt_tokens=width))
+    assert prepared.problems == [problem for problem, length in zip(problems, lengths, strict=True) if length <= width]
+    assert prepared.dropped == sum(length > width for length in lengths + held_lengths) > 0
+    assert [len(ids) for ids in prepared.prompt_ids] == [length for length in lengths if length <= width]
+    assert f"{prepared.dropped} too long and dropped" in grpo.train.describe(prepared)
+
+
+def test_a_tokenizer_of_another_size_is_refused(config, tmp_path):
+    model = Path(shutil.copytree(config.model_path, tmp_path / "model"))
+    values = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**values, "vocab_size": 2 * values["vocab_size"]}))
+    with devices(1), pytest.raises(ModelError, match="has 360 pieces, the model 720 rows: not this model's tokenizer"):
+        grpo.train.prepare(replace(config, model_path=str(model)))
+
+
+def test_a_step_needs_as_many_problems_as_prompts(config):
+    with devices(1), pytest.raises(ConfigError, match=r"^prompts_per_step 8 must be at most 5"):
+        grpo.train.prepare(replace(config, new_problems=5))
+
+
+# ---------------------------------------------------------------------------------------------------------------- records
+
+
+def test_records_survive_reopening_up_to_a_step(tmp_path):
+    """Also text with line separators that are no line ends to JSON, and a last line that a crash has torn."""
+    records = [{"step": step, "text": text} for step, text in enumerate(("a\u2028b", "a\x85b\x0c", 'say "\n"', "ends {}"))]
+    path = tmp_path / "records.jsonl"
+    log = JsonLines(path, 0)
+    for record in records:
+        log.write(record)
+    assert log.records == records == JsonLines(path, 3).records
+    torn = path.read_text("utf-8") + '{"step": 2, "accuracy": {"n": 1}'
+    path.write_text(torn, "utf-8")
+    assert JsonLines(path, 2).records == records[:3] == lines(path)
+    assert JsonLines(path, 0).records == records[:1] == lines(path)
+
+
+def test_a_config_is_its_record(config):
+    assert Config(**json.loads(json.dumps(asdict(config)))) == config
