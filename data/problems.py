@@ -10,12 +10,13 @@ accuracy reported. Left out: made-up problems (arithmetic.py), prompts (prompts.
 import json
 import re
 from collections.abc import Callable, Iterable
-from data import DataError
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from data import DataError
 
 HUB_ID = "openai/gsm8k"
 MAX_LINE_BYTES = 1_000_000  # GSM8K's longest record has 1,700: a longer line is another kind of file

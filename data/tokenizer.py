@@ -76,8 +76,7 @@ class Tokenizer:
         back = self.decode(self.encode(first) + self.encode(second))
         if back != first + second:
             raise DataError(
-                f"tokenizer in {self.folder} changes text: {first + second!r} comes back as {back!r}: "
-                "not a Gemma tokenizer"
+                f"tokenizer in {self.folder} changes text: {first + second!r} comes back as {back!r}: not a Gemma tokenizer"
             )
 
 

@@ -18,6 +18,7 @@ On-policy the loss is close to β·KL, near 0 whatever happens to the reward: wa
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 
 def group_std(centred: Array) -> Array:
@@ -36,7 +37,7 @@ def no_scale(centred: Array) -> Array:
     return jnp.float32(1.0)
 
 
-def group_advantages(rewards: Array, scale=group_std) -> Array:
+def group_advantages(rewards: ArrayLike, scale=group_std) -> Array:
     """How much better each completion is than its group.  QG -> QG, float32
 
     `scale` is `group_std` (GRPO), `batch_std` or `no_scale` (Dr. GRPO); 1e-4 is added to a spread, as in TRL. A group of equal
@@ -51,12 +52,11 @@ def group_advantages(rewards: Array, scale=group_std) -> Array:
 def kl_k3(logprobs: Array, ref_logprobs: Array, cap: float = 10.0) -> Array:
     """Schulman's k3 = exp(d) - d - 1 with d = ref - policy: unbiased for KL(policy || ref), never negative.  BC, BC -> BC
 
-    Near d = 0, where the subtraction leaves rounding noise, its series keeps six digits and cannot go negative. d is held
-    within ±20 and the value below `cap`, so that one token cannot take over a step. http://joschu.net/blog/kl-approx.html
+    `expm1(d) - d` errs by rounding of d, exp(d) - d - 1 by rounding of 1: noise where d is small. d is held within ±20 and the
+    value below `cap`, so that one token cannot take over a step. http://joschu.net/blog/kl-approx.html
     """
     d = jnp.clip(ref_logprobs - logprobs, -20.0, 20.0)
-    near = d * d * (1 / 2 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120 + d * (1 / 720 + d * (1 / 5040 + d / 40320))))))
-    return jnp.minimum(jnp.where(jnp.abs(d) < 0.5, near, jnp.expm1(d) - d), cap)
+    return jnp.clip(jnp.expm1(d) - d, 0.0, cap)
 
 
 def clipped_surrogate(ratio: Array, advantages: Array, epsilon_low: float, epsilon_high: float) -> Array:

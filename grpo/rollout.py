@@ -14,6 +14,7 @@ import flax.struct
 import jax
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 from data.problems import Problem
 from data.prompts import pad_prompts
@@ -60,7 +61,7 @@ def load_rewards(names: str) -> dict[str, RewardFunction]:
     return rewards
 
 
-def put(x: np.ndarray, letters: str) -> Array:
+def put(x: ArrayLike, letters: str) -> Array:
     """A host array, rows cut over all devices."""
     return jax.device_put(x, spec(letters, TRAIN))
 
@@ -84,9 +85,7 @@ def generate(
     return samples, texts, times
 
 
-def judge(
-    text: str, problem: Problem, truncated: bool, config: Config, rewards: dict[str, RewardFunction]
-) -> dict[str, Any]:
+def judge(text: str, problem: Problem, truncated: bool, config: Config, rewards: dict[str, RewardFunction]) -> dict[str, Any]:
     """One completion's record: its reward and components, its three accuracies, its format."""
     components, total = score(text, problem, truncated, config.reward_weights)
     for name, function in rewards.items():

@@ -6,7 +6,7 @@
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array, lax
 from jax.sharding import Mesh
@@ -32,15 +33,15 @@ from grpo.rollout import Batch, RewardFunction, load_rewards, rollout
 from models import ModelError
 from models.convert import load_params, read_config
 from models.gemma import Compute, GemmaConfig, Params, axes, forward_group, shapes, token_logprobs
-from models.sharding import ROLLOUT, STORE, TRAIN, check_divides, make_mesh, spec
+from models.sharding import ROLLOUT, STORE, TRAIN, check_divides, make_mesh
 
 AGGREGATIONS = {"grpo": grpo_weights, "dapo": dapo_weights, "dr_grpo": dr_grpo_weights}
 
 # What a resumed run may change: how long it goes on, what it looks at, and how it uses the machine.
-FREE_TO_CHANGE = (
-    "run_dir model_path data eval_data max_steps epochs eval_problems eval_every save_every keep_checkpoints "
-    "rollout_tp remat unroll logprob_chunk microbatches"
-).split()
+FREE_TO_CHANGE = {
+    "run_dir", "model_path", "data", "eval_data", "max_steps", "epochs", "eval_problems", "eval_every", "save_every",
+    "keep_checkpoints", "rollout_tp", "remat", "unroll", "logprob_chunk", "microbatches",
+}  # fmt: skip
 
 
 @flax.struct.dataclass
@@ -68,7 +69,7 @@ def make_optimizer(config: Config, updates: int) -> optax.GradientTransformation
 
 
 @partial(jax.jit, static_argnames=("config", "updates"))
-def init_state(params: Params, config: Config, updates: int) -> TrainState:
+def init_state(params: Any, config: Config, updates: int) -> TrainState:
     return TrainState(params, make_optimizer(config, updates).init(params), jnp.int32(0), jnp.int32(0))
 
 
@@ -102,7 +103,9 @@ def completion_logprobs(params: Params, batch: Batch, model: GemmaConfig, comput
         return logprobs_of(params, batch, model, compute, config)
     at, (B, C) = compute.at, batch.tokens.shape
     Q, n = batch.prompts.shape[0], config.microbatches
-    _, picked = lax.scan(lambda _, part: (None, logprobs_of(params, part, model, compute, config)), None, split(batch, Q, n, at))
+    _, picked = lax.scan(
+        lambda _, part: (None, logprobs_of(params, part, model, compute, config)), None, split(batch, Q, n, at)
+    )
     picked = lax.reshape(picked, (n, Q // n, B // Q, C), out_sharding=at(".Q.."))  # undo split
     return lax.reshape(jnp.moveaxis(picked, 0, 1), (B, C), out_sharding=at("BC"))
 
@@ -137,8 +140,9 @@ def train_step(
 
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    changes, opt_state = make_optimizer(config, updates).update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, changes)
+    params: Any = state.params
+    changes, opt_state = make_optimizer(config, updates).update(grads, state.opt_state, params)
+    params = optax.apply_updates(params, changes)
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
     )
@@ -211,7 +215,11 @@ def prepare(config: Config) -> Run:
     check_tokenizer(tokenizer, model)
     check_divides(f"prompts_per_step {config.prompts_per_step} / microbatches {config.microbatches} =",
                   config.prompts_per_step // config.microbatches, mesh)  # fmt: skip
-    for name, size in (("hidden_size", model.embed_dim), ("intermediate_size", model.mlp_dim), ("vocab_size", model.vocab_size)):
+    for name, size in (
+        ("hidden_size", model.embed_dim),
+        ("intermediate_size", model.mlp_dim),
+        ("vocab_size", model.vocab_size),
+    ):
         check_divides(name, size, mesh)
     rewards = load_rewards(config.reward)
     problems, eval_problems = choose_problems(config)
@@ -225,9 +233,7 @@ def prepare(config: Config) -> Run:
     dtype = ("float32" if jax.default_backend() == "cpu" else "bfloat16") if config.dtype == "auto" else config.dtype
     train = Compute(TRAIN, dtype, config.remat, config.unroll)
     sample = Compute(ROLLOUT, dtype, unroll=config.unroll)
-    return Run(
-        config, mesh, model, tokenizer, problems, prompt_ids, eval_problems, eval_ids, dropped, rewards, train, sample
-    )
+    return Run(config, mesh, model, tokenizer, problems, prompt_ids, eval_problems, eval_ids, dropped, rewards, train, sample)
 
 
 def choose_problems(config: Config) -> tuple[list[Problem], list[Problem]]:
@@ -251,7 +257,9 @@ def check_tokenizer(tokenizer: Tokenizer, model: GemmaConfig) -> None:
     """A tokenizer of another family gives ids that mean something else to the model."""
     pieces, rows = tokenizer.vocab_size, model.vocab_size
     if not 0.99 * rows < pieces <= rows:
-        raise ModelError(f"tokenizer in {tokenizer.folder} has {pieces} pieces, the model {rows} rows: not this model's tokenizer")
+        raise ModelError(
+            f"tokenizer in {tokenizer.folder} has {pieces} pieces, the model {rows} rows: not this model's tokenizer"
+        )
 
 
 def describe(run: Run) -> str:
@@ -265,7 +273,8 @@ def describe(run: Run) -> str:
     return "\n".join([
         f"model       {config.model_path}  ({count / 1e6:.1f}M parameters, {run.model.num_layers} layers, {run.train.dtype})",
         f"mesh        {mesh.size} x {device.device_kind}  (fsdp {mesh.shape['fsdp']} x tp {mesh.shape['tp']})",
-        f"data        {len(run.problems)} problems from {config.data}, {len(run.eval_problems)} held out, {run.dropped} too long and dropped",
+        f"data        {len(run.problems)} problems from {config.data}, {len(run.eval_problems)} held out, "
+        f"{run.dropped} too long and dropped",
         f"a step      {config.prompts_per_step} prompts x {config.group_size} completions = {config.rows} rows, "
         f"at most {config.max_prompt_tokens} + {config.max_new_tokens} tokens",
         f"plan        {run.steps} steps, {mu} update{'s' * (mu > 1)} each, at most {tokens / 1e6:.1f}M sampled tokens",
@@ -384,9 +393,7 @@ def accuracy(step: int, state: TrainState, evaluations: JsonLines, run: Run) -> 
     if known or not run.eval_problems:
         return known
     view = rollout_view(state.params, run.model, run.sample)
-    figures = evaluate(
-        view, run.eval_problems, run.eval_ids, run.tokenizer, run.model, run.sample, run.config, run.rewards
-    )
+    figures = evaluate(view, run.eval_problems, run.eval_ids, run.tokenizer, run.model, run.sample, run.config, run.rewards)
     evaluations.write({"step": step, "accuracy": figures})
     return figures
 
@@ -407,9 +414,9 @@ def one_step(
 
     began = time.perf_counter()
     if reference is not None:
-        batch = batch.replace(ref_logprobs=completion_logprobs(reference, batch, model, run.train, config))
+        batch = replace(batch, ref_logprobs=completion_logprobs(reference, batch, model, run.train, config))
     if config.updates_per_rollout > 1:
-        batch = batch.replace(old_logprobs=completion_logprobs(state.params, batch, model, run.train, config))
+        batch = replace(batch, old_logprobs=completion_logprobs(state.params, batch, model, run.train, config))
     jax.block_until_ready(batch)
     metrics["time/reference"] = time.perf_counter() - began
 
@@ -423,7 +430,7 @@ def one_step(
         raise FloatingPointError(f"step {step}: {int(state.bad_in_a_row)} non-finite updates in a row; lower learning_rate")
     memory = run.mesh.devices.flat[0].memory_stats() or {}
     metrics["hbm_peak"] = memory.get("peak_bytes_in_use", 0)
-    metrics["lr"] = float(learning_rate(config, run.updates)(step * config.updates_per_rollout - 1))
+    metrics["lr"] = float(np.asarray(learning_rate(config, run.updates)(step * config.updates_per_rollout - 1)))
     metrics["time/step"] = time.perf_counter() - start
     metrics["tokens_per_s/total"] = sum(record["length"] for record in records) / metrics["time/step"]
     return state, metrics | stats, records
@@ -450,7 +457,7 @@ def closing_table(result: dict[str, Any]) -> str:
     example = f"python scripts/train.py {result['preset']} --seed {result['seed'] + 1}"
     lines += [
         f"\n{result['steps']} steps in {clock(result['seconds'])}, {result['recompilations']} recompilations",
-        f"files  {result['run_dir']}/  metrics.jsonl  completions.jsonl  evaluations.jsonl  config.json  result.json  checkpoints/",
+        f"files  {result['run_dir']}: metrics, completions and evaluations.jsonl, config and result.json, checkpoints/",
         f"next   {example}      another seed: how far does luck go?",
     ]
     return "\n".join(lines)

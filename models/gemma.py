@@ -160,7 +160,7 @@ def softcap(x: Array, cap: float | None) -> Array:
 def rope_table(positions: Array, config: GemmaConfig) -> Array:  # BT -> [global, local][cos, sin]BTH/2
     """Angles of both kinds of layer, once for all layers; float32, as bfloat16 cannot tell positions 256 and 257 apart."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    rates = [base ** -exponents for base in np.float32([config.rope_base, config.rope_local_base])]
+    rates = [np.float32(base) ** -exponents for base in (config.rope_base, config.rope_local_base)]
     rates[0] = rates[0] / np.float32(config.rope_factor)
     angles = [positions[..., None].astype(jnp.float32) * rate for rate in rates]
     return jnp.stack([jnp.stack([jnp.cos(angle), jnp.sin(angle)]) for angle in angles])
@@ -204,8 +204,8 @@ def attend(q: Array, pieces: list[KV], positions: Array, window: Array, config: 
     tops = [scores.max(axis=-1, keepdims=True) for scores in logits]
     top = lax.stop_gradient(tops[0] if len(tops) == 1 else jnp.maximum(*tops))
     weights = [jnp.exp(scores - top) for scores in logits]
-    total = sum(w.sum(axis=-1, keepdims=True) for w in weights)
-    mixed = sum(mix_values(w.astype(q.dtype), kv, at) for w, kv in zip(weights, pieces, strict=True))
+    total = sum((w.sum(axis=-1, keepdims=True) for w in weights), jnp.float32(0))
+    mixed = sum((mix_values(w.astype(q.dtype), kv, at) for w, kv in zip(weights, pieces, strict=True)), jnp.float32(0))
     mixed = jnp.moveaxis((mixed / total).astype(q.dtype), 1, 2)  # BKTRH -> BTKRH
     return lax.reshape(mixed, (B, T, N * H), out_sharding=at("BTA"))
 
@@ -364,13 +364,15 @@ def pick_logprobs(logits: Array, tokens: Array, temperature: Array) -> Array:
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def token_logprobs(params: Params, hidden: Array, tokens: Array, temperature: float, config: GemmaConfig, compute: Compute, chunk: int):
+def token_logprobs(
+    params: Params, hidden: Array, tokens: Array, temperature: float, config: GemmaConfig, compute: Compute, chunk: int
+):
     """Log-probabilities of `tokens` from the hidden states that predict them.  BCD, BC -> BC
 
     Works on `chunk` tokens of every row at a time and recomputes them in the backward pass: the [B, C, V] logits, 1 MB a token
     in float32 for Gemma, never exist at once. With `chunk` >= C they do, and nothing is recomputed.
     """
-    B, C, D = hidden.shape
+    B, C, _ = hidden.shape
     count = -(-C // chunk)
     chunk = -(-C // count)
     padding = count * chunk - C

@@ -1,7 +1,9 @@
 """The dimensions of known models, for planning and benchmarks without their weights; a real run reads `config.json` instead.
 
-Sources: the models' own `config.json`. Aligned so that the eye can compare them.
+From the models' own `config.json`; aligned so that the eye can compare them.
 """
+
+from functools import partial
 
 from models.gemma import GemmaConfig
 
@@ -12,13 +14,14 @@ def local(layers: int, pattern: int) -> tuple[bool, ...]:
 
 
 # fmt: off
-GEMMA3 = dict(sliding_window=512, rope_base=1e6, post_norms=True, qk_norms=True, query_scale=256**-0.5, vocab_size=262_144)
-GEMMA2 = dict(sliding_window=4096, attn_softcap=50.0, final_softcap=30.0, post_norms=True)
+gemma2 = partial(GemmaConfig, sliding_window=4096, attn_softcap=50.0, final_softcap=30.0, post_norms=True)
+gemma3 = partial(GemmaConfig, sliding_window=512, rope_base=1e6, post_norms=True, qk_norms=True)
 
+#                             L      D  N  K    H       F        V  query scale  local layers
 MODELS: dict[str, GemmaConfig] = {
     "gemma-2b":    GemmaConfig(18, 2048, 8, 1, 256, 16_384, 256_000, 256**-0.5, (False,) * 18),
-    "gemma2-2b":   GemmaConfig(26, 2304, 8, 4, 256, 9_216, 256_000, 256**-0.5, local(26, 2), **GEMMA2),
-    "gemma3-270m": GemmaConfig(18, 640, 4, 1, 256, 2_048, local_layers=local(18, 6), **GEMMA3),
-    "gemma3-1b":   GemmaConfig(26, 1152, 4, 1, 256, 6_912, local_layers=local(26, 6), **GEMMA3),
-    "gemma2-6m":   GemmaConfig(4, 256, 4, 2, 64, 1_024, 8_192, 64**-0.5, local(4, 2), **GEMMA2),  # fits any machine
+    "gemma2-2b":        gemma2(26, 2304, 8, 4, 256,  9_216, 256_000, 256**-0.5, local(26, 2)),
+    "gemma3-1b":        gemma3(26, 1152, 4, 1, 256,  6_912, 262_144, 256**-0.5, local(26, 6)),
+    "gemma3-270m":      gemma3(18,  640, 4, 1, 256,  2_048, 262_144, 256**-0.5, local(18, 6)),
+    "gemma2-6m":        gemma2( 4,  256, 4, 2,  64,  1_024,   8_192,  64**-0.5, local(4, 2)),  # for any machine
 }

@@ -9,6 +9,7 @@ The log-probability that comes with each token is that of the full softmax at th
 it, whatever top-k and top-p left out. Left out: beams, penalties, speculation.
 """
 
+import dataclasses
 import math
 from functools import partial
 
@@ -17,8 +18,19 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from models.gemma import KV, Compute, GemmaConfig, Params, forward, forward_cached, last_slot, pick_logprobs, prompt_slots
-from models.gemma import repeat, vocab_logits
+from models.gemma import (
+    KV,
+    Compute,
+    GemmaConfig,
+    Params,
+    forward,
+    forward_cached,
+    last_slot,
+    pick_logprobs,
+    prompt_slots,
+    repeat,
+    vocab_logits,
+)  # fmt: skip
 
 
 @flax.struct.dataclass
@@ -93,7 +105,7 @@ def decode(
     alive = ~zeros(B, bool)
     carry = jnp.int32(0), alive, repeat(prefix.hidden, B // Q, at), KV(empty, empty, positions), samples
     _, alive, _, _, samples = lax.while_loop(running, step, carry)
-    return samples.replace(truncated=alive)
+    return dataclasses.replace(samples, truncated=alive)
 
 
 def write(grid: Array, column: Array, slot: Array) -> Array:  # BC, B -> BC
@@ -172,6 +184,4 @@ def sample(
 ) -> Samples:  # fmt: skip
     """`prefill`, then `decode`: QP, Q, B keys, B -> Samples."""
     prefix = prefill(params, prompts, lengths, config, compute)
-    return decode(
-        params, prefix, keys, temperature, config, compute, width=width, stop_ids=stop_ids, top_k=top_k, top_p=top_p
-    )
+    return decode(params, prefix, keys, temperature, config, compute, width=width, stop_ids=stop_ids, top_k=top_k, top_p=top_p)

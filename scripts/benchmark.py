@@ -1,6 +1,6 @@
 """How fast a step and its parts run, with random weights and random tokens at any model's size: nothing is downloaded.
 
-    python scripts/benchmark.py --model gemma2-6m --prompts_per_step 8 --group_size 4 --max_prompt_tokens 128 --max_new_tokens 128
+    python scripts/benchmark.py --model gemma2-6m --prompts_per_step 8 --max_prompt_tokens 128 --max_new_tokens 128
 
 No completion stops early, so every row has its full length. Prints medians (min-max) over `--repeats`, after one warm-up, then
 one line of JSON.
@@ -20,8 +20,8 @@ import numpy as np
 from data.problems import Problem
 from grpo.cli import run_script
 from grpo.config import Config, ConfigError, flag, parse
+from grpo.rollout import rollout
 from grpo.train import Run, completion_logprobs, init_state, one_step, rollout_view, train_step
-from grpo.rollout import generate, rollout
 from models.gemma import Compute, init_params
 from models.presets import MODELS
 from models.sharding import ROLLOUT, STORE, TRAIN, check_divides, make_mesh
@@ -79,20 +79,18 @@ def main(argv: list[str]) -> dict[str, Any]:
         counter = iter(range(10**6))
 
         def roll():
-            return rollout(
-                view, problems, prompt_ids, next(counter), run.tokenizer, model, run.sample, config, {}
-            )
+            return rollout(view, problems, prompt_ids, next(counter), run.tokenizer, model, run.sample, config, {})
 
         figures["rollout"] = timed(lambda: roll()[0], config.repeats)
-        figures["prefill"], figures["decode"] = ([roll()[2][f"time/{name}"] for _ in range(config.repeats)] for name in ("prefill", "decode"))
+        times = [roll()[2] for _ in range(config.repeats)]
+        figures["prefill"], figures["decode"] = [t["time/prefill"] for t in times], [t["time/decode"] for t in times]
         batch = roll()[0]
-        del view
 
         def refer():
             return completion_logprobs(reference, batch, model, run.train, config)
 
         figures["reference"] = timed(refer, config.repeats)
-        batch = batch.replace(ref_logprobs=refer())
+        batch = dataclasses.replace(batch, ref_logprobs=refer())
 
         def update():
             nonlocal state
@@ -112,7 +110,9 @@ def main(argv: list[str]) -> dict[str, Any]:
     phases = {}
     for name, seconds in figures.items():
         middle = statistics.median(seconds)
-        print(f"{name:10} {middle:8.3f} s ({min(seconds):.3f}-{max(seconds):.3f})   {sampled / middle:10.0f} completion tokens/s")
+        print(
+            f"{name:10} {middle:8.3f} s ({min(seconds):.3f}-{max(seconds):.3f})   {sampled / middle:10.0f} completion tokens/s"
+        )
         phases[name] = {
             "ms": 1e3 * middle, "ms_min": 1e3 * min(seconds), "ms_max": 1e3 * max(seconds), "tokens_per_s": sampled / middle,
         }  # fmt: skip

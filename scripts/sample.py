@@ -51,7 +51,7 @@ class SampleConfig:
                 raise ConfigError(f"{name} {getattr(self, name)} must be at least 1")
         if not 0 <= self.temperature < float("inf") or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ConfigError(
-                f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}: must be at least 0, at least 0, in (0, 1]"
+                f"temperature {self.temperature} and top_k {self.top_k} must be at least 0, top_p {self.top_p} in (0, 1]"
             )
 
 

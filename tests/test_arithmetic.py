@@ -4,8 +4,7 @@ import re
 
 import pytest
 
-from data import arithmetic
-from data import DataError
+from data import DataError, arithmetic
 from data.arithmetic import demonstration, make_problems
 
 SPLITS = ("train", "tune", "test")

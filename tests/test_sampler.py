@@ -57,7 +57,8 @@ def any_model(request, mesh, model) -> Model:
 
 
 def run(
-    model: Model, prompts=PROMPTS, lengths=LENGTHS, rows=range(B), temperature: np.ndarray = TEMPERATURES, seed=0, step=0, **more
+    model: Model, prompts=PROMPTS, lengths=LENGTHS, rows=range(B), temperature: np.ndarray = TEMPERATURES, seed=0,
+    step=0, **more
 ) -> Samples:  # fmt: skip
     """Samples as numpy arrays."""
     keys = row_keys(seed, step, jnp.array(rows))

@@ -229,9 +229,9 @@ def test_every_suggested_metric_is_there_and_finite(finished):
     names |= {
         "step", "reward", "reward_std", "accuracy", "accuracy/strict", "accuracy/flexible", "frac_reward_zero_std",
         "frac_truncated", "kl/k3", "kl/k1", "entropy", "clip/low", "clip/high", "logp_diff_sampler_trainer/mean",
-        "logp_diff_sampler_trainer/max", "advantage/abs_mean", "advantage/max", "loss", "grad_norm", "bad_updates", "lr", "completions/mean_length",
-        "completions/max_length", "completions/mean_terminated_length", "completions/mean_words", "tokens_per_s/decode",
-        "tokens_per_s/total", "hbm_peak", "compiles",
+        "logp_diff_sampler_trainer/max", "advantage/abs_mean", "advantage/max", "loss", "grad_norm", "bad_updates", "lr",
+        "completions/mean_length", "completions/max_length", "completions/mean_terminated_length", "completions/mean_words",
+        "tokens_per_s/decode", "tokens_per_s/total", "hbm_peak", "compiles",
     }  # fmt: skip
     for record in finished.files["metrics.jsonl"]:
         assert names <= set(record)
