@@ -58,7 +58,7 @@ def split_problems(problems: list[Problem], held_out: int, seed: int) -> tuple[l
     Both keep the given order. When a held-out question stands in the data twice, its copies go to neither part.
     Raises DataError when there are not more than `held_out` different questions.
     """
-    first_by_question = {_question_key(p): i for i, p in reversed(list(enumerate(problems)))}
+    first_by_question = {question_key(p): i for i, p in reversed(list(enumerate(problems)))}
     if not 0 <= held_out < len(first_by_question):
         raise DataError(
             f"cannot hold out {held_out} of {len(first_by_question)} different questions: "
@@ -66,13 +66,14 @@ def split_problems(problems: list[Problem], held_out: int, seed: int) -> tuple[l
         )
     candidates = sorted(first_by_question.values())
     chosen = {candidates[i] for i in np.random.default_rng(seed).permutation(len(candidates))[:held_out]}
-    held_questions = {_question_key(problems[i]) for i in chosen}
-    train = [p for p in problems if _question_key(p) not in held_questions]
+    held_questions = {question_key(problems[i]) for i in chosen}
+    train = [p for p in problems if question_key(p) not in held_questions]
     return train, [p for i, p in enumerate(problems) if i in chosen]
 
 
-def _question_key(problem: Problem) -> str:
-    return " ".join(problem.question.split())  # a copy with other blanks is still the same question
+def question_key(problem: Problem) -> str:
+    """What makes two problems the same one: the question, whatever its blanks."""
+    return " ".join(problem.question.split())
 
 
 def _load_jsonl(path: Path) -> list[Problem]:

@@ -128,7 +128,7 @@ class Config:
 PRESETS: dict[str, Config] = {
     "tiny": Config(
         preset="tiny", model_path=TINY_MODEL, data="arithmetic", system_prompt="", new_problems=4000, max_steps=60,
-        prompts_per_step=16, group_size=8, max_prompt_tokens=48, max_new_tokens=32, learning_rate=3e-4, warmup_steps=5,
+        prompts_per_step=16, group_size=8, max_prompt_tokens=48, max_new_tokens=32, learning_rate=5e-4, warmup_steps=5,
         eval_problems=500, remat="none", logprob_chunk=32,
     ),
     "gemma3-270m": Config(preset="gemma3-270m", epochs=10, learning_rate=2e-6, prompts_per_step=16),

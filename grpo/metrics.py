@@ -31,7 +31,12 @@ class JsonLines:
 
     def write_all(self, records: list[dict[str, Any]]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            file.writelines(json.dumps(strict(record), ensure_ascii=False) + "\n" for record in records)
+
+
+def strict(record: dict[str, Any]) -> dict[str, Any]:
+    """NaN and infinities become null: JSON has no others."""
+    return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in record.items()}
 
 
 class CompileCounter:

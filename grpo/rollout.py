@@ -5,6 +5,7 @@ Left out: which problems (data/batches.py), what the batch does to the policy (t
 
 import importlib.util
 import math
+import numbers
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from data.prompts import pad_prompts
 from data.tokenizer import Tokenizer
 from grpo.config import Config, ConfigError
 from grpo.loss import batch_std, group_advantages, group_std, no_scale
-from grpo.reward import accuracies, format_checks, score
+from grpo.reward import WEIGHTS, accuracies, format_checks, score
 from models.gemma import Compute, GemmaConfig, Params
 from models.sampler import Samples, decode, prefill, row_keys
 from models.sharding import TRAIN, spec
@@ -57,6 +58,8 @@ def load_rewards(names: str) -> dict[str, RewardFunction]:
         module_spec.loader.exec_module(module)
         if not callable(getattr(module, function, None)):
             raise ConfigError(f"reward {name!r}: {path} has no function {function!r}")
+        if function in WEIGHTS or function in rewards:
+            raise ConfigError(f"reward {name!r}: the name {function!r} is taken; give the function another")
         rewards[function] = getattr(module, function)
     return rewards
 
@@ -90,10 +93,10 @@ def judge(text: str, problem: Problem, truncated: bool, config: Config, rewards:
     components, total = score(text, problem, truncated, config.reward_weights)
     for name, function in rewards.items():
         value = function(text, problem)
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
             raise ConfigError(f"reward {name} gave {value!r} for problem {problem.id}: must be a finite number")
         components = {**components, name: float(value)}
-        total += value
+        total += float(value)
     return {
         "text": text,
         "reward": total,

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from data.arithmetic import make_problems
 from data.batches import step_indices
-from data.problems import Problem, load_problems, split_problems
+from data.problems import Problem, load_problems, question_key, split_problems
 from data.prompts import drop_long
 from data.tokenizer import Tokenizer, load_tokenizer
 from grpo.checkpoint import Checkpoints, digest
@@ -39,8 +39,8 @@ AGGREGATIONS = {"grpo": grpo_weights, "dapo": dapo_weights, "dr_grpo": dr_grpo_w
 
 # What a resumed run may change: how long it goes on, what it looks at, and how it uses the machine.
 FREE_TO_CHANGE = {
-    "run_dir", "model_path", "data", "eval_data", "max_steps", "epochs", "eval_problems", "eval_every", "save_every",
-    "keep_checkpoints", "rollout_tp", "remat", "unroll", "logprob_chunk", "microbatches",
+    "run_dir", "model_path", "data", "max_steps", "epochs", "eval_every", "save_every", "keep_checkpoints", "rollout_tp",
+    "remat", "unroll", "logprob_chunk", "microbatches",
 }  # fmt: skip
 
 
@@ -241,12 +241,16 @@ def choose_problems(config: Config) -> tuple[list[Problem], list[Problem]]:
     if config.data == "arithmetic":
         problems = make_problems(config.new_problems or 4000, config.seed, "train")
         split = config.eval_data.removeprefix("arithmetic:") or "test"
+        if split not in ("tune", "test"):
+            raise ConfigError(
+                f"eval_data {config.eval_data!r} must be arithmetic:tune or arithmetic:test with --data arithmetic"
+            )
         return problems, make_problems(config.eval_problems, 0, split)
     problems = load_problems(config.data)
     if config.eval_data:
         held_out = load_problems(config.eval_data)[: config.eval_problems]
-        asked = {problem.question for problem in held_out}
-        problems = [problem for problem in problems if problem.question not in asked]
+        asked = {question_key(problem) for problem in held_out}
+        problems = [problem for problem in problems if question_key(problem) not in asked]
     else:
         problems, held_out = split_problems(problems, config.eval_problems, seed=0)
     order = step_indices(0, len(problems), len(problems), config.seed)
@@ -301,16 +305,17 @@ def run_dir(config: Config) -> Path:
 
 
 def open_run_dir(config: Config) -> Path:
-    """The run's directory, with its configuration in it. A resumed run may change only what does not touch the result."""
-    folder = run_dir(config)
-    path, now = folder / "config.json", asdict(config)
-    saved = json.loads(path.read_text()) if path.is_file() else now
+    """The run's directory, made if need be. A run that it holds may change only what does not touch the result."""
+    folder, now = run_dir(config), asdict(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        saved = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else now
+    except OSError as error:
+        raise ConfigError(f"run_dir {folder} cannot be used: {error.strerror}; give another --run_dir") from None
     differing = [name for name in now if name not in FREE_TO_CHANGE and saved.get(name) != now[name]]
     if differing:
         changes = ", ".join(f"{name} {saved.get(name)!r} -> {now[name]!r}" for name in differing)
         raise ConfigError(f"{folder} holds a run with other settings ({changes}); use another --run_dir or the same settings")
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(now, indent=1) + "\n")
     return folder
 
 
@@ -346,6 +351,7 @@ def train(config: Config) -> dict[str, Any]:
         state, reference = load_state(run)
         checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
         done, state = resume(state, checkpoints, run)
+        (folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
         metrics_log, completions, evaluations = (
             JsonLines(folder / f"{name}.jsonl", done) for name in ("metrics", "completions", "evaluations")
         )
@@ -359,6 +365,9 @@ def train(config: Config) -> dict[str, Any]:
             metrics_log.write({"step": step, **metrics})
             completions.write_all(records)
             progress.show(step, metrics)
+            if metrics["bad_updates_in_a_row"] >= config.max_bad_updates:
+                count = metrics["bad_updates_in_a_row"]
+                raise FloatingPointError(f"step {step}: {count} non-finite updates in a row; try a lower learning_rate")
             if step % config.save_every == 0 or step == run.steps:
                 checkpoints.save(step, state, {"step": step})
             if config.eval_every and step % config.eval_every == 0:
@@ -392,9 +401,10 @@ def accuracy(step: int, state: TrainState, evaluations: JsonLines, run: Run) -> 
     known = recorded(step, evaluations)
     if known or not run.eval_problems:
         return known
+    start = time.perf_counter()
     view = rollout_view(state.params, run.model, run.sample)
     figures = evaluate(view, run.eval_problems, run.eval_ids, run.tokenizer, run.model, run.sample, run.config, run.rewards)
-    evaluations.write({"step": step, "accuracy": figures})
+    evaluations.write({"step": step, "time/eval": time.perf_counter() - start, "accuracy": figures})
     return figures
 
 
@@ -426,8 +436,7 @@ def one_step(
         state, stats = train_step(state, batch, model, run.train, config, run.updates)
     stats = {name: float(value) for name, value in jax.device_get(stats).items()}
     metrics["time/update"] = time.perf_counter() - began
-    if int(state.bad_in_a_row) >= config.max_bad_updates:
-        raise FloatingPointError(f"step {step}: {int(state.bad_in_a_row)} non-finite updates in a row; lower learning_rate")
+    metrics["bad_updates_in_a_row"] = int(state.bad_in_a_row)
     memory = run.mesh.devices.flat[0].memory_stats() or {}
     metrics["hbm_peak"] = memory.get("peak_bytes_in_use", 0)
     metrics["lr"] = float(np.asarray(learning_rate(config, run.updates)(step * config.updates_per_rollout - 1)))
@@ -438,7 +447,7 @@ def one_step(
 
 def closing_table(result: dict[str, Any]) -> str:
     """What came of it, and where it lies."""
-    lines = [f"\n{'':24}{'before':>10}{'after':>10}"]
+    lines = []
     before, after = result["accuracy_before"], result["accuracy_after"]
     if before and after:
 
@@ -447,6 +456,7 @@ def closing_table(result: dict[str, Any]) -> str:
 
         interval = [f"{100 * figures['low']:.0f}-{100 * figures['high']:.0f}%" for figures in (before, after)]
         lines += [
+            f"\n{'':24}{'before':>10}{'after':>10}",
             row(f"accuracy, greedy (N={after['n']})", "greedy", ".1%"),
             f"{'  95% interval':24}{interval[0]:>10}{interval[1]:>10}",
             row("accuracy, sampled", "sampled", ".1%"),

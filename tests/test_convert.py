@@ -159,14 +159,26 @@ def test_a_head_stored_beside_the_embedding_is_ignored(folder, mesh):
 def test_each_device_gets_its_slice_and_reads_no_more(mesh, monkeypatch):
     source = REFERENCES / "gemma3-gqa"
     config, one, sizes = read_config(source), read(source, mesh), []
-    slice_of = Weights.slice
+    opened = Weights.opened
 
-    def counted(self, *arguments):
-        array = slice_of(self, *arguments)
-        sizes.append(array.size)
-        return array
+    class Counted:
+        """An open file that notes the size of every piece that is read of it."""
 
-    monkeypatch.setattr(Weights, "slice", counted)
+        def __init__(self, weights, file):
+            self.handle = opened(weights, file)
+            self.keys = self.handle.keys
+
+        def get_slice(self, name):
+            self.tensor = self.handle.get_slice(name)
+            self.get_shape, self.get_dtype = self.tensor.get_shape, self.tensor.get_dtype
+            return self
+
+        def __getitem__(self, index):
+            array = self.tensor[index]
+            sizes.append(array.size)
+            return array
+
+    monkeypatch.setattr(Weights, "opened", lambda weights, file: Counted(weights, file))
     for tp, rules in ((1, STORE), (2, STORE), (4, ROLLOUT)):
         sizes.clear()
         whole = make_mesh(tp)

@@ -14,7 +14,7 @@ import models.sampler
 from grpo.metrics import CompileCounter
 from models.convert import load_params, read_config
 from models.gemma import FAR, Compute, GemmaConfig, Params, forward, forward_group, token_logprobs, vocab_logits
-from models.sampler import Samples, decode, draw, prefill, row_keys, sample
+from models.sampler import Samples, decode, draw, keep_heaviest, prefill, row_keys, sample
 from models.sharding import ROLLOUT, make_mesh
 
 COMPUTE = Compute(ROLLOUT)
@@ -36,8 +36,10 @@ class Model:
 @pytest.fixture(scope="module", autouse=True)
 def mesh():
     mesh = make_mesh(devices=jax.devices()[:1])
+    jax.config.update("jax_disable_most_optimizations", True)  # compiles in half the time
     with jax.set_mesh(mesh):
         yield mesh
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def read(folder, mesh, **changes) -> Model:
@@ -337,6 +339,15 @@ def test_top_k_and_top_p_keep_what_sorting_keeps(top_k, top_p):
 def test_top_p_stops_at_the_entry_that_reaches_it_and_keeps_its_ties(top_p, shares):
     counts = draw_many(np.log([8.0, 4, 2, 2]), np.linspace(0, 1, 1000, endpoint=False), 1.0, 0, top_p)
     assert (counts > 0).sum() == shares
+
+
+def test_the_threshold_is_exact_to_the_last_bit():
+    half, smallest = np.float32(0.5), np.finfo(np.float32).tiny
+    weights = np.array([smallest, np.nextafter(half, 0), 1, half, 0, np.nextafter(half, 1)], np.float32)
+    heaviest = np.argsort(-weights)
+    for k in range(1, 6):
+        cut = keep_heaviest(jnp.asarray(weights[None]), lambda kept: (kept > 0).sum(axis=-1), jnp.full(1, k))
+        assert sorted(np.flatnonzero(np.asarray(cut)[0])) == sorted(heaviest[:k])
 
 
 def primitives(jaxpr) -> set[str]:

@@ -346,9 +346,10 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(config, finished, step,
     result = run(config)
     assert {**result, "seconds": 0} == {**finished.result, "seconds": 0}
     files = read_files(config)
-    for name in ("completions.jsonl", "evaluations.jsonl", "config.json"):
+    for name in ("completions.jsonl", "config.json"):
         assert files[name] == finished.files[name]
-    assert without_times(files["metrics.jsonl"]) == without_times(finished.files["metrics.jsonl"])
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        assert without_times(files[name]) == without_times(finished.files[name])
     for leaf, expected in zip(jax.tree.leaves(final_state(config)), jax.tree.leaves(finished.state), strict=True):
         np.testing.assert_array_equal(leaf, expected)
 
@@ -548,7 +549,7 @@ def test_bad_updates_in_a_row_end_the_run(config, monkeypatch):
     with pytest.raises(FloatingPointError, match=r"^step 4: 2 non-finite updates in a row"):
         run(config)
     metrics = lines(Path(config.run_dir) / "metrics.jsonl")
-    assert [record["bad_updates"] for record in metrics] == [1, 1, 2]
+    assert [record["bad_updates"] for record in metrics] == [1, 1, 2, 3]
 
 
 def test_a_second_update_on_a_rollout_compares_with_the_old_policy(config, tmp_path, monkeypatch):
@@ -731,3 +732,22 @@ def test_records_survive_reopening_up_to_a_step(tmp_path):
 
 def test_a_config_is_its_record(config):
     assert Config(**json.loads(json.dumps(asdict(config)))) == config
+
+
+@pytest.mark.parametrize("name", ["correct", "variety"])
+def test_a_reward_needs_a_name_of_its_own(config, tmp_path, name):
+    (tmp_path / "mine.py").write_text(f"def {name}(completion, problem):\n    return 1.0\n")
+    path = f"{tmp_path / 'mine.py'}:{name}"
+    with pytest.raises(ConfigError, match=f"the name '{name}' is taken"):
+        run(replace(config, reward=path if name == "correct" else f"{path},{path}"))
+
+
+def test_training_problems_are_refused_for_evaluation(config):
+    with pytest.raises(ConfigError, match="must be arithmetic:tune or arithmetic:test"):
+        run(replace(config, eval_data="arithmetic:train"))
+
+
+def test_a_run_dir_that_cannot_be_used_is_named(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"run_dir .*file/run cannot be used: Not a directory"):
+        run(replace(config, run_dir=str(tmp_path / "file" / "run")))
