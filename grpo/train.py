@@ -232,7 +232,7 @@ def prepare(config: Config) -> Run:
         raise ConfigError(f"prompts_per_step {config.prompts_per_step} must be at most {len(problems)}, the problems there are")
     dtype = ("float32" if jax.default_backend() == "cpu" else "bfloat16") if config.dtype == "auto" else config.dtype
     train = Compute(TRAIN, dtype, config.remat, config.unroll)
-    sample = Compute(ROLLOUT, dtype, unroll=config.unroll)
+    sample = Compute(ROLLOUT, dtype)
     return Run(config, mesh, model, tokenizer, problems, prompt_ids, eval_problems, eval_ids, dropped, rewards, train, sample)
 
 

@@ -71,7 +71,7 @@ class Compute:
     rules: Rules = TRAIN
     dtype: str = "float32"
     remat: str = "none"  # none | dots | full: what the backward pass recomputes
-    unroll: bool = False  # faster decoding on a CPU, slower to compile
+    unroll: bool = False  # faster updates on a CPU, slower decoding, slower to compile
 
     def at(self, letters: str):
         return spec(letters, self.rules)

@@ -69,7 +69,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     problems = [Problem(str(i), "", str(i)) for i in range(Q)]
     run = Run(
         config, mesh, model, NumberTokens(), problems, prompt_ids, [], [], 0, {},  # type: ignore[arg-type]
-        Compute(TRAIN, dtype, config.remat, config.unroll), Compute(ROLLOUT, dtype, unroll=config.unroll),
+        Compute(TRAIN, dtype, config.remat, config.unroll), Compute(ROLLOUT, dtype),
     )  # fmt: skip
     figures: dict[str, list[float]] = {}
     with jax.set_mesh(mesh):
