@@ -84,7 +84,7 @@ class Config:
     # machine
     rollout_tp: int = flag(1, "devices that share one copy of the MLP and the vocabulary while sampling")
     dtype: str = flag("auto", "of activations; auto: float32 on a CPU, bfloat16 elsewhere", ("auto", "float32", "bfloat16"))
-    remat: str = flag("dots", "what the backward pass recomputes", ("none", "dots", "full"))
+    remat: str = flag("full", "what the backward pass recomputes", ("none", "dots", "full"))
     unroll: bool = flag(False, "unroll the layers in the update: faster on a CPU, slower to compile")
     logprob_chunk: int = flag(64, "tokens of each row whose vocabulary logits exist at a time")
 
