@@ -2,7 +2,7 @@
 
 Epoch e is a permutation of all problems drawn from (seed, e). Steps read the epochs end to end without gaps, so a
 step may hold the end of one and the start of the next; only such a step can hold a problem twice.
-Left out: reading the problems, and the windows and reviews of relay sessions (grpo/session.py).
+Left out: reading the problems, and the windows and reviews of relay sessions.
 """
 
 import numpy as np

@@ -82,7 +82,9 @@ class Config:
     save_every: int = flag(50, "checkpoint every N steps, and at the end")
     keep_checkpoints: int = flag(2, "how many to keep")
     # machine
-    rollout_tp: int = flag(1, "devices that share one copy of the MLP and the vocabulary while sampling")
+    rollout_tp: int = flag(
+        1, "devices that share one copy of the MLP and the vocabulary while sampling; 0: as many as can, up to 8"
+    )
     dtype: str = flag("auto", "of activations; auto: float32 on a CPU, bfloat16 elsewhere", ("auto", "float32", "bfloat16"))
     remat: str = flag("full", "what the backward pass recomputes", ("none", "dots", "full"))
     unroll: bool = flag(False, "unroll the layers in the update: faster on a CPU, slower to compile")
@@ -96,12 +98,12 @@ class Config:
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{field.name} {value} must be a finite number")
         positive = "prompts_per_step max_prompt_tokens max_new_tokens temperature epochs learning_rate max_grad_norm"
-        positive += " updates_per_rollout microbatches rollout_tp logprob_chunk save_every keep_checkpoints max_bad_updates"
+        positive += " updates_per_rollout microbatches logprob_chunk save_every keep_checkpoints max_bad_updates"
         for name in positive.split():
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} {getattr(self, name)} must be above 0")
         zero = "new_problems max_steps seed top_k beta epsilon_low epsilon_high sampler_cap warmup_steps weight_decay"
-        for name in [*zero.split(), "eval_problems", "eval_every", "adam_b1", "adam_b2"]:
+        for name in [*zero.split(), "rollout_tp", "eval_problems", "eval_every", "adam_b1", "adam_b2"]:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} {getattr(self, name)} must not be negative")
         for name, end in (("adam_b1", 1), ("adam_b2", 1), ("seed", 2**32)):
@@ -132,9 +134,9 @@ PRESETS: dict[str, Config] = {
         eval_problems=500, remat="none", logprob_chunk=32,
     ),
     "gemma3-270m": Config(preset="gemma3-270m", epochs=10, learning_rate=2e-6, prompts_per_step=16),
-    "gemma3-1b": Config(preset="gemma3-1b", epochs=10, rollout_tp=4),
-    "gemma-2b": Config(preset="gemma-2b", epochs=10, max_new_tokens=768, rollout_tp=8),
-    "gemma2-2b": Config(preset="gemma2-2b", epochs=10, max_new_tokens=768, rollout_tp=8),
+    "gemma3-1b": Config(preset="gemma3-1b", epochs=10, rollout_tp=0),
+    "gemma-2b": Config(preset="gemma-2b", epochs=10, max_new_tokens=768, rollout_tp=0),
+    "gemma2-2b": Config(preset="gemma2-2b", epochs=10, max_new_tokens=768, rollout_tp=0),
 }  # fmt: skip
 
 C = TypeVar("C")

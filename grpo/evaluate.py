@@ -1,6 +1,6 @@
 """Accuracy on held-out problems: each answered greedily and once by sampling, from one prefill.
 
-Left out: voting over several samples (consensus.py).
+Left out: voting over several samples.
 """
 
 from typing import Any

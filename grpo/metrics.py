@@ -61,12 +61,12 @@ class Progress:
         now = time.monotonic()
         if not self.first:  # the first step compiles: the time left is judged by the others
             self.first, self.start = step, now
-        pace = (now - self.start) / (step - self.first) if step > self.first else metrics["time/step"]
-        left = (self.steps - step) * pace
+        pace = (now - self.start) / max(step - self.first, 1)
+        left = f"{clock((self.steps - step) * pace)} left" if step > self.first else "compiled"
         line = (
             f"step {step}/{self.steps}  reward {metrics['reward']:6.2f}  accuracy {metrics['accuracy']:5.1%}  "
             f"length {metrics['completions/mean_length']:5.1f}  kl {metrics.get('kl/k3', 0):.4f}  "
-            f"{metrics['time/step']:.2f} s  {clock(left)} left"
+            f"{metrics['time/step']:.2f} s  {left}"
         )
         last = step == self.steps
         print("\r\x1b[K" + line if self.terminal else line, end="" if self.terminal and not last else "\n", flush=True)

@@ -1,7 +1,7 @@
 """The loop: roll out, score, compare with the reference, update; as often as the plan says.
 
 `train_step` is one optimizer update on a rollout, `train` the run around it. A step is one rollout and its
-`updates_per_rollout` updates. Left out: relay sessions and their reviews (session.py).
+`updates_per_rollout` updates. Left out: relay sessions and their reviews.
 """
 
 import json
@@ -33,7 +33,7 @@ from grpo.rollout import Batch, RewardFunction, load_rewards, rollout
 from models import ModelError
 from models.convert import load_params, read_config
 from models.gemma import Compute, GemmaConfig, Params, axes, forward_group, shapes, token_logprobs
-from models.sharding import ROLLOUT, STORE, TRAIN, check_divides, make_mesh
+from models.sharding import ROLLOUT, STORE, TRAIN, activation_dtype, check_divides, make_mesh
 
 AGGREGATIONS = {"grpo": grpo_weights, "dapo": dapo_weights, "dr_grpo": dr_grpo_weights}
 
@@ -230,7 +230,7 @@ def prepare(config: Config) -> Run:
         dropped += more
     if len(problems) < config.prompts_per_step:
         raise ConfigError(f"prompts_per_step {config.prompts_per_step} must be at most {len(problems)}, the problems there are")
-    dtype = ("float32" if jax.default_backend() == "cpu" else "bfloat16") if config.dtype == "auto" else config.dtype
+    dtype = activation_dtype(config.dtype)
     train = Compute(TRAIN, dtype, config.remat, config.unroll)
     sample = Compute(ROLLOUT, dtype)
     return Run(config, mesh, model, tokenizer, problems, prompt_ids, eval_problems, eval_ids, dropped, rewards, train, sample)

@@ -13,6 +13,7 @@ Weights are cut tp-major and rows fsdp-major, so that STORE -> ROLLOUT is one al
 `tp` group lie next to each other. On one device every rule is the identity. Left out: pipeline and sequence parallelism.
 """
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -47,9 +48,10 @@ ROLLOUT = Rules(Q=ROWS, B=ROWS, M="fsdp", W="fsdp", F="tp", V="tp")
 def make_mesh(tp: int = 1, devices: list | None = None) -> Mesh:
     """A mesh of all `devices` (default: every device of every process), `tp` of them sharing one copy of the rows.
 
-    Raises ModelError when `tp` does not divide the number of devices.
+    0 takes the largest power of two, up to 8, that divides the number of devices. Raises ModelError when `tp` does not.
     """
     devices = devices or jax.devices()
+    tp = math.gcd(8, len(devices)) if tp == 0 else tp
     if tp < 1 or len(devices) % tp:
         legal = [k for k in range(1, len(devices) + 1) if len(devices) % k == 0]
         raise ModelError(f"rollout_tp {tp} does not divide {len(devices)} devices; use one of {legal}")
@@ -80,6 +82,13 @@ def specs(axes, rules: Rules):
 def reshard(tree, axes, rules: Rules):
     """Lay every leaf of `tree` out as `rules` want it; leaves that lie so already are left alone."""
     return jax.tree.map(lambda leaf, letters: jax.sharding.reshard(leaf, spec(letters, rules)), tree, axes)
+
+
+def activation_dtype(name: str) -> str:
+    """`auto` is float32 on a CPU, whose bfloat16 is slow, and bfloat16 elsewhere."""
+    if name != "auto":
+        return name
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def check_divides(what: str, size: int, mesh: Mesh) -> None:

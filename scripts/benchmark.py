@@ -24,7 +24,7 @@ from grpo.rollout import rollout
 from grpo.train import Run, completion_logprobs, init_state, one_step, rollout_view, train_step
 from models.gemma import Compute, init_params
 from models.presets import MODELS
-from models.sharding import ROLLOUT, STORE, TRAIN, check_divides, make_mesh
+from models.sharding import ROLLOUT, STORE, TRAIN, activation_dtype, check_divides, make_mesh
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     config = parse(BenchmarkConfig, argv, __doc__ or "")
     model, mesh = MODELS[config.model], make_mesh(config.rollout_tp)
     check_divides("prompts_per_step", config.prompts_per_step, mesh)
-    dtype = ("float32" if jax.default_backend() == "cpu" else "bfloat16") if config.dtype == "auto" else config.dtype
+    dtype = activation_dtype(config.dtype)
     rng = np.random.default_rng(config.seed)
     Q, B = config.prompts_per_step, config.rows
     widths = config.max_prompt_tokens - rng.integers(0, max(config.max_prompt_tokens // 4, 1), Q)

@@ -24,7 +24,7 @@ from grpo.config import TINY_MODEL, ConfigError, flag, parse
 from models.convert import load_params, read_config, read_json
 from models.gemma import Compute
 from models.sampler import row_keys, sample
-from models.sharding import ROLLOUT, TRAIN, make_mesh, spec
+from models.sharding import ROLLOUT, TRAIN, activation_dtype, make_mesh, spec
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     count, G = len(prompts), config.samples
     padded = prompts + [prompts[0]] * (-count % mesh.size)  # rows must divide over the devices; the copies are not shown
     tokens, lengths = pad_prompts(padded, max(map(len, padded)), pad_id=0)
-    dtype = ("float32" if jax.default_backend() == "cpu" else "bfloat16") if config.dtype == "auto" else config.dtype
+    dtype = activation_dtype(config.dtype)
     with jax.set_mesh(mesh):
 
         def put(x: np.ndarray, letters: str):

@@ -73,7 +73,12 @@ def test_specs_are_a_tree_of_spec(config):
     assert (tree.embedding, tree.layers.o) == (spec("Vd", STORE), spec("LAD", STORE))
 
 
-@pytest.mark.parametrize("tp", [-1, 0, 3, 5, 16])
+@pytest.mark.parametrize(("count", "tp"), [(8, 8), (7, 1), (6, 2), (4, 4), (1, 1)])
+def test_tp_0_takes_the_largest_power_of_two_that_divides(count, tp):
+    assert dict(make_mesh(0, jax.devices()[:count]).shape) == {"fsdp": count // tp, "tp": tp}
+
+
+@pytest.mark.parametrize("tp", [-1, 3, 5, 16])
 def test_a_mesh_takes_a_divisor_of_the_devices(tp):
     with pytest.raises(ModelError, match=rf"^rollout_tp {tp} does not divide 8 devices; use one of \[1, 2, 4, 8\]$"):
         make_mesh(tp)
