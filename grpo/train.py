@@ -464,7 +464,9 @@ def closing_table(result: dict[str, Any]) -> str:
             row("reward, sampled", "sampled_reward", ".2f"),
             row("length, sampled", "sampled_length", ".1f"),
         ]
-    example = f"python scripts/train.py {result['preset']} --seed {result['seed'] + 1}"
+    seed = result["seed"] + 1
+    tiny = f"python scripts/train.py --seed {seed}"
+    example = tiny if result["preset"] == "tiny" else f"the same with --seed {seed} --run_dir ANOTHER"
     lines += [
         f"\n{result['steps']} steps in {clock(result['seconds'])}, {result['recompilations']} recompilations",
         f"files  {result['run_dir']}: metrics, completions and evaluations.jsonl, config and result.json, checkpoints/",

@@ -1,0 +1,86 @@
+"""Laws of scripts/sample.py and scripts/benchmark.py, called in process."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.prompts import encode_prompt
+from data.tokenizer import load_tokenizer
+from grpo.config import TINY_MODEL, ConfigError
+
+ROOT = Path(__file__).parents[1]
+NO_TOKENIZER = str(ROOT / "tests" / "references" / "gemma3-gqa")
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def test_ids_need_no_tokenizer_and_prompts_may_differ_in_length():
+    """Each prompt completes as it does alone."""
+    sample = load("sample")
+    options = ["--model_path", NO_TOKENIZER, "--max_new_tokens", "5"]
+    both = sample([*options, "--ids", "[[2,17,9,30,31],[2,5]]"])["completions"]
+    for ids, completion in zip(("[[2,17,9,30,31]]", "[[2,5]]"), both, strict=True):
+        (alone,) = sample([*options, "--ids", ids])["completions"]
+        assert completion["token_ids"] == alone["token_ids"] and completion["text"] == ""
+        assert 1 <= len(completion["token_ids"]) == len(completion["logprobs"]) <= 5
+        np.testing.assert_allclose(completion["logprobs"], alone["logprobs"], atol=1e-5)
+
+
+def test_a_prompt_is_a_turn_of_the_template_and_its_completion_keeps_the_stop_token(capsys):
+    sample, tokenizer = load("sample"), load_tokenizer(TINY_MODEL)
+    question = "Ann has 10 pens. Ann gives 3 away. Then Ann gets 2. How many pens now?"
+    (by_text,) = sample(["--prompt", question, "--max_new_tokens", "32"])["completions"]
+    (by_ids,) = sample(["--ids", str([encode_prompt(tokenizer, question)]), "--max_new_tokens", "32"])["completions"]
+    assert by_text == by_ids
+    assert by_text["token_ids"][-1] == tokenizer.end_of_turn_id
+    assert by_text["text"] == tokenizer.decode(by_text["token_ids"]) and by_text["text"] in capsys.readouterr().out
+    (raw,) = sample(["--prompt", question, "--max_new_tokens", "32", "--raw"])["completions"]
+    (raw_ids,) = sample(["--ids", str([[tokenizer.bos_id, *tokenizer.encode(question)]]), "--max_new_tokens", "32"])[
+        "completions"
+    ]
+    assert raw == raw_ids != by_text
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ("[2,17]", "JSON list of lists"),
+        ("[[2,[]]]", "JSON list of lists"),
+        ("[[]]", "JSON list"),
+        ("[[2,-1]]", "token -1 must"),
+    ],
+)
+def test_ids_that_are_none_are_refused(ids, message):
+    with pytest.raises(ConfigError, match=message):
+        load("sample")(["--model_path", NO_TOKENIZER, "--ids", ids])
+
+
+def test_the_benchmark_times_every_phase():
+    figures = load("benchmark")(
+        [
+            "--prompts_per_step",
+            "8",
+            "--group_size",
+            "2",
+            "--max_prompt_tokens",
+            "8",
+            "--max_new_tokens",
+            "4",
+            "--repeats",
+            "2",
+            "--logprob_chunk",
+            "4",
+        ]
+    )
+    assert figures["phases"].keys() == {"rollout", "prefill", "decode", "reference", "update", "step"}
+    for phase in figures["phases"].values():
+        assert 0 < phase["ms_min"] <= phase["ms"] <= phase["ms_max"]
+        assert phase["tokens_per_s"] == pytest.approx(8 * 2 * 4 / phase["ms"] * 1e3)
