@@ -64,22 +64,8 @@ def test_ids_that_are_none_are_refused(ids, message):
 
 
 def test_the_benchmark_times_every_phase():
-    figures = load("benchmark")(
-        [
-            "--prompts_per_step",
-            "8",
-            "--group_size",
-            "2",
-            "--max_prompt_tokens",
-            "8",
-            "--max_new_tokens",
-            "4",
-            "--repeats",
-            "2",
-            "--logprob_chunk",
-            "4",
-        ]
-    )
+    sizes = {"prompts_per_step": 8, "group_size": 2, "max_prompt_tokens": 8, "max_new_tokens": 4, "logprob_chunk": 4}
+    figures = load("benchmark")(["--repeats=2", *(f"--{name}={value}" for name, value in sizes.items())])
     assert figures["phases"].keys() == {"rollout", "prefill", "decode", "reference", "update", "step"}
     for phase in figures["phases"].values():
         assert 0 < phase["ms_min"] <= phase["ms"] <= phase["ms_max"]
