@@ -103,7 +103,8 @@ class Config:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} {getattr(self, name)} must be above 0")
         zero = "new_problems max_steps seed top_k beta epsilon_low epsilon_high sampler_cap warmup_steps weight_decay"
-        for name in [*zero.split(), "rollout_tp", "eval_problems", "eval_every", "adam_b1", "adam_b2"]:
+        zero += " rollout_tp eval_problems eval_every adam_b1 adam_b2"
+        for name in zero.split():
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} {getattr(self, name)} must not be negative")
         for name, end in (("adam_b1", 1), ("adam_b2", 1), ("seed", 2**32)):

@@ -23,6 +23,10 @@ def evaluate(
     compute: Compute, config: Config, rewards: dict[str, RewardFunction],
 ) -> dict[str, Any]:  # fmt: skip
     """Greedy and sampled figures of `problems`, as proportions; `low` and `high` bound greedy accuracy (Wilson, 95%)."""
+
+    def mean(values) -> float:
+        return float(np.mean(list(values)))
+
     records: list[list[dict[str, Any]]] = []
     Q = config.prompts_per_step
     for start in range(0, len(problems), Q):
@@ -38,15 +42,10 @@ def evaluate(
                 judge(texts[b], problems[i], bool(samples.truncated[b]), config, rewards) | {"length": int(samples.lengths[b])}
                 for b in pair
             ])  # fmt: skip
-    right = sum(greedy["accuracy"]["tagged"] for greedy, _ in records)
-    low, high = wilson(right, len(records))
-    figures: dict[str, Any] = {"greedy": right / len(records), "n": len(records), "low": low, "high": high}
+    low, high = wilson(sum(greedy["accuracy"]["tagged"] for greedy, _ in records), len(records))
+    figures: dict[str, Any] = {"n": len(records), "low": low, "high": high}
     for name, column in (("greedy", 0), ("sampled", 1)):
         chosen = [pair[column] for pair in records]
-
-        def mean(values) -> float:
-            return float(np.mean(list(values)))
-
         figures[name] = mean(r["accuracy"]["tagged"] for r in chosen)
         figures |= {
             f"{name}_strict": mean(r["accuracy"]["strict"] for r in chosen),

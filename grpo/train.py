@@ -294,7 +294,7 @@ def state_bytes(run: Run, parameters: int) -> float:
     config, model, n = run.config, run.model, run.mesh.size
     width = jnp.dtype(run.train.dtype).itemsize
     state = parameters * (4 * 4 + (width if config.beta else 0)) / n
-    view = parameters * width * (1 if run.mesh.shape["tp"] == 1 else 1 / run.mesh.shape["tp"])
+    view = parameters * width / run.mesh.shape["tp"]
     slots = config.prompts_per_step * config.max_prompt_tokens + config.rows * config.max_new_tokens
     cache = 2 * model.num_layers * model.num_kv_heads * model.head_dim * slots * width / n
     return state + view + cache

@@ -30,7 +30,7 @@ from models.gemma import (
     prompt_slots,
     repeat,
     vocab_logits,
-)  # fmt: skip
+)
 
 
 @flax.struct.dataclass

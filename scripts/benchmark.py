@@ -78,13 +78,16 @@ def main(argv: list[str]) -> dict[str, Any]:
         view = rollout_view(state.params, model, run.sample)
         counter = iter(range(10**6))
 
-        def roll():
-            return rollout(view, problems, prompt_ids, next(counter), run.tokenizer, model, run.sample, config, {})
+        rollouts = []
 
-        figures["rollout"] = timed(lambda: roll()[0], config.repeats)
-        times = [roll()[2] for _ in range(config.repeats)]
-        figures["prefill"], figures["decode"] = [t["time/prefill"] for t in times], [t["time/decode"] for t in times]
-        batch = roll()[0]
+        def roll():
+            rollouts.append(rollout(view, problems, prompt_ids, next(counter), run.tokenizer, model, run.sample, config, {}))
+            return rollouts[-1][0]
+
+        figures["rollout"] = timed(roll, config.repeats)
+        for name in ("prefill", "decode"):
+            figures[name] = [metrics[f"time/{name}"] for _, _, metrics in rollouts[1:]]
+        batch = rollouts[-1][0]
 
         def refer():
             return completion_logprobs(reference, batch, model, run.train, config)

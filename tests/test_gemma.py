@@ -15,18 +15,12 @@ from data.tokenizer import load_tokenizer
 from models.convert import load_params, read_config
 from models.gemma import FAR, Compute, GemmaConfig, Params, embed, forward, forward_group, shapes, token_logprobs, vocab_logits
 from models.sampler import row_keys, sample
-from models.sharding import STORE, make_mesh
+from models.sharding import STORE
 
 FLOAT32, BFLOAT16 = Compute(), Compute(dtype="bfloat16")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def mesh():
-    mesh = make_mesh(devices=jax.devices()[:1])
-    jax.config.update("jax_disable_most_optimizations", True)  # compiles in half the time
-    with jax.set_mesh(mesh):
-        yield mesh
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("mesh")
 
 
 @pytest.fixture(scope="module")

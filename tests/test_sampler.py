@@ -15,7 +15,7 @@ from grpo.metrics import CompileCounter
 from models.convert import load_params, read_config
 from models.gemma import FAR, Compute, GemmaConfig, Params, forward, forward_group, token_logprobs, vocab_logits
 from models.sampler import Samples, decode, draw, keep_heaviest, prefill, row_keys, sample
-from models.sharding import ROLLOUT, make_mesh
+from models.sharding import ROLLOUT
 
 COMPUTE = Compute(ROLLOUT)
 # Three prompts, three completions each. A window of 8 starts inside the prompt at first, inside the completion at last.
@@ -33,13 +33,7 @@ class Model:
     params: Params
 
 
-@pytest.fixture(scope="module", autouse=True)
-def mesh():
-    mesh = make_mesh(devices=jax.devices()[:1])
-    jax.config.update("jax_disable_most_optimizations", True)  # compiles in half the time
-    with jax.set_mesh(mesh):
-        yield mesh
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("mesh")
 
 
 def read(folder, mesh, **changes) -> Model:
