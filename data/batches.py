@@ -1,9 +1,14 @@
-"""Which problems belong to a step: a pure function of (step, seed), so a resumed run needs no stored position.
+"""Which problems belong to a step, and how its completions are packed for training.
+
+The problems are a pure function of (step, seed), so a resumed run needs no stored position.
 
 Epoch e is a permutation of all problems drawn from (seed, e). Steps read the epochs end to end without gaps, so a
 step may hold the end of one and the start of the next; only such a step can hold a problem twice.
+Packing puts the completions of a group one behind the other, so that training computes few padded slots.
 Left out: reading the problems, and the windows and reviews of relay sessions.
 """
+
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,3 +36,73 @@ def step_indices(step: int, prompts_per_step: int, count: int, seed: int) -> np.
     if start + prompts_per_step > count:
         order = np.concatenate([order, epoch_order(count, seed, epoch + 1)])
     return order[start : start + prompts_per_step]
+
+
+class Packed(NamedTuple):
+    """The completions of Q groups of G, each group in r rows of C' slots. Arrays of int32, on the host or on devices."""
+
+    tokens: Any  # [Q*r, C']
+    positions: Any  # [Q*r, C'], counted from the start of the prompt; FAR at padding
+    segments: Any  # [Q*r, C'], 1 to G: which completion of the group; 0 at padding
+    slots: Any  # [Q*G, C], where each completion's token went among its group's r*C' slots
+
+
+FAR = 2**30  # a position in the future of every token
+
+
+def first_fit(lengths: np.ndarray, rows: int, width: int) -> list[tuple[int, int]] | None:
+    """(row, offset) of each text, the longest placed first, each in the first of `rows` that has room; None if one has not."""
+    used = [0] * rows
+    places = [(0, 0)] * len(lengths)
+    for i in np.argsort(-lengths, kind="stable"):
+        row = next((row for row in range(rows) if used[row] + lengths[i] <= width), None)
+        if row is None:
+            return None
+        places[i] = (row, used[row])
+        used[row] += int(lengths[i])
+    return places
+
+
+def pack(tokens: np.ndarray, lengths: np.ndarray, prompt_lengths: np.ndarray, finer: int) -> Packed:
+    """Completions [Q*G, C] of `lengths` in the smallest shape that holds every group.
+
+    Shapes grow in steps of C / `finer` slots a group, so that a run compiles few of them: one row up to 2C slots, then a row
+    for each C. With `finer` 0 every completion keeps a row of its own. A pure function of its arguments: a resumed run packs
+    as the first one did. Raises DataError when a length is not in 0..C.
+    """
+    (B, C), Q = tokens.shape, len(prompt_lengths)
+    G = B // Q
+    if lengths.min() < 0 or lengths.max() > C:
+        raise DataError(f"completion lengths {lengths.min()} to {lengths.max()} must lie in 0 to {C}")
+    groups = lengths.reshape(Q, G)
+    rows, width, places = G, C, [[(row, 0) for row in range(G)]] * Q
+    for step in range(1, finer * G):
+        slots = -(-C * step // finer)
+        r = max(1, slots // C)
+        found = [place for group in groups if (place := first_fit(group, r, slots // r))]
+        if len(found) == Q:
+            rows, width, places = r, slots // r, found
+            break
+    packed = Packed(
+        np.zeros((Q, rows * width), np.int32), np.full((Q, rows * width), FAR, np.int32),
+        np.zeros((Q, rows * width), np.int32), np.zeros((B, C), np.int32),
+    )  # fmt: skip
+    for b in range(B):
+        q, g = divmod(b, G)
+        row, offset = places[q][g]
+        here = row * width + offset + np.arange(lengths[b])
+        packed.tokens[q, here] = tokens[b, : lengths[b]]
+        packed.positions[q, here] = prompt_lengths[q] + np.arange(lengths[b])
+        packed.segments[q, here] = g + 1
+        packed.slots[b, : lengths[b]] = here
+    tokens, positions, segments = (x.reshape(Q * rows, width) for x in packed[:3])
+    return Packed(tokens, positions, segments, packed.slots)
+
+
+def natural_lengths(step: int, rows: int, mean: int, longest: int) -> np.ndarray:
+    """Completion lengths int64 [rows] as a trained model's spread: lognormal (sigma 0.6) around `mean`, cut at `longest`.
+
+    For planning and benchmarks. Sixteen sets, always the same; a step takes one of them.
+    """
+    sets = np.random.default_rng(123).lognormal(np.log(mean) - 0.18, 0.6, (16, rows))
+    return np.clip(np.round(sets[step % 16]), 1, longest).astype(int)

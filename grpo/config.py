@@ -10,6 +10,7 @@ import difflib
 import math
 import sys
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -86,9 +87,18 @@ class Config:
         1, "devices that share one copy of the MLP and the vocabulary while sampling; 0: as many as can, up to 8"
     )
     dtype: str = flag("auto", "of activations; auto: float32 on a CPU, bfloat16 elsewhere", ("auto", "float32", "bfloat16"))
-    remat: str = flag("full", "what the backward pass recomputes", ("none", "dots", "full"))
-    unroll: bool = flag(False, "unroll the layers in the update: faster on a CPU, slower to compile")
-    logprob_chunk: int = flag(64, "tokens of each row whose vocabulary logits exist at a time")
+    halvings: int = flag(3, "times that the sampling batch may halve as completions end")
+    remat: str = flag(
+        "auto",
+        "what the backward pass recomputes; auto: all but products where memory allows it",
+        ("auto", "none", "dots", "full"),
+    )
+    attention: str = flag("plain", "of the update: plain, or the TPU kernel splash, which keeps no scores", ("plain", "splash"))
+    unroll: bool = flag(False, "unroll the layers: faster on a CPU, slower to compile")
+    packing: int = flag(
+        4, "training packs a group's completions into shapes that differ by max_new_tokens / packing slots; 0: a row for each"
+    )
+    logprob_chunk: int = flag(4096, "tokens, of all rows, whose vocabulary logits exist at a time in the update")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -103,7 +113,7 @@ class Config:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} {getattr(self, name)} must be above 0")
         zero = "new_problems max_steps seed top_k beta epsilon_low epsilon_high sampler_cap warmup_steps weight_decay"
-        zero += " rollout_tp eval_problems eval_every adam_b1 adam_b2"
+        zero += " rollout_tp packing halvings eval_problems eval_every adam_b1 adam_b2"
         for name in zero.split():
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} {getattr(self, name)} must not be negative")
@@ -122,6 +132,10 @@ class Config:
         """B: completions a step."""
         return self.prompts_per_step * self.group_size
 
+    def limits(self, step: int, rows: int) -> Sequence[int]:
+        """Tokens at most of each row of a step; a benchmark gives completions natural lengths by it."""
+        return [self.max_new_tokens] * rows
+
     @property
     def reward_weights(self) -> dict[str, float]:
         names = ("correct", "reasoning_tags", "answer_tags", "operators", "violation")
@@ -132,7 +146,7 @@ PRESETS: dict[str, Config] = {
     "tiny": Config(
         preset="tiny", model_path=TINY_MODEL, data="arithmetic", system_prompt="", new_problems=4000, max_steps=60,
         prompts_per_step=16, group_size=8, max_prompt_tokens=48, max_new_tokens=32, learning_rate=5e-4, warmup_steps=5,
-        eval_problems=500, remat="none", logprob_chunk=32,
+        eval_problems=500, remat="none", packing=0, halvings=0,
     ),
     "gemma3-270m": Config(preset="gemma3-270m", epochs=10, learning_rate=2e-6, prompts_per_step=16),
     "gemma3-1b": Config(preset="gemma3-1b", epochs=10, rollout_tp=0),

@@ -1,4 +1,4 @@
-"""Accuracy on held-out problems: each answered greedily and once by sampling, from one prefill.
+"""Accuracy on held-out problems: each answered greedily and once by sampling, through a batch that stays full.
 
 Left out: voting over several samples.
 """
@@ -12,8 +12,9 @@ from data.prompts import pad_prompts
 from data.tokenizer import Tokenizer
 from grpo.config import Config
 from grpo.metrics import wilson
-from grpo.rollout import RewardFunction, generate, judge
+from grpo.rollout import RewardFunction, judge, sampling
 from models.gemma import Compute, GemmaConfig, Params
+from models.queue import sample_queue
 
 EVALUATION = 2**30  # the "step" of the random stream: no training step shares it, and every evaluation draws the same
 
@@ -27,21 +28,17 @@ def evaluate(
     def mean(values) -> float:
         return float(np.mean(list(values)))
 
-    records: list[list[dict[str, Any]]] = []
-    Q = config.prompts_per_step
-    for start in range(0, len(problems), Q):
-        here = range(start, min(start + Q, len(problems)))
-        padded = [*here] + [here[0]] * (Q - len(here))  # one shape for all batches; the copies are not counted
-        prompts, lengths = pad_prompts([prompt_ids[i] for i in padded], config.max_prompt_tokens, tokenizer.pad_id)
-        temperature = np.tile(np.array([0.0, config.temperature], np.float32), Q)
-        rows = (2 * (start + np.arange(Q))[:, None] + [0, 1]).reshape(-1)
-        samples, texts, _ = generate(view, prompts, lengths, temperature, rows, EVALUATION, tokenizer, model, compute, config)
-        for question, i in enumerate(here):
-            pair = [2 * question, 2 * question + 1]
-            records.append([
-                judge(texts[b], problems[i], bool(samples.truncated[b]), config, rewards) | {"length": int(samples.lengths[b])}
-                for b in pair
-            ])  # fmt: skip
+    prompts, lengths = pad_prompts(prompt_ids, config.max_prompt_tokens, tokenizer.pad_id)
+    temperature = np.array([0.0, config.temperature], np.float32)
+    records: list[list[dict[str, Any]]] = [[{}, {}] for _ in problems]
+    for done in sample_queue(
+        view, prompts, lengths, temperature, config.prompts_per_step, config.rows, config.seed, EVALUATION, model, compute,
+        sampling(tokenizer, config),
+    ):  # fmt: skip
+        for index, ids, length, truncated in zip(done.index, done.tokens, done.lengths, done.truncated, strict=True):
+            i, column = divmod(int(index), 2)
+            text = tokenizer.decode(ids[:length])
+            records[i][column] = judge(text, problems[i], bool(truncated), config, rewards) | {"length": int(length)}
     low, high = wilson(sum(greedy["accuracy"]["tagged"] for greedy, _ in records), len(records))
     figures: dict[str, Any] = {"n": len(records), "low": low, "high": high}
     for name, column in (("greedy", 0), ("sampled", 1)):

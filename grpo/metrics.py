@@ -40,14 +40,21 @@ def strict(record: dict[str, Any]) -> dict[str, Any]:
 
 
 class CompileCounter:
-    """How many programs XLA has compiled in this process: more after the first step means a shape that changes."""
+    """How many programs XLA has compiled in this process: more after the first step means a shape that changes.
+
+    What came from the cache of compiled programs does not count.
+    """
 
     def __init__(self):
         self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self.hear)
+        jax.monitoring.register_event_duration_secs_listener(self.add)
+        jax.monitoring.register_event_listener(self.subtract)
 
-    def hear(self, event: str, duration_secs: float, **_) -> None:
+    def add(self, event: str, duration_secs: float, **_) -> None:
         self.count += event.endswith("backend_compile_duration")
+
+    def subtract(self, event: str, **_) -> None:
+        self.count -= event.endswith("compilation_cache/cache_hits")
 
 
 class Progress:

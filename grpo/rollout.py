@@ -15,8 +15,8 @@ import flax.struct
 import jax
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
 
+from data.batches import Packed, pack
 from data.problems import Problem
 from data.prompts import pad_prompts
 from data.tokenizer import Tokenizer
@@ -24,8 +24,8 @@ from grpo.config import Config, ConfigError
 from grpo.loss import batch_std, group_advantages, group_std, no_scale
 from grpo.reward import WEIGHTS, accuracies, format_checks, score
 from models.gemma import Compute, GemmaConfig, Params
-from models.sampler import Samples, decode, prefill, row_keys
-from models.sharding import TRAIN, spec
+from models.sampler import Samples, Sampling, decode, prefill, row_keys
+from models.sharding import put
 
 SCALES = {"group": group_std, "batch": batch_std, "none": no_scale}
 RewardFunction = Callable[[str, Problem], float]
@@ -37,7 +37,7 @@ class Batch:
 
     prompts: Array  # QP, right-padded
     lengths: Array  # Q
-    tokens: Array  # BC
+    packed: Packed  # the completions, without their padding
     mask: Array  # BC, 1 where a completion token counts, the stop token included
     sampler_logprobs: Array  # BC
     advantages: Array  # B
@@ -64,28 +64,27 @@ def load_rewards(names: str) -> dict[str, RewardFunction]:
     return rewards
 
 
-def put(x: ArrayLike, letters: str) -> Array:
-    """A host array, rows cut over all devices."""
-    return jax.device_put(x, spec(letters, TRAIN))
-
-
 def generate(
-    view: Params, prompts: np.ndarray, lengths: np.ndarray, temperature: np.ndarray, rows: np.ndarray, step: int,
-    tokenizer: Tokenizer, model: GemmaConfig, compute: Compute, config: Config,
+    view: Params, prompts: np.ndarray, lengths: np.ndarray, step: int, tokenizer: Tokenizer, model: GemmaConfig,
+    compute: Compute, config: Config,
 ) -> tuple[Samples, list[str], dict[str, float]]:  # fmt: skip
-    """Completions of prompts QP, one for each entry of `temperature` B: samples on the host, their text, seconds by phase."""
+    """A group of completions for each of the prompts QP: samples B on the host, their text, seconds by phase."""
     start = time.perf_counter()
     prefix = prefill(view, put(prompts, "QP"), put(lengths, "Q"), model, compute)
     jax.block_until_ready(prefix)
     middle = time.perf_counter()
-    samples = decode(
-        view, prefix, row_keys(config.seed, step, put(rows, "B")), put(temperature, "B"), model, compute,
-        width=config.max_new_tokens, stop_ids=tokenizer.stop_ids, top_k=config.top_k, top_p=config.top_p,
-    )  # fmt: skip
-    samples = jax.device_get(samples)
+    B = len(prompts) * config.group_size
+    keys = row_keys(config.seed, step, put(np.arange(B), "B"))
+    temperature = put(np.full(B, config.temperature, np.float32), "B")
+    limits = put(np.array(config.limits(step, B), np.int32), "B")
+    samples = jax.device_get(decode(view, prefix, keys, temperature, limits, model, compute, sampling(tokenizer, config)))
     times = {"time/prefill": middle - start, "time/decode": time.perf_counter() - middle}
     texts = [tokenizer.decode(ids[:length]) for ids, length in zip(samples.tokens, samples.lengths, strict=True)]
     return samples, texts, times
+
+
+def sampling(tokenizer: Tokenizer, config: Config) -> Sampling:
+    return Sampling(config.max_new_tokens, tokenizer.stop_ids, config.top_k, config.top_p, config.halvings)
 
 
 def judge(text: str, problem: Problem, truncated: bool, config: Config, rewards: dict[str, RewardFunction]) -> dict[str, Any]:
@@ -114,10 +113,7 @@ def rollout(
     """A group of completions for each of Q problems, scored: the batch, a record of each completion, the step's metrics."""
     Q, G = len(problems), config.group_size
     prompts, lengths = pad_prompts(prompt_ids, config.max_prompt_tokens, tokenizer.pad_id)
-    temperature = np.full(Q * G, config.temperature, np.float32)
-    samples, texts, times = generate(
-        view, prompts, lengths, temperature, np.arange(Q * G), step, tokenizer, model, compute, config
-    )
+    samples, texts, times = generate(view, prompts, lengths, step, tokenizer, model, compute, config)
     start = time.perf_counter()
     truncated = np.asarray(samples.truncated)
     records = [
@@ -130,13 +126,14 @@ def rollout(
     advantages = np.asarray(group_advantages(totals, SCALES[config.advantage_scale]))
     for record, advantage, length in zip(records, advantages.flat, samples.lengths, strict=True):
         record |= {"advantage": float(advantage), "length": int(length)}
-    mask = np.arange(config.max_new_tokens) < np.asarray(samples.lengths)[:, None]
+    sampled = np.asarray(samples.lengths)
+    mask = np.arange(config.max_new_tokens) < sampled[:, None]
     if config.mask_truncated:
         mask &= ~truncated[:, None]
     batch = Batch(
         prompts=put(prompts, "QP"),
         lengths=put(lengths, "Q"),
-        tokens=put(samples.tokens, "BC"),
+        packed=Packed(*(put(x, "BC") for x in pack(np.asarray(samples.tokens), sampled, lengths, config.packing))),
         mask=put(mask.astype(np.float32), "BC"),
         sampler_logprobs=put(samples.logprobs, "BC"),
         advantages=put(advantages.reshape(-1), "B"),

@@ -18,7 +18,8 @@ A slot's position decides what sees it: a query at position q sees a key at posi
 sits at position FAR, in the future of every token, so there is no other mask. Left out: images, dropout, biases.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import flax.struct
@@ -27,7 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from models.sharding import TRAIN, Rules, reshard, spec
+from models.kernels import splash_attention
+from models.sharding import ROWS, TRAIN, Rules, reshard, spec, transposed
 
 FAR = 2**30
 
@@ -71,7 +73,8 @@ class Compute:
     rules: Rules = TRAIN
     dtype: str = "float32"
     remat: str = "none"  # none | dots | full: what the backward pass recomputes
-    unroll: bool = False  # faster updates on a CPU, slower decoding, slower to compile
+    unroll: bool = False  # the layers: faster on a CPU, slower to compile
+    attention: str = "plain"  # plain | splash: how `forward_group` attends; splash is a kernel for TPUs
 
     def at(self, letters: str):
         return spec(letters, self.rules)
@@ -100,18 +103,20 @@ class Layers:
 
 @flax.struct.dataclass
 class Params:
-    embedding: Any  # also the head
-    layers: Layers
+    embedding: Any
+    layers: Any  # Layers, stacked on L; or, to be unrolled, a tuple of them (`unstack`)
     final_norm: Any
+    head: Any = None  # the embedding transposed, where it is worth a copy (`unstack`)
 
 
 @flax.struct.dataclass
 class KV:
     """Keys and values of some slots, and the positions they sit at. Stacked over layers, k and v have a leading L."""
 
-    k: Array  # BKSH: a head's slots lie together, so that attention reads them without a transpose
-    v: Array  # BKSH
+    k: Any  # BKHS: each as the products of attention read it. Stacked, it rests as v does
+    v: Any  # BKSH
     positions: Array  # BS
+    segments: Any = None  # BS, when a row holds several texts that must not see each other
 
 
 def axes(config: GemmaConfig) -> Params:
@@ -150,7 +155,38 @@ def init_params(key: Array, config: GemmaConfig, rules: Rules, dtype: str = "flo
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:  # ...D, D -> ...D
     x32 = x.astype(jnp.float32)
     x32 = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (x32 * (1 + scale.astype(jnp.float32))).astype(x.dtype)
+    scale = scale.astype(x.dtype).astype(jnp.float32)  # rounded as the sampler's weights are
+    return (x32 * (1 + scale)).astype(x.dtype)
+
+
+def linear(x: Array, weight: Array, letters: str, compute: Compute, out: str | None = None, dtype: str | None = None) -> Array:
+    """x @ weight, where the rules want its result, in `dtype` (the one of x).  ...D, DF -> ...F
+
+    The backward pass is written out for two reasons. It keeps the weight as stored and casts and gathers it again, so that no
+    gathered weight waits for it. And the weight's gradient is xᵀ·dy, summed straight into the stored layout: automatic
+    differentiation has dyᵀ·x, which transposes the larger of the two.
+    """
+    placed = None if out is None else compute.at(out)
+
+    def product(x, weight):
+        return jnp.einsum(
+            "...D,DF->...F", x, compute.use(weight, letters), out_sharding=placed, preferred_element_type=dtype or x.dtype
+        )
+
+    def backward(kept, dy):
+        x, weight = kept
+        dy = dy.astype(x.dtype)
+        dx = jnp.einsum("...F,DF->...D", dy, compute.use(weight, letters), out_sharding=jax.typeof(x).sharding)
+        stored = jax.typeof(weight).sharding
+        if x.shape[-1] <= dy.shape[-1]:
+            dw = jnp.einsum("...D,...F->DF", x, dy, out_sharding=stored)
+        else:
+            dw = jnp.einsum("...F,...D->FD", dy, x, out_sharding=transposed(stored)).T
+        return dx, dw.astype(weight.dtype)
+
+    apply = jax.custom_vjp(product)
+    apply.defvjp(lambda x, weight: (product(x, weight), (x, weight)), backward)
+    return apply(x, weight)
 
 
 def softcap(x: Array, cap: float | None) -> Array:
@@ -172,88 +208,133 @@ def rotate(x: Array, table: Array) -> Array:  # BTNH, [cos, sin]BTH/2 -> BTNH
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
 
 
-def attention_logits(q: Array, kv: KV, positions: Array, window: Array, config: GemmaConfig, at) -> Array:
-    """Masked, scaled and capped scores, float32.  BTNH, (QKSH, QS), BT -> BKTRS
+def attend(q: Array, pieces: list[KV], positions: Array, window: Array, config: GemmaConfig, at) -> Array:
+    """One softmax over the keys of all `pieces` (the group's prompt, the row's own tokens).  BTNH -> BTA
 
-    B may be a multiple of the rows of `kv`: then each row of keys is read by a group of G consecutive rows of queries.
+    Each piece has its own softmax, over its own keys; the pieces are then weighted by their share of the whole sum.
     """
     B, T, N, H = q.shape
-    Q, K, S, _ = kv.k.shape
-    q = lax.reshape(q, (Q, B // Q, T, K, N // K, H), out_sharding=at("QGTKRH"))
-    scores = jnp.einsum("QGTKRH,QKSH->QGKTRS", q, kv.k, preferred_element_type=jnp.float32)
+    values, totals, tops = zip(*(attend_piece(q, kv, positions, window, config, at) for kv in pieces), strict=True)
+    top = lax.stop_gradient(tops[0] if len(pieces) == 1 else jnp.maximum(*tops))
+    shares = [jnp.exp(piece_top - top) for piece_top in tops]
+    total = sum((share * t for share, t in zip(shares, totals, strict=True)), jnp.zeros(()))
+    mixed = sum((share * v for share, v in zip(shares, values, strict=True)), jnp.zeros(())) / total
+    return lax.reshape(mixed.astype(q.dtype), (B, T, N * H), out_sharding=at("BTA"))
+
+
+def attend_piece(q: Array, kv: KV, positions: Array, window: Array, config: GemmaConfig, at) -> tuple[Array, Array, Array]:
+    """Attention before its division: sum of weighted values, sum of weights, the score both are relative to.
+
+    BTNH, (QKHS, QKSH, QS), BT -> BTNH, BTN1, BTN1, float32. B may be a multiple of the rows of `kv`: then each row of keys is
+    read by a group of G consecutive rows of queries.
+    """
+    B, T, N, H = q.shape
+    Q, K = kv.k.shape[:2]
+    q = jnp.moveaxis(lax.reshape(q, (Q, B // Q, T, K, N // K, H), out_sharding=at("QGTKRH")), 3, 1)
+    scores = lax.dot_general(q, kv.k, (((5,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)  # QKGTRS
     scores = softcap(scores * config.query_scale, config.attn_softcap)
     positions = lax.reshape(positions, (Q, B // Q, T), out_sharding=at("QGT"))
     age = positions[..., None] - kv.positions[:, None, None]  # QGTS
     visible = (age >= 0) & (age < window)
-    scores = jnp.where(visible[:, :, None, :, None], scores, -1e30)
-    return lax.reshape(scores, (B, K, T, N // K, S), out_sharding=at("BKTRS"))
+    if kv.segments is not None:  # then queries and keys are the same slots
+        visible &= (kv.segments[:, :, None] == kv.segments[:, None])[:, None]
+    scores = jnp.where(visible[:, None, :, :, None], scores, -1e30)
+    top = lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    weights = jnp.exp(scores - top)
+    total = weights.sum(axis=-1, keepdims=True)
+    values = lax.dot_general(
+        weights.astype(kv.v.dtype), kv.v, (((5,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
+    )  # QKGTRH
+
+    def rows(x):  # QKGTR. -> BTN.
+        return lax.reshape(jnp.moveaxis(x, 1, 3), (B, T, N, x.shape[-1]), out_sharding=at("BTN."))
+
+    return rows(values), rows(total), rows(top)
 
 
-def mix_values(weights: Array, kv: KV, at) -> Array:  # BKTRS, QKSH -> BKTRH
-    B, K, T, R, S = weights.shape
-    Q, _, _, H = kv.v.shape
-    weights = lax.reshape(weights, (Q, B // Q, K, T, R, S), out_sharding=at("QGKTRS"))
-    mixed = jnp.einsum("QGKTRS,QKSH->QGKTRH", weights, kv.v, preferred_element_type=jnp.float32)
-    return lax.reshape(mixed, (B, K, T, R, H), out_sharding=at("BKTRH"))
-
-
-def attend(q: Array, pieces: list[KV], positions: Array, window: Array, config: GemmaConfig, at) -> Array:
-    """One softmax over the keys of all `pieces` (the group's prompt, the row's own tokens).  BTNH -> BTA"""
-    B, T, N, H = q.shape
-    logits = [attention_logits(q, kv, positions, window, config, at) for kv in pieces]
-    tops = [scores.max(axis=-1, keepdims=True) for scores in logits]
-    top = lax.stop_gradient(tops[0] if len(tops) == 1 else jnp.maximum(*tops))
-    weights = [jnp.exp(scores - top) for scores in logits]
-    total = sum((w.sum(axis=-1, keepdims=True) for w in weights), jnp.float32(0))
-    mixed = sum((mix_values(w.astype(q.dtype), kv, at) for w, kv in zip(weights, pieces, strict=True)), jnp.float32(0))
-    mixed = jnp.moveaxis((mixed / total).astype(q.dtype), 1, 2)  # BKTRH -> BTKRH
-    return lax.reshape(mixed, (B, T, N * H), out_sharding=at("BTA"))
-
-
-def project(x: Array, w: Layers, table: Array, config: GemmaConfig, at) -> tuple[Array, Array, Array]:
-    """The first half of a layer: queries, keys and values.  BTD -> BTNH, BKTH, BKTH"""
+def project(x: Array, w: Layers, table: Array, config: GemmaConfig, compute: Compute) -> tuple[Array, Array, Array]:
+    """What comes before a layer's attention: queries, keys and values.  BTD -> BTNH, BTKH, BTKH"""
     B, T, _ = x.shape
     h = rms_norm(x, w.pre_attn_norm, config.norm_eps)
 
-    def heads(weight, count):
-        return lax.reshape(h @ weight, (B, T, count, config.head_dim), out_sharding=at("BTNH"))
+    def heads(weight, letters, count):
+        return lax.reshape(linear(h, weight, letters, compute), (B, T, count, config.head_dim), out_sharding=compute.at("BTNH"))
 
-    q, k, v = heads(w.q, config.num_heads), heads(w.k, config.num_kv_heads), heads(w.v, config.num_kv_heads)
+    N, K = config.num_heads, config.num_kv_heads
+    q, k, v = heads(w.q, "DA", N), heads(w.k, "DE", K), heads(w.v, "DE", K)
     if config.qk_norms:
         q, k = rms_norm(q, w.q_norm, config.norm_eps), rms_norm(k, w.k_norm, config.norm_eps)
-    return rotate(q, table), jnp.moveaxis(rotate(k, table), 1, 2), jnp.moveaxis(v, 1, 2)
+    return rotate(q, table), rotate(k, table), v
 
 
-def finish(x: Array, w: Layers, q: Array, pieces: list[KV], positions: Array, window: Array, config: GemmaConfig, at):
-    """The second half of a layer: attention over `pieces`, then the MLP.  BTD, BTNH -> BTD"""
-    h = attend(q, pieces, positions, window, config, at) @ w.o
+def finish(x: Array, w: Layers, mixed: Array, config: GemmaConfig, compute: Compute) -> Array:
+    """What comes behind a layer's attention: its output projection, and the MLP.  BTD, BTA -> BTD"""
+    h = linear(mixed, w.o, "AD", compute)
     x = x + (rms_norm(h, w.post_attn_norm, config.norm_eps) if config.post_norms else h)
     h = rms_norm(x, w.pre_mlp_norm, config.norm_eps)
-    h = jax.sharding.reshard(h, at("MTd"))
-    h = jax.nn.gelu(h @ w.gate, approximate=True) * (h @ w.up)
-    h = jnp.einsum("MTF,FD->MTD", h, w.down, out_sharding=at("BTd"))
+    h = jax.sharding.reshard(h, compute.at("MTd"))
+    h = jax.nn.gelu(linear(h, w.gate, "dF", compute), approximate=True) * linear(h, w.up, "dF", compute)
+    h = linear(h, w.down, "Fd", compute, out="BTd")
     return x + (rms_norm(h, w.post_mlp_norm, config.norm_eps) if config.post_norms else h)
 
 
 def embed(params: Params, tokens: Array, config: GemmaConfig, compute: Compute) -> Array:  # BT -> BTD
-    scale = jnp.asarray(config.embed_dim**0.5, compute.dtype)  # rounded to the dtype, as transformers does
+    """Each token's row of the table, whose rows are cut over devices: tokens travel to the rows, what they find travels back.
+
+    Every device looks up the tokens of all, and finds those it holds; the sum over devices is taken where the token came from.
+    """
     table = reshard(params.embedding, "Vd", compute.rules)
-    return table.at[tokens].get(out_sharding=compute.at("BTd")).astype(compute.dtype) * scale
+    sizes = jax.sharding.get_abstract_mesh().shape
+    over = tuple(axis for axis in ROWS if axis in (compute.rules.V or ()) and sizes.get(axis, 1) > 1)
+    scale = jnp.asarray(config.embed_dim**0.5, compute.dtype)  # rounded to the dtype, as transformers does
+    if not over:
+        return table.at[tokens].get(out_sharding=compute.at("BTd")).astype(compute.dtype) * scale
+
+    @partial(jax.shard_map, in_specs=(compute.at("Vd"), compute.at("BT")), out_specs=compute.at("BTd"))
+    def lookup(table, tokens):
+        tokens = lax.all_gather(tokens, over, tiled=True)
+        mine = tokens - lax.axis_index(compute.rules.V) * len(table)
+        found = (mine >= 0) & (mine < len(table))
+        x = jnp.where(found[..., None], table[jnp.where(found, mine, 0)].astype(compute.dtype), 0)
+        return lax.psum_scatter(x, over, tiled=True)
+
+    return lookup(table, tokens) * scale
 
 
-def scan_layers(step, carry, params: Params, extra, config: GemmaConfig, compute: Compute):
-    """Run `step(carry, weights, is_local, extra)` for each layer; `extra` is stacked on L like the weights."""
-    letters = jax.tree.map(lambda s: s.removeprefix("L"), axes(config).layers)
+def scan_layers(step, carry, layers: Any, extra: Any, config: GemmaConfig, compute: Compute):
+    """Run `step(carry, i, weights, is_local, extra)` for each layer i; `extra` is stacked on L, or apart, as `layers` is.
 
-    def body(carry, layer):
-        weights, local, extra = layer
-        return step(carry, compute.use(weights, letters), local, extra)
-
+    Stacked layers make a loop of the compiled program, layers apart (`unstack`) one copy of its body for each.
+    """
     if compute.remat != "none":
         policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-        body = jax.checkpoint(body, policy=policies[compute.remat], prevent_cse=False)
-    stacked = (params.layers, jnp.array(config.local_layers, jnp.int32), extra)
-    return lax.scan(body, carry, stacked, unroll=config.num_layers if compute.unroll else 1)
+        step = jax.checkpoint(step, policy=policies[compute.remat], prevent_cse=False)
+    local = jnp.array(config.local_layers, jnp.int32)
+    if not isinstance(layers, tuple):
+        return lax.scan(lambda carry, x: step(carry, *x), carry, (jnp.arange(len(local)), layers, local, extra))
+    results = []
+    for i, weights in enumerate(layers):
+        carry, result = step(carry, i, weights, local[i], extra and extra[i])
+        results.append(result)
+    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+
+def unroll(params: Params, config: GemmaConfig, compute: Compute) -> Params:
+    """Weights for a loop to use again and again: layers apart, the head as the product reads it fastest."""
+    head = lax.optimization_barrier(params.embedding.T)
+    return replace(params, layers=unstack(params.layers, config, compute), head=head) if compute.unroll else params
+
+
+def unroll_kv(kv: KV, compute: Compute) -> KV:
+    """Keys and values, stacked on L, for the same loop: LBKSH, LBKSH -> L of BKHS, L of BKSH."""
+    return KV(tuple(jnp.swapaxes(k, 2, 3) for k in kv.k), tuple(kv.v), kv.positions) if compute.unroll else kv
+
+
+def unstack(tree: Any, config: GemmaConfig, compute: Compute) -> Any:
+    """Where layers are to be unrolled: one tree for each, out of one whose leaves are stacked on L."""
+    if isinstance(tree, tuple) or not compute.unroll:
+        return tree
+    return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(config.num_layers))
 
 
 def layer_window(local: Array, config: GemmaConfig) -> Array:
@@ -267,65 +348,102 @@ def forward(params: Params, tokens: Array, positions: Array, config: GemmaConfig
     """
     table = rope_table(positions, config)
 
-    def step(x, w, local, _):
-        q, k, v = project(x, w, table[local], config, compute.at)
-        x = finish(x, w, q, [KV(k, v, positions)], positions, layer_window(local, config), config, compute.at)
-        return x, (k, v)
+    def step(x, _, w, local, __):
+        q, k, v = project(x, w, table[local], config, compute)
+        kv = KV(jnp.moveaxis(k, 1, 3), jnp.moveaxis(v, 1, 2), positions)
+        mixed = attend(q, [kv], positions, layer_window(local, config), config, compute.at)
+        return finish(x, w, mixed, config, compute), (jnp.swapaxes(kv.k, 2, 3), kv.v)
 
     x = embed(params, tokens, config, compute)
-    x, (k, v) = scan_layers(step, x, params, None, config, compute)
+    x, (k, v) = scan_layers(step, x, unstack(params.layers, config, compute), None, config, compute)
     return rms_norm(x, params.final_norm, config.norm_eps), KV(k, v, positions)
 
 
-def forward_group(params: Params, prompts: Array, lengths: Array, completions: Array, config: GemmaConfig, compute: Compute):
+def forward_group(
+    params: Params, prompts: Array, lengths: Array, tokens: Array, config: GemmaConfig, compute: Compute,
+    positions: Array | None = None, segments: Array | None = None,
+) -> Array:  # fmt: skip
     """Hidden states that predict each completion token, each prompt computed once.  QP, Q, BC -> BCD
 
-    Row b continues prompt b // G. Equal to `forward` on every prompt + completion written out.
+    Row b continues prompt b // (B / Q), with one completion, or with several of the group packed one behind the other:
+    `positions` then start again at each, and `segments` tell them apart (both BC). Equal to `forward` on every prompt +
+    completion written out.
     """
-    Q, P = prompts.shape
-    B, C = completions.shape
+    (Q, P), (B, C) = prompts.shape, tokens.shape
     at = compute.at
+    starts = repeat(lengths, B // Q, at)[:, None]
+    positions = starts + jnp.arange(C) if positions is None else positions
     prompt_positions = prompt_slots(lengths, P)
-    positions = repeat(lengths, B // Q, at)[:, None] + jnp.arange(C)
-    prompt_table, table = rope_table(prompt_positions, config), rope_table(positions, config)
 
-    def step(carry, w, local, _):
-        prompt, x = carry
-        window = layer_window(local, config)
-        q, k, v = project(prompt, w, prompt_table[local], config, at)
-        shared = KV(k, v, prompt_positions)
-        prompt = finish(prompt, w, q, [shared], prompt_positions, window, config, at)
-        q, k, v = project(x, w, table[local], config, at)
-        x = finish(x, w, q, [shared, KV(k, v, positions)], positions, window, config, at)
-        return (prompt, x), None
+    def join(prompts, rows):  # QP..., BC... -> Q, P + all slots of its rows, ...
+        rows = lax.reshape(rows, (Q, B // Q * C, *rows.shape[2:]), out_sharding=at("Q." + "." * (rows.ndim - 2)))
+        return jnp.concatenate([jax.sharding.reshard(prompts, jax.typeof(rows).sharding), rows], axis=1)
 
-    carry = embed(params, prompts, config, compute), embed(params, completions, config, compute)
-    (prompt, x), _ = scan_layers(step, carry, params, None, config, compute)
-    first = repeat(last_slot(prompt, lengths), B // Q, at)[:, None]
-    return rms_norm(jnp.concatenate([first, x[:, :-1]], axis=1), params.final_norm, config.norm_eps)
+    def rows(x):  # the second part of that: BC...
+        return lax.reshape(x[:, P:], (B, C, *x.shape[2:]), out_sharding=at("BC" + "." * (x.ndim - 2)))
+
+    def plain(q, k, v, window):  # QTNH, QTKH, QTKH -> QTA
+        shared = KV(jnp.moveaxis(k[:, :P], 1, 3), jnp.moveaxis(v[:, :P], 1, 2), prompt_positions)
+        own = KV(jnp.moveaxis(rows(k), 1, 3), jnp.moveaxis(rows(v), 1, 2), positions, segments)
+        prompt = attend(q[:, :P], [shared], prompt_positions, window, config, at)
+        return join(prompt, attend(rows(q), [shared, own], positions, window, config, at))
+
+    def splash(q, k, v, window):
+        return splash_attention(q, k, v, slots, texts, window, config.query_scale, config.attn_softcap, at)
+
+    attend_group = {"plain": plain, "splash": splash}[compute.attention]
+    slots = join(prompt_positions, positions)
+    own_texts = 1 + jnp.arange(B)[:, None] + jnp.zeros_like(tokens) if segments is None else segments
+    texts = jnp.where(slots == FAR, -1, join(jnp.zeros_like(prompts), own_texts))
+    table = rope_table(slots, config)
+
+    def step(x, _, w, local, __):
+        q, k, v = project(x, w, table[local], config, compute)
+        return finish(x, w, attend_group(q, k, v, layer_window(local, config)), config, compute), None
+
+    x = embed(params, join(prompts, tokens), config, compute)
+    x, _ = scan_layers(step, x, unstack(params.layers, config, compute), None, config, compute)
+    last = repeat(last_slot(x[:, :P], lengths), B // Q, at)[:, None]
+    before = jnp.where((positions == starts)[..., None], last, jnp.roll(rows(x), 1, axis=1))
+    return rms_norm(before, params.final_norm, config.norm_eps)
 
 
-def forward_cached(params: Params, tokens: Array, slot: Array, prefix: KV, cache: KV, config: GemmaConfig, compute: Compute):
-    """One token a row, written to `slot` of the cache.  B, scalar, (LQKPH, QP), (LBKCH, BC) -> hidden BD, cache"""
+def forward_cached(
+    params: Params, tokens: Array, slot: Array, prefix: KV, cache: KV, config: GemmaConfig, compute: Compute
+) -> tuple[Array, KV]:
+    """One token a row, written to `slot` of the cache.  B, scalar, (LQKPH, QP), (LBKCH, BC) -> hidden BD, cache
+
+    Their positions stand in the cache already. Layers, prefix and cache are stacked on L, or apart (`unroll`, `unroll_kv`).
+    """
     positions = lax.dynamic_slice_in_dim(cache.positions, slot, 1, axis=1)
     table = rope_table(positions, config)
-    at = compute.at
+    apart = isinstance(params.layers, tuple)
 
-    def step(carry, w, local, extra):
+    def step(carry, layer, w, local, shared):
         x, all_k, all_v = carry
-        layer, prefix_k, prefix_v = extra
-        q, k, v = project(x, w, table[local], config, at)
-        all_k = lax.dynamic_update_slice(all_k, k[None], (layer, 0, 0, slot, 0))
-        all_v = lax.dynamic_update_slice(all_v, v[None], (layer, 0, 0, slot, 0))
-        own = KV(all_k[layer], all_v[layer], cache.positions)
-        shared = KV(prefix_k, prefix_v, prefix.positions)
-        x = finish(x, w, q, [shared, own], positions, layer_window(local, config), config, at)
-        return (x, all_k, all_v), None
+        q, k, v = project(x, w, table[local], config, compute)
+        all_k, k = write_slot(all_k, layer, jnp.moveaxis(k, 1, 3 if apart else 2), slot, axis=3 if apart else 2)
+        all_v, v = write_slot(all_v, layer, jnp.moveaxis(v, 1, 2), slot, axis=2)
+        keys = (shared[0], k) if apart else (jnp.swapaxes(shared[0], 2, 3), jnp.swapaxes(k, 2, 3))
+        pieces = [KV(keys[0], shared[1], prefix.positions), KV(keys[1], v, cache.positions)]
+        mixed = attend(q, pieces, positions, layer_window(local, config), config, compute.at)
+        return (finish(x, w, mixed, config, compute), all_k, all_v), None
 
+    shared = tuple(zip(prefix.k, prefix.v, strict=True)) if apart else [prefix.k, prefix.v]
     carry = embed(params, tokens[:, None], config, compute), cache.k, cache.v
-    extra = jnp.arange(config.num_layers), prefix.k, prefix.v
-    (x, k, v), _ = scan_layers(step, carry, params, extra, config, compute)
+    (x, k, v), _ = scan_layers(step, carry, params.layers, shared, config, compute)
     return rms_norm(x[:, 0], params.final_norm, config.norm_eps), KV(k, v, cache.positions)
+
+
+def write_slot(cache: Any, layer: Any, new: Array, slot: Array, axis: int) -> tuple[Any, Array]:
+    """`new` into one slot of one layer's cache: all layers' cache, and that layer's."""
+    where: list[Any] = [0, 0, 0, 0]
+    where[axis] = slot
+    if isinstance(cache, tuple):
+        own = lax.dynamic_update_slice(cache[layer], new, where)
+        return (*cache[:layer], own, *cache[layer + 1 :]), own
+    cache = lax.dynamic_update_slice(cache, new[None], (layer, *where))
+    return cache, cache[layer]
 
 
 def prompt_slots(lengths: Array, width: int) -> Array:  # Q -> QP
@@ -348,15 +466,16 @@ def repeat(x: Array, times: int, at) -> Array:  # Q... -> B...
 def vocab_logits(hidden: Array, params: Params, config: GemmaConfig, compute: Compute) -> Array:
     """float32 logits over the vocabulary, soft-capped.  BTD -> WTV"""
     hidden = jax.sharding.reshard(hidden, compute.at("WTd"))
-    embedding = compute.use(params.embedding, "Vd")
-    logits = jnp.einsum("WTD,VD->WTV", hidden, embedding, preferred_element_type=jnp.float32)
+    head = params.embedding.T if params.head is None else params.head
+    logits = linear(hidden, head, "dV", compute, dtype="float32")
     return softcap(logits, config.final_softcap)
 
 
 def pick_logprobs(logits: Array, tokens: Array, temperature: Array) -> Array:
     """log softmax(logits / temperature) at `tokens`.  ...V, ..., ... -> ...
 
-    The one definition of a log-probability: sampler, reference and trainer all use it. Temperature 0 (greedy) counts as 1.
+    The definition of a log-probability for reference and trainer; the sampler's `draw` has the same from what it has computed
+    anyway, to rounding. Temperature 0 (greedy) counts as 1.
     A masked sum picks the token, so that V may stay cut over devices.
     """
     logits = logits / jnp.where(temperature > 0, temperature, 1.0)[..., None]
@@ -369,7 +488,7 @@ def token_logprobs(
 ):
     """Log-probabilities of `tokens` from the hidden states that predict them.  BCD, BC -> BC
 
-    Works on `chunk` tokens of every row at a time and recomputes them in the backward pass: the [B, C, V] logits, 1 MB a token
+    Works on `chunk` slots of every row at a time and recomputes them in the backward pass: the [B, C, V] logits, 1 MB a token
     in float32 for Gemma, never exist at once. With `chunk` >= C they do, and nothing is recomputed.
     """
     B, C, _ = hidden.shape

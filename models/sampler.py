@@ -9,16 +9,18 @@ The log-probability that comes with each token is that of the full softmax at th
 it, whatever top-k and top-p left out. Left out: beams, penalties, speculation.
 """
 
-import dataclasses
 import math
+from dataclasses import dataclass, replace
 from functools import partial
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 from models.gemma import (
+    FAR,
     KV,
     Compute,
     GemmaConfig,
@@ -26,9 +28,10 @@ from models.gemma import (
     forward,
     forward_cached,
     last_slot,
-    pick_logprobs,
     prompt_slots,
     repeat,
+    unroll,
+    unroll_kv,
     vocab_logits,
 )
 
@@ -50,6 +53,35 @@ class Samples:
     truncated: Array  # B, no stop token within C
 
 
+@flax.struct.dataclass
+class Rows:
+    """Completions under way. Tokens and cache are rings of C slots: all rows write to the same slot, whatever their age."""
+
+    keys: Array  # B
+    temperature: Array  # B
+    starts: Array  # B, length of the prompt
+    lengths: Array  # B, tokens so far
+    limits: Array  # B, tokens at most
+    alive: Array  # B
+    truncated: Array  # B
+    tokens: Array  # BC
+    logprobs: Array  # BC
+    hidden: Array  # BD, of the last token
+    prefix: KV  # keys and values of Q prompts, each read by B / Q rows
+    cache: KV  # and of the completions
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn, and how many at most."""
+
+    width: int  # C
+    stop_ids: tuple[int, ...]
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    halvings: int = 0  # times that the batch may halve as rows stop
+
+
 @partial(jax.jit, static_argnames=("config", "compute"))
 def prefill(params: Params, prompts: Array, lengths: Array, config: GemmaConfig, compute: Compute) -> Prefix:
     """Right-padded prompts -> their keys and values, and the hidden states to continue from.  QP, Q"""
@@ -63,69 +95,166 @@ def row_keys(seed: int, step: int, rows: Array) -> Array:  # B -> B keys
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
 
-@partial(jax.jit, static_argnames=("config", "compute", "width", "stop_ids", "top_k", "top_p"))
+@partial(jax.jit, static_argnames=("config", "compute", "sampling"))
 def decode(
-    params: Params, prefix: Prefix, keys: Array, temperature: Array, config: GemmaConfig, compute: Compute, *,
-    width: int, stop_ids: tuple[int, ...], top_k: int = 0, top_p: float = 1.0,
+    params: Params, prefix: Prefix, keys: Array, temperature: Array, limits: Array, config: GemmaConfig, compute: Compute,
+    sampling: Sampling,
 ) -> Samples:  # fmt: skip
-    """Up to C = `width` tokens a row; B = len(keys) rows in groups of B / Q. Ends as soon as every row has stopped."""
-    (B,) = keys.shape
-    Q = prefix.lengths.shape[0]
-    at = compute.at
-    zeros = partial(jnp.zeros, out_sharding=at("B"))
-    positions = repeat(prefix.lengths, B // Q, at)[:, None] + jnp.arange(width)
-    shape = (config.num_layers, B, config.num_kv_heads, width, config.head_dim)
-    empty = jnp.zeros(shape, compute.dtype, out_sharding=at("LBKCH"))
-    grid = partial(jnp.zeros, (B, width), out_sharding=at("BC"))
-    samples = Samples(grid(jnp.int32), grid(jnp.float32), zeros(B, jnp.int32), zeros(B, bool))
+    """Up to `limits` <= C tokens a row; B = len(keys) rows in groups of B / Q. Ends as soon as every row has stopped."""
+    rows = start(prefix, keys, temperature, limits, config, compute, sampling)
+    return drain(unroll(params, config, compute), rows, jnp.int32(0), config, compute, sampling)
 
-    def running(carry):
-        slot, alive, *_ = carry
-        return (slot < width) & jnp.any(alive)
+
+def sample(
+    params: Params, prompts: Array, lengths: Array, keys: Array, temperature: Array, config: GemmaConfig, compute: Compute,
+    sampling: Sampling,
+) -> Samples:  # fmt: skip
+    """`prefill`, then `decode`: QP, Q, B keys, B -> Samples."""
+    prefix = prefill(params, prompts, lengths, config, compute)
+    limits = jnp.full(keys.shape, sampling.width, jnp.int32)
+    return decode(params, prefix, keys, temperature, limits, config, compute, sampling)
+
+
+def start(
+    prefix: Prefix, keys: Array, temperature: Array, limits: Array, config: GemmaConfig, compute: Compute, sampling: Sampling
+) -> Rows:
+    """Rows before their first token.  B keys, B, B"""
+    (B,), Q, C = keys.shape, len(prefix.lengths), sampling.width
+    at = compute.at
+    zeros = partial(jnp.zeros, B, out_sharding=at("B"))
+    grid = partial(jnp.zeros, (B, C), out_sharding=at("BC"))
+    shape = (config.num_layers, B, config.num_kv_heads, C, config.head_dim)
+    empty = jnp.zeros(shape, compute.dtype, out_sharding=at("LBKCH"))
+    keys, temperature, limits = (jax.sharding.reshard(x, at("B")) for x in (keys, temperature, limits))
+    return Rows(
+        keys, temperature, repeat(prefix.lengths, B // Q, at), zeros(jnp.int32), limits, ~zeros(bool), zeros(bool),
+        grid(jnp.int32), grid(jnp.float32), repeat(prefix.hidden, B // Q, at), unroll_kv(prefix.kv, compute),
+        unroll_kv(KV(empty, empty, grid(jnp.int32) + FAR), compute),
+    )  # fmt: skip
+
+
+def drain(params: Params, rows: Rows, count: Array, config: GemmaConfig, compute: Compute, sampling: Sampling) -> Samples:
+    """Decode until every row has stopped.
+
+    Once no device has more than half of its rows alive, those go on in a batch of half the size, up to `halvings` times: on a
+    device that computes, and does not only wait for memory, the last long completions then cost little.
+    """
+    last = sampling.halvings == 0 or rows_a_device(rows) % 2 == 1
+    half = rows_a_device(rows) // 2
+    rows, count = advance(params, rows, count, 0 if last else half, config, compute, sampling)
+    samples = Samples(rows.tokens, rows.logprobs, rows.lengths, rows.truncated)
+    if last:
+        return samples
+    order = jnp.argsort(~by_device(rows.alive, compute), axis=1)  # of each device's rows, those alive first
+    fewer = replace(sampling, halvings=sampling.halvings - 1)
+    going = drain(params, take(rows, order[:, :half], compute), count, config, compute, fewer)
+    done = jax.tree.map(lambda x: pick(x, order[:, half:], compute), samples)
+
+    def merge(going, done):
+        both = jnp.concatenate([by_device(going, compute), by_device(done, compute)], axis=1)
+        both = lax.reshape(both, (len(rows.keys), *both.shape[2:]), out_sharding=compute.at("B" + "." * (both.ndim - 2)))
+        return pick(both, jnp.argsort(order, axis=1), compute)
+
+    return jax.tree.map(merge, going, done)
+
+
+def advance(
+    params: Params, rows: Rows, count: Array, keep: ArrayLike, config: GemmaConfig, compute: Compute, sampling: Sampling
+) -> tuple[Rows, Array]:
+    """Decode until no device has more than `keep` rows alive; `count` is of steps, and says which slot is written."""
+
+    def going(carry):
+        rows, _ = carry
+        return jnp.any(by_device(rows.alive, compute).sum(axis=1) > keep)
 
     def step(carry):
-        slot, alive, hidden, cache, samples = carry
-        logits = vocab_logits(hidden[:, None], params, config, compute)[:, 0]
-        uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, slot)))(keys)
-        uniform, heat = (jax.sharding.reshard(x, at("W")) for x in (uniform, temperature))
-        tokens = draw(logits, uniform, heat, top_k, top_p, compute)
-        logprobs = pick_logprobs(logits, tokens, heat)
-        tokens, logprobs = (jax.sharding.reshard(x, at("B")) for x in (tokens, logprobs))
-        samples = Samples(
-            tokens=write(samples.tokens, jnp.where(alive, tokens, 0), slot),
-            logprobs=write(samples.logprobs, jnp.where(alive, logprobs, 0.0), slot),
-            lengths=samples.lengths + alive,
-            truncated=samples.truncated,
-        )
-        for stop in stop_ids:
-            alive = alive & (tokens != stop)
-        hidden, cache = forward_cached(params, tokens, slot, prefix.kv, cache, config, compute)
-        return slot + 1, alive, hidden, cache, samples
+        rows, count = carry
+        rows = next_token(params, rows, count % sampling.width, config, compute, sampling)
+        return rows, count + 1
 
-    alive = ~zeros(B, bool)
-    carry = jnp.int32(0), alive, repeat(prefix.hidden, B // Q, at), KV(empty, empty, positions), samples
-    _, alive, _, _, samples = lax.while_loop(running, step, carry)
-    return dataclasses.replace(samples, truncated=alive)
+    return lax.while_loop(going, step, (rows, count))
 
 
-def write(grid: Array, column: Array, slot: Array) -> Array:  # BC, B -> BC
-    return lax.dynamic_update_slice_in_dim(grid, column[:, None], slot, axis=1)
+def next_token(params: Params, rows: Rows, slot: Array, config: GemmaConfig, compute: Compute, sampling: Sampling) -> Rows:
+    """Draw a token for every row, and run it through the model."""
+    at = compute.at
+    logits = vocab_logits(rows.hidden[:, None], params, config, compute)[:, 0]
+    uniform = jax.vmap(lambda key, age: jax.random.uniform(jax.random.fold_in(key, age)))(rows.keys, rows.lengths)
+    uniform, temperature = (jax.sharding.reshard(x, at("W")) for x in (uniform, rows.temperature))
+    drawn = draw(logits, uniform, temperature, sampling, compute)
+    tokens, logprobs = (jax.sharding.reshard(x, at("B")) for x in drawn)
+    cache = replace(rows.cache, positions=write(rows.cache.positions, rows.starts + rows.lengths, slot, rows.alive))
+    hidden, cache = forward_cached(params, tokens, slot, rows.prefix, cache, config, compute)
+    stopped = jnp.isin(tokens, jnp.array(sampling.stop_ids))
+    lengths = rows.lengths + rows.alive
+    full = lengths >= rows.limits
+    return replace(
+        rows,
+        tokens=write(rows.tokens, tokens, slot, rows.alive),
+        logprobs=write(rows.logprobs, logprobs, slot, rows.alive),
+        lengths=lengths,
+        alive=rows.alive & ~stopped & ~full,
+        truncated=rows.truncated | (rows.alive & ~stopped & full),
+        hidden=hidden,
+        cache=cache,
+    )
 
 
-def draw(logits: Array, uniform: Array, temperature: Array, top_k: int, top_p: float, compute: Compute) -> Array:
+def rows_a_device(rows: Rows) -> int:
+    return len(rows.keys) // max(jax.sharding.get_abstract_mesh().size, 1)
+
+
+def by_device(x: Array, compute: Compute, axis: int = 0) -> Array:
+    """Rows as a grid of devices and their own rows.  B... -> [devices, rows of each, ...]"""
+    devices = max(jax.sharding.get_abstract_mesh().size, 1)
+    shape = (*x.shape[:axis], devices, x.shape[axis] // devices, *x.shape[axis + 1 :])
+    return lax.reshape(x, shape, out_sharding=compute.at("." * axis + "B" + "." * (x.ndim - axis)))
+
+
+def pick(x: Array, index: Array, compute: Compute, axis: int = 0) -> Array:
+    """The rows of `index` [devices, n], numbered within each device: none moves between devices.  B... -> devices * n..."""
+    x = jax.vmap(partial(jnp.take, axis=axis), in_axes=(axis, 0), out_axes=axis)(by_device(x, compute, axis), index)
+    shape = (*x.shape[:axis], index.size, *x.shape[axis + 2 :])
+    return lax.reshape(x, shape, out_sharding=compute.at("." * axis + "B" + "." * (x.ndim - axis - 2)))
+
+
+def pick_kv(kv: KV, index: Array, compute: Compute) -> KV:
+    axis = 0 if isinstance(kv.k, tuple) else 1  # behind L, where layers are stacked
+    k, v = jax.tree.map(lambda x: pick(x, index, compute, axis), (kv.k, kv.v))
+    return KV(k, v, pick(kv.positions, index, compute))
+
+
+def take(rows: Rows, index: Array, compute: Compute) -> Rows:
+    """The rows of `index` [devices, n], each with a copy of its prompt's keys and values."""
+    group = len(rows.keys) // len(rows.prefix.positions)
+    plain = jax.tree.map(lambda x: pick(x, index, compute), replace(rows, prefix=None, cache=None))
+    return replace(plain, prefix=pick_kv(rows.prefix, index // group, compute), cache=pick_kv(rows.cache, index, compute))
+
+
+def write(grid: Array, column: Array, slot: Array, alive: Array) -> Array:
+    """`column` B into a slot of `grid` BC, where the row is alive: one that has stopped keeps what it wrote a ring ago."""
+    old = lax.dynamic_slice_in_dim(grid, slot, 1, axis=1)
+    return lax.dynamic_update_slice_in_dim(grid, jnp.where(alive[:, None], column[:, None], old), slot, axis=1)
+
+
+def draw(logits: Array, uniform: Array, temperature: Array, sampling: Sampling, compute: Compute) -> tuple[Array, Array]:
     """One token a row from softmax(logits / temperature), cut to top-k and top-p; the best one where temperature is 0.
 
-    WV, W, W -> W. `uniform` lies in [0, 1).
+    WV, W, W -> tokens W, and their log-probabilities under the whole softmax, W: as `pick_logprobs` has them, from the
+    exponentials that are there already. `uniform` lies in [0, 1).
     """
-    greedy = (temperature == 0)[:, None]
+    greedy = temperature == 0
+    heat = jnp.where(greedy, 1.0, temperature)[:, None]
     top = logits.max(axis=-1, keepdims=True)
-    weights = jnp.exp((logits - top) / jnp.where(greedy, 1.0, temperature[:, None]))
-    if top_k:
-        weights = keep_heaviest(weights, lambda kept: kept.astype(bool).sum(axis=-1), jnp.full_like(uniform, top_k))
-    if top_p < 1:
-        weights = keep_heaviest(weights, lambda kept: kept.sum(axis=-1), top_p * weights.sum(axis=-1))
-    weights = jnp.where(greedy, logits == top, weights)
-    return invert_cdf(weights, jnp.where(temperature == 0, 0.0, uniform), compute)
+    weights = jnp.exp((logits - top) / heat)
+    total = weights.sum(axis=-1)
+    if sampling.top_k:
+        weights = keep_heaviest(weights, lambda kept: kept.astype(bool).sum(axis=-1), jnp.full_like(uniform, sampling.top_k))
+    if sampling.top_p < 1:
+        weights = keep_heaviest(weights, lambda kept: kept.sum(axis=-1), sampling.top_p * weights.sum(axis=-1))
+    weights = jnp.where(greedy[:, None], logits == top, weights)
+    tokens, weight = invert_cdf(weights, jnp.where(greedy, 0.0, uniform), compute)
+    return tokens, jnp.log(weight / total)
 
 
 def keep_heaviest(weights: Array, measure, target: Array) -> Array:
@@ -146,8 +275,10 @@ def keep_heaviest(weights: Array, measure, target: Array) -> Array:
     return jnp.where(bits >= low[:, None], weights, 0.0)
 
 
-def invert_cdf(weights: Array, uniform: Array, compute: Compute) -> Array:
-    """The entry at which the running sum of `weights` passes uniform * total: a block first, then inside it.  WV, W -> W
+def invert_cdf(weights: Array, uniform: Array, compute: Compute) -> tuple[Array, Array]:
+    """The entry at which the running sum of `weights` passes uniform * total, and its weight.  WV, W -> W, W
+
+    A block is found first, then the entry in it.
 
     Never an entry of weight zero: the target stays below the total, and a running sum rises only at positive weights.
     """
@@ -155,33 +286,24 @@ def invert_cdf(weights: Array, uniform: Array, compute: Compute) -> Array:
     size = block_size(V)
     blocks = lax.reshape(weights, (W, V // size, size), out_sharding=compute.at("WV."))
     sums = jax.sharding.reshard(blocks.sum(axis=-1), compute.at("W."))
-    index, fraction = find(sums, uniform)
+    index, fraction, _ = find(sums, uniform)
     chosen = jnp.arange(V // size) == index[:, None]
-    inside, _ = find(jnp.where(chosen[..., None], blocks, 0.0).sum(axis=1), fraction)
-    return index * size + inside
+    inside, _, weight = find(jnp.where(chosen[..., None], blocks, 0.0).sum(axis=1), fraction)
+    return index * size + inside, weight
 
 
-def find(weights: Array, uniform: Array) -> tuple[Array, Array]:  # Wn, W -> W, W
-    """The first index whose running sum exceeds uniform * total, and how far into its weight that point lies, in [0, 1)."""
+def find(weights: Array, uniform: Array) -> tuple[Array, Array, Array]:  # Wn, W -> W, W, W
+    """The first index whose running sum exceeds uniform * total; how far into its weight that lies, in [0, 1); its weight."""
     below_one = jnp.float32(1 - 2**-24)
     running = jnp.cumsum(weights, axis=-1)
     target = jnp.minimum(uniform, below_one) * running[:, -1]
     index = (running <= target[:, None]).sum(axis=-1, dtype=jnp.int32)
     chosen = jnp.arange(weights.shape[-1]) == index[:, None]
     weight, end = (jnp.where(chosen, x, 0.0).sum(axis=-1) for x in (weights, running))
-    return index, jnp.clip((target - (end - weight)) / weight, 0.0, below_one)
+    return index, jnp.clip((target - (end - weight)) / weight, 0.0, below_one), weight
 
 
 def block_size(V: int) -> int:
     """The largest divisor of V / 8 up to sqrt(V), so that blocks may be cut over up to eight devices; else of V."""
     count = V // 8 if V % 8 == 0 else V
     return max(d for d in range(1, math.isqrt(V) + 1) if count % d == 0)
-
-
-def sample(
-    params: Params, prompts: Array, lengths: Array, keys: Array, temperature: Array, config: GemmaConfig, compute: Compute, *,
-    width: int, stop_ids: tuple[int, ...], top_k: int = 0, top_p: float = 1.0,
-) -> Samples:  # fmt: skip
-    """`prefill`, then `decode`: QP, Q, B keys, B -> Samples."""
-    prefix = prefill(params, prompts, lengths, config, compute)
-    return decode(params, prefix, keys, temperature, config, compute, width=width, stop_ids=stop_ids, top_k=top_k, top_p=top_p)

@@ -17,7 +17,9 @@ import math
 from dataclasses import dataclass
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 from models import ModelError
 
@@ -82,6 +84,16 @@ def specs(axes, rules: Rules):
 def reshard(tree, axes, rules: Rules):
     """Lay every leaf of `tree` out as `rules` want it; leaves that lie so already are left alone."""
     return jax.tree.map(lambda leaf, letters: jax.sharding.reshard(leaf, spec(letters, rules)), tree, axes)
+
+
+def put(x: ArrayLike, letters: str) -> Array:
+    """A host array on the devices, rows cut over all of them."""
+    return jax.device_put(x, spec(letters, TRAIN))
+
+
+def transposed(sharding: NamedSharding) -> NamedSharding:
+    """Where the transpose of a matrix lies."""
+    return sharding.update(spec=PartitionSpec(*reversed(sharding.spec)))
 
 
 def activation_dtype(name: str) -> str:

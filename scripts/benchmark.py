@@ -1,41 +1,63 @@
-"""How fast a step and its parts run, with random weights and random tokens at any model's size: nothing is downloaded.
+"""How fast a step and its parts run, and how near to the bound, with random weights at any model's size: nothing is downloaded.
 
-    python scripts/benchmark.py --model gemma2-6m --prompts_per_step 8 --max_prompt_tokens 128 --max_new_tokens 128
+    python scripts/benchmark.py --model gemma3-270m --prompts_per_step 4 --max_new_tokens 64
+    python scripts/benchmark.py --model gemma2-2b --mean_length 150 --autotune
 
-No completion stops early, so every row has its full length. Prints medians (min-max) over `--repeats`, after one warm-up, then
-one line of JSON.
+Completions run to `--max_new_tokens`, or to natural lengths around `--mean_length`. A bound is that of models/roofline.py for
+the same lengths, at the peaks that this device shows in a large product and a large copy (nominal ones: see CHIPS there). It
+counts no padding and nothing recomputed: where arithmetic binds, the percentage is the MFU, where memory does, the MBU.
+Medians (min-max) over `--repeats`, after a warm-up that compiles; then one line of JSON.
 """
 
 import dataclasses
+import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from data.batches import natural_lengths
 from data.problems import Problem
 from grpo.cli import run_script
 from grpo.config import Config, ConfigError, flag, parse
+from grpo.metrics import CompileCounter
 from grpo.rollout import rollout
-from grpo.train import Run, completion_logprobs, init_state, one_step, rollout_view, train_step
+from grpo.train import Run, choose_remat, completion_logprobs, device_memory, init_state, one_step, rollout_view, train_step
+from models import roofline
 from models.gemma import Compute, init_params
 from models.presets import MODELS
+from models.roofline import Bound, Chip
 from models.sharding import ROLLOUT, STORE, TRAIN, activation_dtype, check_divides, make_mesh
+
+UPDATES = 1000  # of the learning rate's schedule
 
 
 @dataclass(frozen=True)
 class BenchmarkConfig(Config):
     model: str = flag("gemma2-6m", f"one of {', '.join(MODELS)}")
     repeats: int = flag(5, "timed runs of each part")
+    mean_length: int = flag(0, "completions of natural length around this mean; 0: all run to max_new_tokens")
+    autotune: bool = flag(False, "time sampling with every rollout_tp that divides the devices, and go on with the fastest")
 
     def __post_init__(self):
         super().__post_init__()
         if self.model not in MODELS:
             raise ConfigError(f"model {self.model!r} is unknown; one of {', '.join(MODELS)}")
+        if self.repeats < 1 or not 0 <= self.mean_length <= self.max_new_tokens:
+            limit = f"mean_length {self.mean_length} in 0 to max_new_tokens {self.max_new_tokens}"
+            raise ConfigError(f"repeats {self.repeats} must be above 0, {limit}")
+
+    def limits(self, step: int, rows: int) -> Sequence[int]:
+        if not self.mean_length:
+            return super().limits(step, rows)
+        return natural_lengths(step, rows, self.mean_length, self.max_new_tokens).tolist()
 
 
 class NumberTokens:
@@ -47,79 +69,187 @@ class NumberTokens:
         return " ".join(map(str, ids))
 
 
-def timed(function: Callable[[], Any], repeats: int) -> list[float]:
-    """Seconds of each of `repeats` runs, after one that is not counted."""
+def timed(function: Callable[[int], Any], repeats: int, shapes: int = 1) -> list[float]:
+    """Seconds of function(0), ... function(repeats - 1), after `shapes` of them have run uncounted to compile."""
+    for i in range(shapes):
+        jax.block_until_ready(function(i))
     seconds = []
-    for _ in range(repeats + 1):
+    for i in range(repeats):
         start = time.perf_counter()
-        jax.block_until_ready(function())
+        jax.block_until_ready(function(i))
         seconds.append(time.perf_counter() - start)
-    return seconds[1:]
+    return seconds
+
+
+def measure_chip(dtype: str) -> Chip:
+    """This device's peaks as a large product and a large copy reach them; the network's are nominal."""
+    device = jax.local_devices()[0]
+    nominal = roofline.find_chip(device.device_kind)
+    size, copied = (8192, 2**31) if nominal else (2048, 2**28)
+    square = jax.device_put(jnp.ones((size, size), dtype), device)
+    long = jax.device_put(jnp.ones(copied // 4, jnp.float32), device)
+    product = min(timed(jax.jit(lambda _: square @ square), 5))
+    copy = min(timed(jax.jit(lambda i: long + i), 5))
+    measured = {"flops": 2 * size**3 / product, "bandwidth": 2 * copied / copy}
+    return dataclasses.replace(nominal or Chip(device.device_kind, 0.0, 0.0, 0.0, 1e9, 1), **measured)
+
+
+def make_run(config: BenchmarkConfig, mesh: Mesh) -> Run:
+    """Random prompts, up to a quarter shorter than they may be."""
+    model, rng = MODELS[config.model], np.random.default_rng(config.seed)
+    check_divides("prompts_per_step", config.prompts_per_step, mesh)
+    dtype, Q, P = activation_dtype(config.dtype), config.prompts_per_step, config.max_prompt_tokens
+    widths = P - rng.integers(0, max(P // 4, 1), Q)
+    prompt_ids = [rng.integers(3, model.vocab_size, width).tolist() for width in widths]
+    problems = [Problem(str(i), "", str(i)) for i in range(Q)]
+    return Run(
+        config, mesh, model, NumberTokens(), problems, prompt_ids, [], [], 0, {},  # type: ignore[arg-type]
+        Compute(TRAIN, dtype, config.remat, config.unroll, config.attention), Compute(ROLLOUT, dtype, unroll=config.unroll),
+    )  # fmt: skip
+
+
+def measure(run: Run, shapes: int) -> dict[str, list[float]]:
+    """Seconds of each phase, `repeats` times: parts of one step after another, then whole steps."""
+    config, model = run.config, run.model
+    assert isinstance(config, BenchmarkConfig)
+    figures: dict[str, list[float]] = {}
+    repeats = config.repeats
+    with jax.set_mesh(run.mesh):
+        state = init_state(init_params(jax.random.key(0), model, STORE), config, UPDATES)
+        reference = init_params(jax.random.key(0), model, STORE, run.train.dtype)
+        view = rollout_view(state.params, model, run.sample)
+        figures["view"] = timed(lambda _: rollout_view(state.params, model, run.sample), repeats)
+        rolled = []
+
+        def roll(i: int):
+            rolled.append(rollout(view, run.problems, run.prompt_ids, i, run.tokenizer, model, run.sample, config, {}))
+            return rolled[-1][0]
+
+        figures["sample"] = timed(roll, repeats, shapes)
+        rolled = rolled[shapes:]
+        for name in ("prefill", "decode", "reward"):
+            figures[name] = [metrics[f"time/{name}"] for *_, metrics in rolled]
+        figures["sample"] = [a - b for a, b in zip(figures["sample"], figures["reward"], strict=True)]
+        batches = [batch for batch, *_ in rolled]
+
+        def refer(i: int):
+            return completion_logprobs(reference, batches[i], model, run.train, config)
+
+        figures["reference"] = timed(refer, repeats, shapes)
+        batches = [dataclasses.replace(batch, ref_logprobs=refer(i)) for i, batch in enumerate(batches)]
+
+        def update(i: int):
+            nonlocal state
+            compute = choose_remat(run.train, model, batches[i], config.microbatches, run.mesh.size, device_memory(run.mesh))
+            state, stats = train_step(state, batches[i], model, compute, config, UPDATES)
+            return stats
+
+        figures["update"] = timed(update, repeats, shapes)
+
+        def step(i: int):
+            nonlocal state
+            state, *_ = one_step(i + 1, state, reference, run)
+
+        figures["step"] = timed(step, repeats, shapes)
+    return figures
+
+
+def bounds(run: Run, chip: Chip, step: int) -> dict[str, Bound]:
+    """What each phase of a step must take at least."""
+    model, devices, tp = run.model, run.mesh.size, run.mesh.shape["tp"]
+    width = jnp.dtype(run.train.dtype).itemsize
+    prompts, lengths = [len(ids) for ids in run.prompt_ids], run.config.limits(step, run.config.rows)
+    tokens = sum(prompts) + sum(lengths), sum(lengths), roofline.group_pairs(model, prompts, lengths)
+    found = {
+        "view": roofline.rollout_view(model, chip, devices, tp, width=width),
+        "prefill": roofline.prefill(model, chip, devices, tp, prompts, width=width),
+        "decode": roofline.decode(model, chip, devices, tp, prompts, lengths, width=width),
+        "reference": roofline.forward_logprobs(model, chip, devices, *tokens, width=width),
+        "update": roofline.update(model, chip, devices, *tokens, width=width),
+    }
+    whole = sum(found.values(), Bound())
+    return found | {"sample": found["prefill"] + found["decode"], "step": whole}
+
+
+def autotune(config: BenchmarkConfig) -> dict[int, float]:
+    """Seconds of one rollout by `rollout_tp`, for every k in 1, 2, 4, 8 that divides the devices."""
+    seconds = {}
+    for k in (k for k in (1, 2, 4, 8) if len(jax.devices()) % k == 0):
+        run = make_run(config, make_mesh(k))
+        with jax.set_mesh(run.mesh):
+            view = rollout_view(init_params(jax.random.key(0), run.model, STORE), run.model, run.sample)
+
+            def roll(i: int, run: Run = run, view: Any = view):
+                arguments = run.problems, run.prompt_ids, i, run.tokenizer, run.model, run.sample, config, {}
+                return rollout(view, *arguments)[0]
+
+            seconds[k] = statistics.median(timed(roll, 3))
+        print(f"rollout_tp {k}: {seconds[k]:.3f} s a rollout", flush=True)
+    return seconds
+
+
+def peak_gib(mesh: Mesh) -> float:
+    """The most that a device has held; of a CPU, this process."""
+    stats = mesh.devices.flat[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10) / roofline.GIB
 
 
 def main(argv: list[str]) -> dict[str, Any]:
-    config = parse(BenchmarkConfig, argv, __doc__ or "")
-    model, mesh = MODELS[config.model], make_mesh(config.rollout_tp)
-    check_divides("prompts_per_step", config.prompts_per_step, mesh)
-    dtype = activation_dtype(config.dtype)
-    rng = np.random.default_rng(config.seed)
-    Q, B = config.prompts_per_step, config.rows
-    widths = config.max_prompt_tokens - rng.integers(0, max(config.max_prompt_tokens // 4, 1), Q)
-    prompt_ids = [rng.integers(3, model.vocab_size, width).tolist() for width in widths]
-    problems = [Problem(str(i), "", str(i)) for i in range(Q)]
-    run = Run(
-        config, mesh, model, NumberTokens(), problems, prompt_ids, [], [], 0, {},  # type: ignore[arg-type]
-        Compute(TRAIN, dtype, config.remat, config.unroll), Compute(ROLLOUT, dtype),
-    )  # fmt: skip
-    figures: dict[str, list[float]] = {}
-    with jax.set_mesh(mesh):
-        state = init_state(init_params(jax.random.key(0), model, STORE), config, 1000)
-        reference = init_params(jax.random.key(0), model, STORE, dtype)
-        view = rollout_view(state.params, model, run.sample)
-        counter = iter(range(10**6))
-
-        rollouts = []
-
-        def roll():
-            rollouts.append(rollout(view, problems, prompt_ids, next(counter), run.tokenizer, model, run.sample, config, {}))
-            return rollouts[-1][0]
-
-        figures["rollout"] = timed(roll, config.repeats)
-        for name in ("prefill", "decode"):
-            figures[name] = [metrics[f"time/{name}"] for _, _, metrics in rollouts[1:]]
-        batch = rollouts[-1][0]
-
-        def refer():
-            return completion_logprobs(reference, batch, model, run.train, config)
-
-        figures["reference"] = timed(refer, config.repeats)
-        batch = dataclasses.replace(batch, ref_logprobs=refer())
-
-        def update():
-            nonlocal state
-            state, stats = train_step(state, batch, model, run.train, config, 1000)
-            return stats
-
-        figures["update"] = timed(update, config.repeats)
-
-        def step():
-            nonlocal state
-            state, *_ = one_step(next(counter) + 1, state, reference, run)
-
-        figures["step"] = timed(step, config.repeats)
-    sampled = B * config.max_new_tokens
-    print(f"{config.model}, {mesh.size} x {mesh.devices.flat[0].device_kind}, {dtype}: {Q} prompts x {config.group_size}, "
-          f"{config.max_prompt_tokens} + {config.max_new_tokens} tokens, median (min-max) of {config.repeats}")  # fmt: skip
-    phases = {}
+    config, compiles = parse(BenchmarkConfig, argv, __doc__ or ""), CompileCounter()
+    tuned = autotune(config) if config.autotune else {}
+    if tuned:
+        config = dataclasses.replace(config, rollout_tp=min(tuned, key=tuned.__getitem__))
+    run = make_run(config, make_mesh(config.rollout_tp))
+    chip = measure_chip(run.train.dtype)
+    figures = measure(run, config.repeats if config.mean_length else 1)
+    phases, steps = {}, range(config.repeats)
+    tokens = statistics.mean(sum(config.limits(i, config.rows)) for i in steps)
+    prompt_tokens = sum(map(len, run.prompt_ids))
+    found = [bounds(run, chip, i) for i in steps]
     for name, seconds in figures.items():
         middle = statistics.median(seconds)
-        print(
-            f"{name:10} {middle:8.3f} s ({min(seconds):.3f}-{max(seconds):.3f})   {sampled / middle:10.0f} completion tokens/s"
+        phases[name] = {"ms": 1e3 * middle, "ms_min": 1e3 * min(seconds), "ms_max": 1e3 * max(seconds)}
+        if name != "view":
+            phases[name]["tokens_per_s"] = (prompt_tokens if name == "prefill" else tokens) / middle
+        if name in found[0]:
+            flops, memory, network, bound = (
+                statistics.mean(x) for x in zip(*(dataclasses.astuple(f[name]) for f in found), strict=True)
+            )
+            phases[name] |= {
+                "gflop": flops / 1e9, "memory_mb": memory / 1e6, "network_mb": network / 1e6, "bound_ms": 1e3 * bound,
+                "percent_of_bound": 100 * bound / middle,
+            }  # fmt: skip
+    result = {
+        "device": run.mesh.devices.flat[0].device_kind, "devices": run.mesh.size, "preset": config.model, "rows": config.rows,
+        "rollout_tp": config.rollout_tp, "dtype": run.train.dtype, "mean_length": tokens / config.rows,
+        "peak_tflops": chip.flops / 1e12, "peak_gb_per_s": chip.bandwidth / 1e9, "peak_gib": peak_gib(run.mesh),
+        "compiles": compiles.count, "phases": phases,
+    }  # fmt: skip
+    print(table(result, config), flush=True)
+    return result | ({"autotune": {str(k): 1e3 * s for k, s in tuned.items()}} if tuned else {})
+
+
+def table(result: dict[str, Any], config: BenchmarkConfig) -> str:
+    Q, G, P, C = config.prompts_per_step, config.group_size, config.max_prompt_tokens, config.max_new_tokens
+    lines = [
+        f"{config.model}, {result['devices']} x {result['device']}, {result['dtype']}; measured {result['peak_tflops']:.2f} "
+        f"TFLOP/s, {result['peak_gb_per_s']:.0f} GB/s a device",
+        f"{Q} prompts x {G} completions, {P} + {C} tokens, {result['mean_length']:.0f} a completion on average; "
+        f"median of {config.repeats}",
+        f"{'phase':10}{'ms':>10}{'(min-max)':>20}{'tokens/s':>11}{'GFLOP':>10}{'MB':>9}{'bound ms':>10}{'% of it':>9}",
+    ]
+    for name, row in result["phases"].items():
+        spread = f"({row['ms_min']:.1f}-{row['ms_max']:.1f})"
+        line = (
+            f"{name:10}{row['ms']:10.1f}{spread:>20}{row.get('tokens_per_s', 0) or '':>11.0f}"
+            if "tokens_per_s" in row
+            else (f"{name:10}{row['ms']:10.1f}{spread:>20}{'':>11}")
         )
-        phases[name] = {
-            "ms": 1e3 * middle, "ms_min": 1e3 * min(seconds), "ms_max": 1e3 * max(seconds), "tokens_per_s": sampled / middle,
-        }  # fmt: skip
-    return {"device": mesh.devices.flat[0].device_kind, "preset": config.model, "rows": B, "phases": phases}
+        if "bound_ms" in row:
+            line += f"{row['gflop']:10.1f}{row['memory_mb']:9.0f}{row['bound_ms']:10.2f}{row['percent_of_bound']:9.0f}"
+        lines.append(line)
+    lines.append(f"peak memory {result['peak_gib']:.2f} GiB, {result['compiles']} programs compiled")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from grpo.metrics import wilson
 from grpo.reward import TAGS, is_correct, violates_format
 from models.convert import load_params, read_config, save_params
 from models.gemma import Compute, GemmaConfig, Params, forward_group, init_params, token_logprobs
-from models.sampler import row_keys, sample
+from models.sampler import Sampling, row_keys, sample
 from models.sharding import ROLLOUT, TRAIN, make_mesh
 
 FOLDER = Path(__file__).resolve().parents[1] / "models" / "tiny"
@@ -163,7 +163,7 @@ def measure(
     rows = len(problems) * samples
     out = sample(
         params, jnp.asarray(prompts), jnp.asarray(lengths), row_keys(0, 0, jnp.arange(rows)), jnp.full(rows, heat), config,
-        Compute(ROLLOUT), width=COMPLETION_WIDTH, stop_ids=tokenizer.stop_ids,
+        Compute(ROLLOUT), Sampling(COMPLETION_WIDTH, tokenizer.stop_ids),
     )  # fmt: skip
     texts = [tokenizer.decode(ids[:n]) for ids, n in zip(np.asarray(out.tokens), np.asarray(out.lengths), strict=True)]
     right = np.array([is_correct(text, problems[i // samples].answer) for i, text in enumerate(texts)])

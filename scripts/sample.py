@@ -23,8 +23,8 @@ from grpo.cli import run_script
 from grpo.config import TINY_MODEL, ConfigError, flag, parse
 from models.convert import load_params, read_config, read_json
 from models.gemma import Compute
-from models.sampler import row_keys, sample
-from models.sharding import ROLLOUT, TRAIN, activation_dtype, make_mesh, spec
+from models.sampler import Sampling, row_keys, sample
+from models.sharding import ROLLOUT, activation_dtype, make_mesh, put
 
 
 @dataclass(frozen=True)
@@ -97,16 +97,12 @@ def main(argv: list[str]) -> dict[str, Any]:
     tokens, lengths = pad_prompts(padded, max(map(len, padded)), pad_id=0)
     dtype = activation_dtype(config.dtype)
     with jax.set_mesh(mesh):
-
-        def put(x: np.ndarray, letters: str):
-            return jax.device_put(x, spec(letters, TRAIN))
-
         params = load_params(folder, model, mesh, ROLLOUT, dtype)
         start = time.perf_counter()
         samples = sample(
             params, put(tokens, "QP"), put(lengths, "Q"), row_keys(config.seed, 0, put(np.arange(len(padded) * G), "B")),
             put(np.full(len(padded) * G, config.temperature, np.float32), "B"), model, Compute(ROLLOUT, dtype),
-            width=config.max_new_tokens, stop_ids=stop_ids(folder, tokenizer), top_k=config.top_k, top_p=config.top_p,
+            Sampling(config.max_new_tokens, stop_ids(folder, tokenizer), config.top_k, config.top_p),
         )  # fmt: skip
         samples = jax.device_get(samples)
     seconds = time.perf_counter() - start

@@ -1,10 +1,12 @@
-"""Laws of data/batches.py: steps read permutation after permutation without gaps, from (step, seed) alone."""
+"""Laws of data/batches.py: steps read permutation after permutation, from (step, seed) alone; packing loses no token."""
+
+import itertools
 
 import numpy as np
 import pytest
 
 from data import DataError
-from data.batches import epoch_order, step_indices
+from data.batches import FAR, epoch_order, first_fit, pack, step_indices
 
 
 def test_an_epoch_is_a_permutation_fixed_by_seed_and_epoch():
@@ -46,3 +48,114 @@ def test_a_step_is_the_same_whatever_came_before():
 def test_an_impossible_request_is_an_error(step, prompts_per_step, seed, reason):
     with pytest.raises(DataError, match=reason):
         step_indices(step, prompts_per_step, count=10, seed=seed)
+
+
+# Packing.
+
+
+def groups(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Completions of 1 to 5 groups, their lengths and their prompts', and how finely to pack: uneven sizes of all kinds."""
+    numbers = np.random.default_rng(seed)
+    Q, G, C, finer = (int(numbers.integers(low, high)) for low, high in ((1, 6), (1, 9), (1, 25), (0, 7)))
+    lengths = numbers.integers(1 if seed % 2 else 0, numbers.integers(1, C + 1) + 1, Q * G)
+    tokens = np.where(np.arange(C) < lengths[:, None], numbers.integers(1, 1000, (Q * G, C)), 0)
+    return tokens, lengths, numbers.integers(1, 50, Q), finer
+
+
+SEEDS = range(150)
+
+
+def test_first_fit_places_every_text_in_the_first_row_with_room_the_longest_first():
+    numbers = np.random.default_rng(1)
+    for _ in range(100):
+        rows, width = (int(n) for n in numbers.integers(1, 9, 2))
+        lengths = numbers.integers(0, width + 1, numbers.integers(1, 12))
+        used, expected = np.zeros(rows, int), {}
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):  # sorted keeps the order of equals
+            room = np.flatnonzero(used + lengths[i] <= width)
+            if len(room):
+                expected[i] = (room[0], used[room[0]])
+                used[room[0]] += lengths[i]
+        places = [expected.get(i) for i in range(len(lengths))]
+        assert first_fit(lengths, rows, width) == (None if None in places else places)
+
+
+def test_first_fit_finds_no_place_where_there_is_none():
+    assert first_fit(np.array([3, 3, 3]), rows=2, width=4) is None  # 9 tokens in 8 slots
+    assert first_fit(np.array([5]), rows=3, width=4) is None
+    assert first_fit(np.array([3, 1, 4]), rows=2, width=4) == [(1, 0), (1, 3), (0, 0)]
+
+
+def test_packing_gives_every_token_one_slot_of_its_own_group():
+    for seed in SEEDS:
+        tokens, lengths, prompt_lengths, finer = groups(seed)
+        packed, Q, B = pack(tokens, lengths, prompt_lengths, finer), len(prompt_lengths), len(tokens)
+        flat = [np.asarray(x).reshape(Q, -1) for x in packed[:3]]
+        taken = np.zeros(flat[0].shape, int)
+        for b in range(B):
+            q, here = b // (B // Q), packed.slots[b, : lengths[b]]
+            taken[q, here] += 1
+            got = [x[q, here].tolist() for x in flat]
+            assert got[0] == tokens[b, : lengths[b]].tolist()
+            assert got[1] == list(range(prompt_lengths[q], prompt_lengths[q] + lengths[b]))
+            assert set(got[2]) <= {b % (B // Q) + 1}
+            row = here // packed.tokens.shape[1]
+            assert (np.diff(here) == 1).all() and (row == row[:1]).all()  # in one piece: attention does not see another row
+            assert (packed.slots[b, lengths[b] :] == 0).all()
+        assert taken.max(initial=0) <= 1
+        padding = taken == 0
+        assert [set(x[padding].tolist()) - {pad} for x, pad in zip(flat, (0, FAR, 0), strict=True)] == [set()] * 3
+        assert {x.dtype for x in packed} == {np.dtype(np.int32)}
+
+
+def test_a_packed_shape_is_the_smallest_of_its_ladder_that_first_fit_fills():
+    """And so never larger than the padded form, which is the last of at most finer * G; finer 0 takes that at once."""
+    for seed in SEEDS:
+        tokens, lengths, prompt_lengths, finer = groups(seed)
+        (B, C), Q = tokens.shape, len(prompt_lengths)
+        shape = pack(tokens, lengths, prompt_lengths, finer).tokens.shape
+        tried = [(r, slots // r) for slots, r in ladder(C, B // Q, finer)]
+        assert all(r * width <= B // Q * C for r, width in tried) and len(tried) <= max(finer * B // Q, 1)
+        fits = (step for step in tried if all(first_fit(group, *step) is not None for group in lengths.reshape(Q, -1)))
+        r, width = next(fits, (B // Q, C))
+        assert shape == (Q * r, width)
+        again = pack(tokens.copy(), lengths.copy(), prompt_lengths.copy(), finer)
+        for x, y in zip(pack(tokens, lengths, prompt_lengths, finer), again, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def ladder(C: int, G: int, finer: int) -> list[tuple[int, int]]:
+    """Slots of a group and their rows, in steps of C / finer; the last is the padded form."""
+    slots = [-(-C * step // finer) for step in range(1, finer * G)]
+    return [(n, max(1, n // C)) for n in slots] + [(G * C, G)]
+
+
+def test_few_shapes_serve_all_lengths():
+    """Every multiset of lengths of one group: as many shapes as the ladder has steps, not one for each."""
+    C, G, finer = 6, 3, 2
+    shapes = {
+        pack(np.ones((G, C), int), np.array(lengths), np.ones(1, int), finer).tokens.shape
+        for lengths in itertools.combinations_with_replacement(range(1, C + 1), G)
+    }
+    assert shapes <= {(r, slots // r) for slots, r in ladder(C, G, finer)}
+    assert shapes == {(1, 3), (1, 6), (1, 9), (2, 6), (2, 7), (3, 6)}  # 3, 6, 9, 12, 15 and 18 slots, 15 as two rows of 7
+
+
+def test_short_completions_share_a_row_and_long_ones_get_their_own():
+    """By hand: lengths 3, 1, 4, 2 fill ten slots in steps of 2: longest first, one behind the other."""
+    tokens = np.arange(1, 33).reshape(4, 8) * (np.arange(8) < np.array([[3], [1], [4], [2]]))
+    packed = pack(tokens, np.array([3, 1, 4, 2]), np.array([5]), finer=4)
+    assert packed.tokens.tolist() == [[17, 18, 19, 20, 1, 2, 3, 25, 26, 9]]
+    assert packed.positions.tolist() == [[5, 6, 7, 8, 5, 6, 7, 5, 6, 5]]
+    assert packed.segments.tolist() == [[3, 3, 3, 3, 1, 1, 1, 4, 4, 2]]
+    assert packed.slots[:, 0].tolist() == [4, 9, 0, 7]
+    full = pack(tokens, np.full(4, 8), np.array([5]), finer=4)
+    assert (full.tokens == tokens).all() and full.tokens.shape == (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "reason"), [([1, -1], "lengths -1 to 1 must lie in 0 to 4"), ([2, 5], "lengths 2 to 5 must")]
+)
+def test_a_length_beyond_the_width_is_an_error(lengths, reason):
+    with pytest.raises(DataError, match=reason):
+        pack(np.zeros((2, 4), int), np.array(lengths), np.array([3]), finer=4)

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,20 @@ from make_references import REFERENCES, pad
 import models.sampler
 from grpo.metrics import CompileCounter
 from models.convert import load_params, read_config
-from models.gemma import FAR, Compute, GemmaConfig, Params, forward, forward_group, token_logprobs, vocab_logits
-from models.sampler import Samples, decode, draw, keep_heaviest, prefill, row_keys, sample
-from models.sharding import ROLLOUT
+from models.gemma import (
+    FAR,
+    Compute,
+    GemmaConfig,
+    Params,
+    axes,
+    forward,
+    forward_group,
+    init_params,
+    token_logprobs,
+    vocab_logits,
+)
+from models.sampler import Samples, Sampling, decode, draw, keep_heaviest, prefill, row_keys, sample
+from models.sharding import ROLLOUT, STORE, make_mesh, put
 
 COMPUTE = Compute(ROLLOUT)
 # Three prompts, three completions each. A window of 8 starts inside the prompt at first, inside the completion at last.
@@ -53,14 +65,19 @@ def any_model(request, mesh, model) -> Model:
 
 
 def run(
-    model: Model, prompts=PROMPTS, lengths=LENGTHS, rows=range(B), temperature: np.ndarray = TEMPERATURES, seed=0,
-    step=0, **more
+    model: Model, prompts: Any = PROMPTS, lengths: Any = LENGTHS, rows=range(B), temperature: np.ndarray = TEMPERATURES, seed=0,
+    step=0, limits=None, compute=COMPUTE, **more
 ) -> Samples:  # fmt: skip
     """Samples as numpy arrays."""
     keys = row_keys(seed, step, jnp.array(rows))
     prompts, lengths, heat = (jnp.asarray(x) for x in (prompts, lengths, temperature.astype(np.float32)))
-    more = {"width": C, "stop_ids": (), **more}
-    return jax.tree.map(np.asarray, sample(model.params, prompts, lengths, keys, heat, model.config, COMPUTE, **more))
+    sampling = Sampling(**{"width": C, "stop_ids": (), **more})
+    if limits is None:
+        samples = sample(model.params, prompts, lengths, keys, heat, model.config, compute, sampling)
+    else:
+        prefix = prefill(model.params, prompts, lengths, model.config, compute)
+        samples = decode(model.params, prefix, keys, heat, jnp.asarray(limits), model.config, compute, sampling)
+    return jax.tree.map(np.asarray, samples)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -129,6 +146,16 @@ def test_logprobs_are_of_the_full_softmax_whatever_is_left_out(model):
     assert (run(model).tokens != samples.tokens).any()
 
 
+def expect_equal(samples: Samples, others: Samples) -> None:
+    assert (samples.tokens == others.tokens).all()
+    assert (samples.lengths == others.lengths).all() and (samples.truncated == others.truncated).all()
+    np.testing.assert_allclose(samples.logprobs, others.logprobs, rtol=0, atol=1e-5)
+
+
+def test_unrolled_layers_give_the_same_samples(any_model):
+    expect_equal(run(any_model, compute=replace(COMPUTE, unroll=True)), run(any_model))
+
+
 # Stopping.
 
 
@@ -137,11 +164,11 @@ def endless(model) -> Samples:
     return run(model)
 
 
-def expect_stopped(samples: Samples, endless: Samples, stop_ids: tuple[int, ...]) -> None:
-    """`samples` are `endless` cut behind the first stop token of each row."""
+def expect_stopped(samples: Samples, endless: Samples, stop_ids: tuple[int, ...], limits=(C,) * B) -> None:
+    """`samples` are `endless` cut behind the first stop token of each row, or at its limit."""
     for b in range(B):
-        stops = np.flatnonzero(np.isin(endless.tokens[b], stop_ids))
-        length = stops[0] + 1 if len(stops) else C
+        stops = np.flatnonzero(np.isin(endless.tokens[b][: limits[b]], stop_ids))
+        length = stops[0] + 1 if len(stops) else limits[b]
         assert samples.lengths[b] == length
         assert samples.truncated[b] == (len(stops) == 0)
         assert (samples.tokens[b][:length] == endless.tokens[b][:length]).all()
@@ -161,21 +188,91 @@ def test_a_row_ends_with_its_stop_token_and_zeros(model, endless):
     assert samples.truncated.any() and (samples.lengths < C).any()  # both kinds are among the rows
 
 
-def test_the_loop_ends_as_soon_as_all_rows_have_stopped(model, endless, monkeypatch):
+def test_a_row_ends_at_its_own_limit_and_is_truncated_unless_it_stopped(model, endless):
+    """Limits before, at and behind the stop token of a row, and of rows without one."""
+    stop_ids = (int(endless.tokens[2, 5]), int(endless.tokens[7, 8]))
+    for shift in range(3):
+        limits = np.array([1, C, 5, 2, 7, C - 1, 3, 8, 4]) + shift * (np.arange(B) % 3 == 2 - shift % 2)
+        limits = np.minimum(limits, C)
+        samples = run(model, stop_ids=stop_ids, limits=limits)
+        expect_stopped(samples, endless, stop_ids, limits)
+        assert (samples.lengths < limits).any() and samples.truncated.any()
+
+
+def watch_steps(monkeypatch) -> list[tuple[int, int]]:
+    """Each step that any decoding compiled from now on takes: its slot, and the rows that it computes."""
     steps = []
     forward_cached = models.sampler.forward_cached
 
     def counted(params, tokens, slot, *rest):
-        jax.debug.callback(lambda slot: steps.append(int(slot)), slot)
+        jax.debug.callback(lambda slot: steps.append((int(slot), len(tokens))), slot)
         return forward_cached(params, tokens, slot, *rest)
 
     monkeypatch.setattr(models.sampler, "forward_cached", counted)
+    return steps
+
+
+def test_the_loop_ends_as_soon_as_all_rows_have_stopped(model, endless, monkeypatch):
+    steps = watch_steps(monkeypatch)
     stop_ids = tuple(sorted({*endless.tokens[:, 3].tolist()}))
     samples = run(model, stop_ids=stop_ids)
     jax.effects_barrier()
     expect_stopped(samples, endless, stop_ids)
     assert not samples.truncated.any() and samples.lengths.max() < C
-    assert sorted(steps) == list(range(samples.lengths.max()))
+    assert sorted(steps) == [(step, B) for step in range(samples.lengths.max())]
+
+
+# The batch halves as rows stop.
+
+NATURAL = np.random.default_rng(8).permutation([*range(1, C + 1)] * 3 + [1, 2, 3, 3, 4, 4, 5, 6, 7, 8, 9, 12, 12] + [2] * 15)
+
+
+def small_model() -> Model:
+    config = GemmaConfig(
+        num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32, vocab_size=64, query_scale=0.5,
+        local_layers=(True, False), sliding_window=5,
+    )  # fmt: skip
+    return Model(config, init_params(jax.random.key(1), config, STORE))
+
+
+def run_natural(devices: int, tp: int, halvings: int) -> Samples:
+    """64 rows of 8 prompts, each with its own limit."""
+    lengths = np.arange(1, 9)
+    prompts = np.random.default_rng(9).integers(3, 64, (8, 8)) * (np.arange(8) < lengths[:, None])
+    with jax.set_mesh(make_mesh(tp, jax.devices()[:devices])):
+        model = small_model()
+        view = replace(model, params=COMPUTE.use(model.params, axes(model.config)))
+        heat = np.tile([0, 0.7, 1, 1.5], 16)
+        return run(
+            view, put(prompts, "QP"), put(lengths, "Q"), range(64), heat, limits=NATURAL, halvings=halvings, stop_ids=(1, 40)
+        )
+
+
+@pytest.fixture(scope="module")
+def whole() -> Samples:
+    samples = run_natural(1, 1, halvings=0)
+    assert samples.truncated.any() and (samples.lengths < NATURAL).any()
+    return samples
+
+
+@pytest.mark.parametrize(("devices", "tp", "halvings"), [(1, 1, 1), (8, 1, 9), (8, 4, 2)])
+def test_halving_the_batch_changes_no_sample(whole, devices, tp, halvings):
+    """Eight devices have eight rows each: after three halvings one row is left, and nine are no more than three."""
+    expect_equal(run_natural(devices, tp, halvings), whole)
+
+
+def test_a_step_computes_no_more_rows_than_the_halvings_leave(whole, monkeypatch):
+    """64, then 32, 16 and 8, each from the step on before which no more than so many rows are alive."""
+    steps = watch_steps(monkeypatch)
+    samples = run_natural(1, 1, halvings=3)
+    jax.effects_barrier()
+    expect_equal(samples, whole)
+    expected = []
+    for step in range(samples.lengths.max()):
+        alive = (samples.lengths > step).sum()
+        expected.append((step, min(size for size in (64, 32, 16, 8) if alive <= size or size == 64)))
+    assert sorted(steps) == expected
+    assert {size for _, size in steps} == {64, 32, 16, 8}
 
 
 # A row's random numbers are its own.
@@ -243,8 +340,12 @@ def test_the_p_value_is_that_of_chi_square():
 
 
 @partial(jax.jit, static_argnums=(3, 4))
-def drawn(logits, uniform, temperature, top_k=0, top_p=1.0):
-    return draw(logits, uniform, temperature, top_k, top_p, COMPUTE)
+def draw_both(logits, uniform, temperature, top_k=0, top_p=1.0):
+    return draw(logits, uniform, temperature, Sampling(C, (), top_k, top_p), COMPUTE)
+
+
+def drawn(*arguments) -> jax.Array:
+    return draw_both(*arguments)[0]
 
 
 def draw_many(logits: np.ndarray, uniform: np.ndarray, temperature: float, top_k: int = 0, top_p: float = 1.0) -> np.ndarray:
@@ -357,8 +458,9 @@ def primitives(jaxpr) -> set[str]:
 def test_nothing_sorts(model):
     prefix = prefill(model.params, PROMPTS, LENGTHS, model.config, COMPUTE)
     keys, heat = row_keys(0, 0, jnp.arange(B)), jnp.asarray(TEMPERATURES)
-    more = dict(width=C, stop_ids=(1,), top_k=5, top_p=0.9)
-    names = primitives(decode.trace(model.params, prefix, keys, heat, model.config, COMPUTE, **more).jaxpr.jaxpr)
+    sampling = Sampling(C, (1,), top_k=5, top_p=0.9)
+    trace = decode.trace(model.params, prefix, keys, heat, jnp.full(B, C), model.config, COMPUTE, sampling)
+    names = primitives(trace.jaxpr.jaxpr)
     assert {"while", "dot_general", "cumsum", "exp"} <= names
     sorters = jax.make_jaxpr(lambda x: (jnp.sort(x), jax.lax.top_k(x, 2), jax.lax.approx_max_k(x, 2)))(jnp.ones(4))
     assert {"sort", "top_k", "approx_top_k"} <= primitives(sorters.jaxpr)

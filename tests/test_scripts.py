@@ -36,10 +36,10 @@ def train(folder):
     )
 
     def train(*argv: str, devices: int = 1) -> subprocess.CompletedProcess:
-        env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+        env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "GLIBC_TUNABLES")}
         env |= {
             "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_ENABLE_COMPILATION_CACHE": "1",
         }  # fmt: skip
         if devices > 1:
             env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"

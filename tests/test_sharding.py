@@ -14,8 +14,8 @@ from make_references import REFERENCES
 from grpo.loss import grpo_loss
 from models import ModelError
 from models.convert import load_params, read_config
-from models.gemma import Compute, GemmaConfig, Params, axes, forward_group, init_params, token_logprobs
-from models.sampler import Samples, decode, prefill, row_keys
+from models.gemma import Compute, GemmaConfig, Params, axes, forward_group, init_params, linear, token_logprobs
+from models.sampler import Samples, Sampling, decode, prefill, row_keys
 from models.sharding import ROLLOUT, STORE, TRAIN, Rules, check_divides, make_mesh, reshard, spec, specs
 
 NORMS = ("Ld", "LH", "d")
@@ -129,8 +129,9 @@ def compile_decode(params: Params, config: GemmaConfig) -> tuple[Samples, str]:
     compute = Compute(ROLLOUT)
     prefix = prefill(params, put(PROMPTS, "QP"), put(LENGTHS, "Q"), config, compute)
     keys, heat = row_keys(0, 0, put(np.arange(B), "B")), put(TEMPERATURES, "B")
-    compiled = decode.lower(params, prefix, keys, heat, config, compute, width=C, stop_ids=(1, 20), top_p=0.95).compile()
-    return compiled(params, prefix, keys, heat), compiled.as_text() or ""
+    limits, sampling = put(np.full(B, C), "B"), Sampling(C, (1, 20), top_p=0.95)
+    compiled = decode.lower(params, prefix, keys, heat, limits, config, compute, sampling).compile()
+    return compiled(params, prefix, keys, heat, limits), compiled.as_text() or ""
 
 
 @partial(jax.jit, static_argnames="config")
@@ -232,6 +233,28 @@ def test_reshard_moves_numbers_and_changes_none(config):
         assert [s.data.shape for s in moved.addressable_shards] == [(4, 4)] * 8
         again = reshard(moved, "MC", ROLLOUT)
         assert again.sharding == moved.sharding
+
+
+@MESHES
+@pytest.mark.parametrize("letters", ["DA", "AD", "dF", "Fd"])  # each branch, with the cut on either side
+def test_the_gradient_of_a_stored_weight_is_summed_where_the_weight_lies(tp, letters):
+    sizes = {"D": 16, "d": 16, "A": 32, "F": 48}
+    numbers = np.random.default_rng(tp)
+    weight, x = (numbers.normal(size=shape) for shape in ([sizes[letter] for letter in letters], (8, 3, sizes[letters[0]])))
+
+    @jax.jit
+    def gradients(x, weight):
+        return jax.grad(lambda x, w: (linear(x, w, letters, Compute()) ** 2).sum(), argnums=(0, 1))(x, weight)
+
+    with jax.set_mesh(make_mesh(tp)):
+        stored = jax.device_put(weight.astype(np.float32), spec(letters, STORE))
+        rows = put(x.astype(np.float32), "BTD")
+        dx, dw = gradients(rows, stored)
+    assert (dw.sharding, dx.sharding) == (stored.sharding, rows.sharding)
+    assert {shard.data.size for shard in dw.addressable_shards} == {weight.size // 8}
+    dy = 2 * x @ weight
+    np.testing.assert_allclose(dw, x.reshape(-1, x.shape[-1]).T @ dy.reshape(-1, dy.shape[-1]), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(dx, dy @ weight.T, rtol=1e-4, atol=1e-3)
 
 
 # What moves while decoding.

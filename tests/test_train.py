@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import grpo.train
+from data.batches import Packed, pack
 from data.prompts import encode_prompt, render_prompt
 from data.tokenizer import load_tokenizer
 from grpo.checkpoint import Checkpoints
@@ -30,7 +31,7 @@ from models.gemma import init_params
 from models.sharding import STORE, make_mesh
 
 CONTROL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
-Q, G, C, STEPS = 8, 4, 8, 4
+Q, G, C, STEPS = 8, 4, 16, 4
 
 REWARDS = """
 def variety(completion, problem):
@@ -66,7 +67,7 @@ def write_model(folder: Path) -> None:
     with jax.set_mesh(make_mesh(1, jax.devices()[:1])):
         params = init_params(jax.random.key(0), config, STORE)
     embedding = np.array(params.embedding)
-    embedding[vocab["<end_of_turn>"]] *= 30  # about half the completions end within C = 8 tokens
+    embedding[vocab["<end_of_turn>"]] *= 30  # about half the completions end within 8 tokens
     save_params(folder, replace(params, embedding=embedding), config, values)
 
 
@@ -91,7 +92,7 @@ def config(folder) -> Config:
         model_path=str(folder / "model"), data="arithmetic", run_dir=str(folder / "run"), system_prompt="", new_problems=64,
         max_steps=STEPS, prompts_per_step=Q, group_size=G, max_prompt_tokens=192, max_new_tokens=C, learning_rate=3e-4,
         warmup_steps=2, reward=f"{folder / 'rewards.py'}:variety", max_bad_updates=2, eval_problems=Q, save_every=1,
-        keep_checkpoints=STEPS, remat="none", logprob_chunk=3,
+        keep_checkpoints=STEPS, remat="none", logprob_chunk=3 * Q * G, packing=0, halvings=0,  # few programs
     )  # fmt: skip
 
 
@@ -314,6 +315,19 @@ def test_an_evaluation_counts_what_it_says(finished):
         assert figures["greedy_reward"] != figures["sampled_reward"]  # variety differs, though nothing is right
 
 
+def test_an_evaluation_does_not_depend_on_the_batch_it_is_computed_in(config, finished):
+    """Three prompts at a time with room for fifteen samples, or all with room for more than there are."""
+    for prompts, group in ((3, 5), (Q, 4)):
+        with devices(1):
+            run = grpo.train.prepare(replace(config, prompts_per_step=prompts, group_size=group))
+        with jax.set_mesh(run.mesh):
+            view = grpo.train.rollout_view(grpo.train.load_state(run)[0].params, run.model, run.sample)
+            figures = grpo.train.evaluate(
+                view, run.eval_problems, run.eval_ids, run.tokenizer, run.model, run.sample, run.config, run.rewards
+            )
+        assert figures == finished.files["evaluations.jsonl"][0]["accuracy"]
+
+
 def test_the_interval_of_a_proportion_is_wilsons():
     """The two p at which (p - share)^2 = z^2 p (1 - p) / n; never below 0 nor above 1."""
     for right, n in ((0, 7), (7, 7), (3, 7), (60, 100), (1, 1)):
@@ -393,16 +407,41 @@ def test_a_run_goes_from_eight_devices_to_one(config, finished):
     first, expected = (without_times(f["metrics.jsonl"])[0] for f in (files, finished.files))
     assert first == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert [m["reward"] for m in files["metrics.jsonl"]] == [m["reward"] for m in finished.files["metrics.jsonl"]]
+    assert 0 < distance(final_state(config).params, finished.state.params) < 0.01 * way(config, finished)
+
+
+def distance(a, b) -> float:
+    return math.sqrt(sum(float(((x - y) ** 2).sum()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)))
+
+
+def way(config: Config, finished: Finished) -> float:
+    """How far training has taken the parameters."""
     with devices(1):
         prepared = grpo.train.prepare(config)
     with jax.set_mesh(prepared.mesh):
         start = jax.device_get(grpo.train.load_state(prepared)[0].params)
+    return distance(finished.state.params, start)
 
-    def distance(a, b) -> float:
-        return math.sqrt(sum(float(((x - y) ** 2).sum()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)))
 
-    way = distance(finished.state.params, start)
-    assert 0 < distance(final_state(config).params, finished.state.params) < 0.01 * way
+@pytest.mark.usefixtures("free_run_dir")
+def test_a_run_may_change_how_it_uses_the_machine(config, finished):
+    """From padded to packed, halved and unrolled: the same samples and, to rounding, the same parameters.
+
+    Of the steps that follow, those compile whose shape is new.
+    """
+    with interrupted(2, "rollout"):
+        run(config)
+    run(replace(config, packing=2, halvings=1, unroll=True))
+    files = read_files(config)
+    assert files["completions.jsonl"] == finished.files["completions.jsonl"]
+    shapes = []
+    for metrics in files["metrics.jsonl"][1:]:
+        lengths = np.array([record["length"] for record in files["completions.jsonl"] if record["step"] == metrics["step"]])
+        shape = pack(np.zeros((Q * G, C), int), lengths, np.ones(Q, int), finer=2).tokens.shape
+        assert (metrics["compiles"] > 0) == (shape not in shapes)
+        shapes.append(shape)
+    assert 1 < len(set(shapes)) < len(shapes)
+    assert 0 < distance(final_state(config).params, finished.state.params) < 0.01 * way(config, finished)
 
 
 # ------------------------------------------------------------------------------------------------------------- the update
@@ -454,8 +493,18 @@ class Bench:
         return jax.device_get(batch), records
 
 
+def completions(batch: Batch) -> np.ndarray:
+    """The tokens of each completion, 0 behind them, however they are packed.  BC"""
+    packed = jax.tree.map(np.asarray, batch.packed)
+    rows = np.repeat(packed.tokens.reshape(Q, -1), G, axis=0)
+    there = np.repeat(packed.segments.reshape(Q, -1), G, axis=0)
+    there = np.take_along_axis(there, packed.slots, axis=1) == (np.arange(Q * G) % G + 1)[:, None]
+    first = (np.arange(C) > 0) & (packed.slots == 0)  # behind its end, a completion points to slot 0
+    return np.where(there & ~first, np.take_along_axis(rows, packed.slots, axis=1), 0)
+
+
 def laid_out(batch: Batch) -> Batch:
-    letters = {"prompts": "QP", "lengths": "Q", "advantages": "B"}
+    letters = {"prompts": "QP", "lengths": "Q", "advantages": "B", "packed": Packed(*["BC"] * 4)}
     return jax.tree.map(
         put, batch, replace(batch, **{n: letters.get(n, "BC") for n, x in vars(batch).items() if x is not None})
     )
@@ -497,9 +546,33 @@ def test_eight_devices_change_the_update_by_rounding_only(bench, one_update):
     assert_same_update(states, one_update[0])
 
 
+def cut_short(batch: Batch, finer: int) -> Batch:
+    """The batch with completions of 1 to C tokens, in all groups of different ones, packed so finely."""
+    lengths = np.minimum(np.asarray(batch.mask).sum(axis=1), np.arange(Q * G) * 5 % 11 % C + 1).astype(int)
+    packed = pack(completions(batch) * (np.arange(C) < lengths[:, None]), lengths, np.asarray(batch.lengths), finer)
+    return replace(batch, packed=packed, mask=(np.arange(C) < lengths[:, None]).astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def padded_update(bench):
+    return bench.updates([cut_short(bench.batch, 0)])
+
+
+@pytest.mark.parametrize(
+    ("count", "changes"), [(1, {}), (1, {"microbatches": 2, "unroll": True}), (8, {})], ids=["1", "parts, unrolled", "8"]
+)
+def test_packing_changes_the_update_by_rounding_only(bench, padded_update, count, changes):
+    padded, packed = cut_short(bench.batch, 0), cut_short(bench.batch, 4)
+    assert packed.packed.tokens.size < padded.packed.tokens.size
+    assert (completions(packed) == completions(padded)).all()
+    states, stats = bench.updates([packed], count=count, **changes)
+    assert stats[0] == pytest.approx(padded_update[1][0], rel=1e-5, abs=1e-5)
+    assert_same_update(states, padded_update[0])
+
+
 def test_every_completion_is_a_sample_of_its_own(bench):
     """Four tokens out of 360 pieces do not repeat by chance: not within a group, not across groups, not in another step."""
-    rows = [tuple(row) for row in np.asarray(bench.batch.tokens)[np.asarray(bench.batch.mask).sum(axis=1) >= 4].tolist()]
+    rows = [tuple(row) for row in completions(bench.batch)[np.asarray(bench.batch.mask).sum(axis=1) >= 4].tolist()]
     assert len(rows) > Q and len(set(rows)) == len(rows)
 
 
@@ -624,7 +697,7 @@ def test_top_k_1_and_a_tiny_top_p_are_greedy(bench):
     texts = np.array([record["text"] for record in records]).reshape(Q, G)
     assert (texts == texts[:, :1]).all()
     other, _ = bench.rollout(top_p=1e-6)
-    np.testing.assert_array_equal(batch.tokens, other.tokens)
+    np.testing.assert_array_equal(completions(batch), completions(other))
     assert (np.asarray(batch.advantages) == 0).all()
     assert (np.asarray(batch.sampler_logprobs)[:, 0] < -0.01).all()
 
@@ -635,7 +708,7 @@ def test_top_k_and_top_p_leave_the_trainers_logprobs_alone(bench, options):
     exact = Bench(bench.config, batch).logprobs()
     counts = np.asarray(batch.mask) > 0
     np.testing.assert_allclose(exact[counts], np.asarray(batch.sampler_logprobs)[counts], rtol=0, atol=1e-4)
-    first_tokens = np.asarray(batch.tokens)[:, 0].reshape(Q, G)
+    first_tokens = completions(batch)[:, 0].reshape(Q, G)
     choices = [len(set(group)) for group in first_tokens.tolist()]
     assert 1 < max(choices) <= options.get("top_k", G)
 

@@ -1,0 +1,304 @@
+"""What the compiler made of a program: its loops, what moves between chips in them, what is copied, which inputs it reuses.
+
+Reads the text of an optimised HLO module (`compiled.as_text()`), of a CPU, a GPU or a TPU. All shapes and bytes are those of
+one chip. What it receives from the others, if n take part and an operand has b bytes:
+
+    all-gather (n-1) b      reduce-scatter, all-to-all (n-1)/n b      all-reduce 2 (n-1)/n b      collective-permute b
+
+A loop multiplies what lies in it by its trip count; one that ends when the data say so counts once, so that its bytes are those
+of a trip. Left out: time (XLA's own estimates count a loop once, whatever its trips) and whether traffic is overlapped.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# What a computation may do and still be no more than a copy: it moves, cuts or converts, and calculates nothing but indices.
+MOVES = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy", "transpose", "reshape", "slice", "dynamic-slice",
+    "convert",
+}  # fmt: skip
+WIDTHS = {"pred": 1, "token": 0, "opaque": 0}  # bytes; other types name their bits
+
+
+@dataclass(frozen=True)
+class Shape:
+    dtype: str
+    dims: tuple[int, ...]
+    memory: int = 0  # TPU: 0 is HBM, 1 is VMEM
+
+    @property
+    def bytes(self) -> int:
+        bits = re.search(r"\d+", self.dtype)
+        width = WIDTHS[self.dtype] if self.dtype in WIDTHS else int(bits[0]) / 8 if bits else 0
+        return math.ceil(math.prod(self.dims) * width)
+
+
+@dataclass(frozen=True)
+class Operation:
+    name: str
+    kind: str  # as HLO spells it: all-gather-start, while, fusion
+    shapes: tuple[Shape, ...]  # of the result, a tuple's one by one
+    operands: tuple[str, ...]
+    arguments: str  # between the brackets: operands, or a constant's value
+    attributes: str  # behind the brackets
+
+    def attribute(self, name: str) -> str | None:
+        """The name that follows `name=`, as in `body=%region.3`."""
+        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
+        return found and found[1]
+
+    @property
+    def calls(self) -> list[str]:
+        """Computations that run as part of this operation; not the functions that a reduction applies, nor a loop's parts."""
+        if self.kind.endswith(("-done", "-update")) or self.kind == "while":
+            return []
+        branches = re.search(r"branch_computations=\{(.*?)\}", self.attributes)
+        names = re.findall(r"%?([\w.\-]+)", branches[1]) if branches else []
+        return names + [c for key in ("calls", "true_computation", "false_computation") if (c := self.attribute(key))]
+
+
+Computation = dict[str, Operation]  # in the order they run; the root is the one named in Module.roots
+
+
+@dataclass(frozen=True)
+class Module:
+    computations: dict[str, Computation]
+    roots: dict[str, str]
+    entry: str
+    devices: int
+    aliases: dict[tuple[int, ...], int]  # output -> the parameter whose memory it takes over
+
+
+@dataclass(frozen=True)
+class Loop:
+    body: str
+    condition: str
+    trips: int | None  # None: it ends when the data say so
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective operation, and what a chip receives by it in all its runs."""
+
+    kind: str
+    name: str
+    shapes: tuple[Shape, ...]  # the larger of what goes in and what comes out: a gathered weight, a gradient before it is cut
+    group: int  # chips that take part together
+    received: float  # bytes a run
+    times: int
+
+    @property
+    def bytes(self) -> float:
+        return self.received * self.times
+
+
+def parse(text: str | None) -> Module:
+    """The module that `compiled.as_text()` spells out. Raises ValueError when there is none, as with some backends."""
+    text = text or ""
+    computations: dict[str, Computation] = {}
+    roots, entry, name = {}, "", ""
+    for line in text.splitlines():
+        header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        if header:
+            name = header[2]
+            computations[name] = {}
+            entry = name if header[1] else entry
+        elif line.startswith("  ") and name and (operation := parse_operation(line)):
+            computations[name][operation.name] = operation
+            if line.lstrip().startswith("ROOT "):
+                roots[name] = operation.name
+    if not entry:
+        raise ValueError("no HLO module: it has no ENTRY computation")
+    head = text.partition("\n")[0]
+    devices = math.prod(int(n) for n in re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", head))
+    pairs = re.findall(r"\{([\d, ]*)\}: \((\d+), \{\}", head.partition("input_output_alias=")[2])
+    aliases = {tuple(int(i) for i in output.split(",") if i.strip()): int(parameter) for output, parameter in pairs}
+    return Module(computations, roots, entry, devices, aliases)
+
+
+def parse_operation(line: str) -> Operation | None:
+    """`%x = f32[2,4]{1,0} add(%a, %b), metadata=...`; None for a line that is no operation."""
+    line = re.sub(r"/\*.*?\*/", "", line.strip().removeprefix("ROOT "))
+    found = re.match(r"%?([\w.\-]+) = ", line)
+    if not found:
+        return None
+    rest = line[found.end() :]
+    end = closing(rest, 0) if rest.startswith("(") else rest.index(" ")
+    kind, rest, shapes = rest[end:].lstrip().partition("(")[0], rest[end:].lstrip(), parse_shapes(rest[:end])
+    start = len(kind)
+    end = closing(rest, start)
+    arguments = rest[start + 1 : end - 1]
+    return Operation(found[1], kind, shapes, tuple(re.findall(r"%([\w.\-]+)", arguments)), arguments, rest[end:])
+
+
+def closing(text: str, start: int) -> int:
+    """Just behind the bracket that closes the one at `start`."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] == "(") - (text[i] == ")")
+        if depth == 0:
+            return i + 1
+    raise ValueError(f"brackets do not close: {text[:80]}")
+
+
+def parse_shapes(text: str) -> tuple[Shape, ...]:
+    """`(f32[2,4]{1,0:T(8,128)S(1)}, u32[])` -> its two shapes."""
+    shapes = []
+    for dtype, dims, layout in re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", text):
+        memory = re.search(r"S\((\d+)\)", layout)
+        shapes.append(Shape(dtype, tuple(int(d) for d in dims.split(",") if d), int(memory[1]) if memory else 0))
+    return tuple(shapes)
+
+
+def operations(module: Module, computation: str, times: int = 1) -> Iterator[tuple[Operation, str, int]]:
+    """Each operation that runs when `computation` does, where it stands, and how often. An open loop counts once."""
+    for operation in module.computations[computation].values():
+        yield operation, computation, times
+        if operation.kind == "while":
+            loop = as_loop(module, computation, operation)
+            for part in (loop.condition, loop.body):
+                yield from operations(module, part, times * (1 if loop.trips is None else loop.trips))
+        for called in operation.calls:
+            yield from operations(module, called, times)
+
+
+def loops(module: Module, computation: str | None = None) -> list[Loop]:
+    """Every loop that runs in `computation` (default: the whole program), in order, an inner one behind its outer one."""
+    found = operations(module, computation or module.entry)
+    return [as_loop(module, where, operation) for operation, where, _ in found if operation.kind == "while"]
+
+
+def open_loop(module: Module) -> Loop | None:
+    """The first loop that ends when the data say so: in a sampler, decoding with all its rows."""
+    return next((loop for loop in loops(module) if loop.trips is None), None)
+
+
+def as_loop(module: Module, computation: str, operation: Operation) -> Loop:
+    condition, body = operation.attribute("condition"), operation.attribute("body")
+    assert condition and body
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', operation.attributes)
+    trips = int(known[1]) if known else count_trips(module, computation, operation, condition, body)
+    return Loop(body, condition, trips)
+
+
+def count_trips(module: Module, computation: str, operation: Operation, condition: str, body: str) -> int | None:
+    """The trips of `for (i = start; i < limit; i += step)`, which a TPU's compiler leaves uncounted; None of others."""
+    test = module.computations[condition][module.roots[condition]]
+    if test.kind != "compare" or "direction=LT" not in test.attributes:
+        return None
+    counter = follow(module, condition, test.operands[0])
+    index = counter.attribute("index")
+    limit = constant(module, condition, test.operands[1])
+    if counter.kind != "get-tuple-element" or index is None or limit is None:
+        return None
+    initial = follow(module, computation, operation.operands[0])
+    following = module.computations[body][module.roots[body]]
+    if initial.kind != "tuple" or following.kind != "tuple":
+        return None
+    start = constant(module, computation, initial.operands[int(index)])
+    add = follow(module, body, following.operands[int(index)])
+    steps = [constant(module, body, name) for name in add.operands] if add.kind == "add" else []
+    step = next((value for value in steps if value), None)
+    return None if start is None or step is None else max(0, -(-(limit - start) // step))
+
+
+def follow(module: Module, computation: str, name: str) -> Operation:
+    """The operation behind copies of it."""
+    operation = module.computations[computation][name]
+    while operation.kind in ("copy", "bitcast", "convert"):
+        operation = module.computations[computation][operation.operands[0]]
+    return operation
+
+
+def constant(module: Module, computation: str, name: str) -> int | None:
+    operation = follow(module, computation, name)
+    return int(operation.arguments) if operation.kind == "constant" and re.fullmatch(r"-?\d+", operation.arguments) else None
+
+
+def collectives(module: Module, *computations: str) -> list[Collective]:
+    """Every collective that runs in `computations` (default: the whole program). What one chip alone takes part in is none.
+
+    A TPU's compiler cuts an all-gather into a chain of fusions, each of which names it again: counted once.
+    """
+    found, chains = [], set()
+    for start in computations or (module.entry,):
+        for operation, where, times in operations(module, start):
+            kind = operation.kind.removesuffix("-start")
+            if kind not in COLLECTIVES:
+                continue
+            chain = re.search(r'chain_id="(\d+)"', operation.attributes)
+            key = (start, operation.attribute("channel_id"), chain and chain[1])
+            group = group_size(operation, module.devices)
+            if group > 1 and not (chain and key in chains):
+                chains.add(key)
+                found.append(as_collective(module, operation, where, kind, group, times))
+    return found
+
+
+def as_collective(module: Module, operation: Operation, where: str, kind: str, group: int, times: int) -> Collective:
+    body = module.computations[where]
+    shapes = tuple(shape for name in operation.operands for shape in body[name].shapes)
+    size = sum(shape.bytes for shape in shapes)
+    if kind == "all-reduce" and only_slices_read(body, operation):
+        kind = "reduce-scatter"  # how a TPU's compiler spells one: a fusion of the two
+    rates = {"all-gather": group - 1, "all-reduce": 2 * (group - 1) / group, "collective-permute": 1}
+    if kind == "all-gather":
+        shapes = tuple(shape for shape in operation.shapes if shape.dims not in {s.dims for s in shapes}) or shapes
+    return Collective(kind, operation.name, shapes, group, size * rates.get(kind, (group - 1) / group), times)
+
+
+def only_slices_read(body: Computation, operation: Operation) -> bool:
+    """Whether each part of the result goes into a slice alone."""
+    readers = [other for other in body.values() if operation.name in other.operands]
+    parts = [reader for reader in readers if reader.kind == "get-tuple-element"]
+    if parts:
+        return len(parts) == len(readers) and all(only_slices_read(body, part) for part in parts)
+    return bool(readers) and all(reader.kind == "dynamic-slice" for reader in readers)
+
+
+def group_size(operation: Operation, devices: int) -> int:
+    """How many chips take part together, of three spellings: {{0,1},{2,3}}, [2,4]<=[8] and mesh['a'=2,'b'=4] {'b'}."""
+    if operation.kind.startswith("collective-permute"):
+        pairs = re.search(r"source_target_pairs=\{(.*?\})\}", operation.attributes)
+        return len(pairs[1].split("},")) if pairs else devices
+    text = operation.attributes.partition("replica_groups=")[2]
+    if listed := re.match(r"\{\{([\d,]+)\}", text):
+        return listed[1].count(",") + 1
+    if tiled := re.match(r"\[\d+,(\d+)\]", text):
+        return int(tiled[1])
+    if named := re.match(r"@?mesh.*?\[(.*?)\] ?\{(.*?)\}", text):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    return devices
+
+
+def copies(module: Module, computation: str, least: int) -> list[tuple[Operation, int]]:
+    """Copies of `least` bytes or more from main memory to main memory, and how often each runs when `computation` does.
+
+    A copy is a copy, transpose or convert operation, or a fusion that does nothing else. What a TPU brings into VMEM is none:
+    operands must come there anyway.
+    """
+    inside = {name for body in module.computations.values() for op in body.values() if op.kind == "fusion" for name in op.calls}
+    found = []
+    for operation, where, times in operations(module, computation):
+        kind = operation.kind.removesuffix("-start")
+        moves = kind in ("copy", "transpose", "convert") or (kind == "fusion" and only_moves(module, operation))
+        large = [shape for shape in operation.shapes if shape.bytes >= least]
+        if moves and where not in inside and large and all(shape.memory == 0 for shape in large):
+            found.append((operation, times))
+    return found
+
+
+def only_moves(module: Module, fusion: Operation) -> bool:
+    """Whether a fusion calculates nothing but indices."""
+    parts = [operation for name in fusion.calls for operation in module.computations[name].values()]
+    return all(operation.kind in MOVES or all(not shape.dims for shape in operation.shapes) for operation in parts)
+
+
+def copied_bytes(found: list[tuple[Operation, int]]) -> int:
+    """What copies write; an asynchronous one's result also names its operand, which counts once."""
+    return sum(max(shape.bytes for shape in operation.shapes) * times for operation, times in found)

@@ -1,0 +1,445 @@
+"""Does a training run fit, what would it need, how fast could it be? Compiles what training compiles; needs no accelerator.
+
+    python scripts/plan.py gemma2-2b --topology v5e:2x4 --mean_length 150
+    python scripts/plan.py --model gemma3-1b --prompts_per_step 16 --rollout_tp 8 --topology v6e:2x4 --search
+    python scripts/plan.py tiny --topology local
+
+Takes the command line of train.py; no weights, data or tokenizer are read. A TPU slice is compiled for by libtpu, which any
+machine can install: pip install -e ".[tpu]"; `local` is the devices of this one. Prints a line for each program, then one line
+of JSON. Memory, collectives and copies are the compiler's account; `bound` is that of models/roofline.py, with prompts of full
+length and completions of full or (`--mean_length`) natural length, packed as training packs them: nothing runs faster, and how
+much slower is not known here. Left out: evaluation; LoRA, whose weights, state and reference belong in `programs`.
+"""
+
+import importlib.util
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from data.batches import Packed, natural_lengths, pack
+from grpo.cli import run_script
+from grpo.config import PRESETS, Config, ConfigError, flag, parse
+from grpo.rollout import Batch
+from grpo.train import choose_remat, completion_logprobs, device_memory, init_state, rollout_view, train_step
+from models import compiled, roofline
+from models.convert import read_config
+from models.gemma import Compute, GemmaConfig, axes
+from models.presets import MODELS
+from models.roofline import GIB, Chip, find_chip
+from models.sampler import Sampling, decode, prefill, row_keys
+from models.sharding import ROLLOUT, STORE, TRAIN, Rules, activation_dtype, check_divides, make_mesh, spec
+
+UPDATES = 1000  # of the learning rate's schedule, a constant in the program
+STOP_IDS = (1, 107)
+LARGE = 2**20  # bytes; smaller copies do not matter
+
+# What libtpu would ask a TPU's host for.
+NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PlanConfig(Config):
+    model: str = flag("", f"one of {', '.join(MODELS)}; default: the preset's, or the config.json in --model_path")
+    topology: str = flag("local", "local, or a TPU slice such as v5e:2x4 or v6e:2x4")
+    mean_length: int = flag(0, "completions of natural length around this mean; 0: all of max_new_tokens")
+    search: bool = flag(False, "find the largest prompts_per_step and the largest max_new_tokens that fit: minutes")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.model and self.model not in MODELS:
+            raise ConfigError(f"model {self.model!r} is unknown; one of {', '.join(MODELS)}")
+        if not 0 <= self.mean_length <= self.max_new_tokens:
+            raise ConfigError(f"mean_length {self.mean_length} must be 0 to max_new_tokens {self.max_new_tokens}")
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Of a step's completions, B."""
+        if not self.mean_length:
+            return np.full(self.rows, self.max_new_tokens)
+        return natural_lengths(0, self.rows, self.mean_length, self.max_new_tokens)
+
+
+# Each preset of train.py; without one, --model and the defaults of Config.
+STARTS = {"custom": PlanConfig()} | {name: PlanConfig(**asdict(preset)) for name, preset in PRESETS.items()}
+
+
+def choose_model(config: PlanConfig) -> GemmaConfig:
+    name = config.model or config.preset
+    if name in MODELS:
+        return MODELS[name]
+    if not config.model_path:
+        raise ConfigError(f"which model? give a preset, --model (one of {', '.join(MODELS)}) or --model_path")
+    return read_config(config.model_path)
+
+
+def find_devices(topology: str) -> list[Any]:
+    """The devices of this machine, or of a TPU slice that is described and nowhere to be had."""
+    if topology == "local":
+        return jax.devices()
+    if not re.fullmatch(r"v[56]e:\d+x\d+", topology):
+        raise ConfigError(f"topology {topology!r} is unknown; use local or a TPU slice such as v5e:2x4 or v6e:2x4")
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError(f'topology {topology} needs the TPU compiler: pip install -e ".[tpu]"')
+    from jax.experimental import topologies
+
+    os.environ.update({name: os.environ.get(name, value) for name, value in NO_TPU.items()})
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # it cannot load what no device here can run
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise ConfigError(f"topology {topology} cannot be compiled for: {str(error).splitlines()[0]}") from None
+
+
+def usable_memory(device: Any) -> float:
+    """Bytes a device can hold; of a CPU, this machine's memory shared among its devices."""
+    chip = find_chip(device.device_kind)
+    if device.platform == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.local_device_count()
+    if chip is None:
+        return (device.memory_stats() or {})["bytes_limit"]
+    return chip.memory
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is planned, for which devices."""
+
+    config: PlanConfig
+    model: GemmaConfig
+    mesh: Mesh
+    chip: Chip | None  # None: a CPU, which has no nominal peaks
+    memory: float  # bytes a device
+    dtype: str
+
+    @property
+    def width(self) -> int:
+        """Bytes of an activation."""
+        return jnp.dtype(self.dtype).itemsize
+
+
+def make_plan(config: PlanConfig) -> Plan:
+    """Check what train.py would check before it loads weights."""
+    model, devices = choose_model(config), find_devices(config.topology)
+    mesh = make_mesh(config.rollout_tp, devices)
+    parts = config.prompts_per_step // config.microbatches
+    check_divides(f"prompts_per_step {config.prompts_per_step} / microbatches {config.microbatches} =", parts, mesh)
+    for name, size in (
+        ("hidden_size", model.embed_dim),
+        ("intermediate_size", model.mlp_dim),
+        ("vocab_size", model.vocab_size),
+    ):
+        check_divides(name, size, mesh)
+    tpu = config.topology != "local"
+    dtype = "bfloat16" if tpu and config.dtype == "auto" else activation_dtype(config.dtype)
+    return Plan(config, model, mesh, find_chip(devices[0].device_kind), usable_memory(devices[0]), dtype)
+
+
+def abstract(shape: list[int], dtype: Any, letters: str, rules: Rules, mesh: Mesh) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec(letters, rules)))
+
+
+def abstract_params(plan: Plan, dtype: str) -> Any:
+    """The weights as they rest."""
+    sizes, mesh = plan.model.sizes, plan.mesh
+    return jax.tree.map(lambda a: abstract([sizes[letter] for letter in a], dtype, a, STORE, mesh), axes(plan.model))
+
+
+def result(function: Callable, *arguments: Any, mesh: Mesh, **options: Any) -> Any:
+    """What `function` would return, as shapes that lie where it would leave them."""
+    shapes = jax.eval_shape(partial(function, **options), *arguments)
+    return jax.tree.map(
+        lambda a: a.update(sharding=NamedSharding(mesh, a.sharding.spec if a.sharding else spec("", STORE))), shapes
+    )
+
+
+@dataclass(frozen=True)
+class Program:
+    """One program of a step: how to lower it, and what lies in memory beside its own arguments while it runs."""
+
+    lower: Callable[[], Any]
+    beside: list[Any]
+
+
+def abstract_batch(plan: Plan) -> Batch:
+    """A batch as grpo.rollout leaves it on the devices."""
+    config = plan.config
+    Q, B, P, C = config.prompts_per_step, config.rows, config.max_prompt_tokens, config.max_new_tokens
+
+    def put(shape: Sequence[int], letters: str, dtype: str) -> Any:
+        return abstract([*shape], dtype, letters, TRAIN, plan.mesh)
+
+    packed = pack(np.zeros((B, C), np.int32), config.lengths, np.full(Q, P), config.packing)
+    return Batch(
+        prompts=put((Q, P), "QP", "int32"), lengths=put((Q,), "Q", "int32"),
+        packed=Packed(*(put(x.shape, "BC", "int32") for x in packed)), mask=put((B, C), "BC", "float32"),
+        sampler_logprobs=put((B, C), "BC", "float32"), advantages=put((B,), "B", "float32"),
+    )  # fmt: skip
+
+
+def training(plan: Plan) -> Compute:
+    """How the update runs, `--remat auto` decided as train.py decides it."""
+    config = plan.config
+    memory = device_memory(plan.mesh) if config.topology == "local" else plan.memory
+    compute = Compute(TRAIN, plan.dtype, config.remat, config.unroll, config.attention)
+    return choose_remat(compute, plan.model, abstract_batch(plan), config.microbatches, plan.mesh.size, memory)
+
+
+def programs(plan: Plan) -> dict[str, Program]:
+    """The programs of one training step, called as grpo.train and grpo.rollout call them, in the order in which they run."""
+    config, model, on = plan.config, plan.model, partial(result, mesh=plan.mesh)
+    sample = Compute(ROLLOUT, plan.dtype, unroll=config.unroll)
+    sampling = Sampling(config.max_new_tokens, STOP_IDS, config.top_k, config.top_p, config.halvings)
+
+    weights, batch = abstract_params(plan, "float32"), abstract_batch(plan)
+    train = training(plan)
+    state = on(init_state, weights, config=config, updates=UPDATES)
+    reference = abstract_params(plan, plan.dtype) if config.beta else None
+    view = on(rollout_view, weights, model=model, compute=sample)
+    prefix = on(prefill, view, batch.prompts, batch.lengths, config=model, compute=sample)
+    heat, limits = (abstract([config.rows], dtype, "B", TRAIN, plan.mesh) for dtype in ("float32", "int32"))
+    keys = on(lambda rows: row_keys(config.seed, 0, rows), limits)
+    logprobs = on(completion_logprobs, weights, batch, model=model, compute=train, config=config)
+    old = logprobs if config.updates_per_rollout > 1 else None
+    given = replace(batch, ref_logprobs=logprobs if config.beta else None, old_logprobs=old)
+    found = {
+        "view": Program(lambda: rollout_view.lower(state.params, model, sample), [state.opt_state, reference]),
+        "prefill": Program(lambda: prefill.lower(view, batch.prompts, batch.lengths, model, sample), [state, reference]),
+        "decode": Program(lambda: decode.lower(view, prefix, keys, heat, limits, model, sample, sampling), [state, reference]),
+    }
+    if reference is not None:
+        found["reference"] = Program(lambda: completion_logprobs.lower(reference, batch, model, train, config), [state])
+    if old is not None:
+        found["old"] = Program(
+            lambda: completion_logprobs.lower(state.params, batch, model, train, config), [state.opt_state, reference]
+        )
+    found["update"] = Program(lambda: train_step.lower(state, given, model, train, config, UPDATES), [reference])
+    return found
+
+
+def bounds(plan: Plan) -> dict[str, roofline.Bound]:
+    """The bound of each program, with every prompt at full length; none on a CPU."""
+    config, model, chip = plan.config, plan.model, plan.chip
+    if chip is None:
+        return {}
+    devices, tp, width = plan.mesh.size, plan.mesh.shape["tp"], plan.width
+    prompts, lengths = [config.max_prompt_tokens] * config.prompts_per_step, config.lengths.tolist()
+    tokens = sum(prompts) + sum(lengths), sum(lengths), roofline.group_pairs(model, prompts, lengths)
+    forward = roofline.forward_logprobs(model, chip, devices, *tokens, width=width)
+    return {
+        "view": roofline.rollout_view(model, chip, devices, tp, width=width),
+        "prefill": roofline.prefill(model, chip, devices, tp, prompts, width=width),
+        "decode": roofline.decode(model, chip, devices, tp, prompts, lengths, width=width),
+        "reference": forward,
+        "old": forward,
+        "update": roofline.update(model, chip, devices, *tokens, width=width),
+    }
+
+
+def weight_shapes(plan: Plan) -> set[tuple[int, ...]]:
+    """Each matrix as it may travel: whole or a device's part, one layer or all; sizes sorted, as gradients come transposed."""
+    found = set()
+    for leaf in jax.tree.leaves(axes(plan.model)):
+        shape = tuple(plan.model.sizes[letter] for letter in leaf)
+        for rules in (Rules(), STORE, ROLLOUT):
+            part = NamedSharding(plan.mesh, spec(leaf, rules)).shard_shape(shape)
+            found |= {part, part[1:]} if leaf.startswith("L") else {part}
+    return {tuple(sorted(shape)) for shape in found if len(shape) > 1}
+
+
+def examine(program: Program, plan: Plan) -> dict[str, Any]:
+    """Compile a program: its memory a device, and what it receives and copies; of a loop until all rows stop, in one trip.
+
+    `peak_gib` is the most that lives at a time, arguments included, and None when the compiler finds no way to make it fit.
+    """
+    beside = sum(device_bytes(tree) for tree in program.beside)
+    start = time.monotonic()
+    try:
+        built = program.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"peak_gib": None, "beside_gib": beside / GIB, "error": str(error).splitlines()[0]}
+    module = compiled.parse(built.as_text())
+    loop = compiled.open_loop(module)
+    parts = (loop.condition, loop.body) if loop else (module.entry,)
+    moved = compiled.collectives(module, *parts)
+    gathered, reduced = weight_traffic(moved, plan)
+    copied = compiled.copies(module, parts[-1], LARGE)
+    return {
+        "peak_gib": built.memory_analysis().peak_memory_in_bytes / GIB,
+        "beside_gib": beside / GIB,
+        "collective_bytes_per_step": sum(collective.bytes for collective in moved),
+        "weight_bytes_gathered_per_step": gathered,
+        "gradient_bytes_reduced_per_step": reduced,
+        "copied_bytes_per_step": compiled.copied_bytes(copied),
+        "aliased_inputs": len(module.aliases),
+        "compile_seconds": time.monotonic() - start,
+        "collectives": grouped(moved),
+    }
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of a tree of abstract arrays on one device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def weight_traffic(moved: list[compiled.Collective], plan: Plan) -> tuple[float, float]:
+    """Bytes received of weights on their way to where they are used, and of their gradients on the way back.
+
+    Told by their shapes; [rows, D] is taken for activations even where some matrix has that shape too. A permutation is
+    counted with the gradients: the TPU compiler sums them in rings, a product a hop.
+    """
+    weights, counts = weight_shapes(plan), (plan.config.prompts_per_step, plan.config.rows)
+    rows = {count // parts for count in counts for parts in (1, plan.mesh.shape["fsdp"], plan.mesh.shape["tp"], plan.mesh.size)}
+
+    def is_weight(collective: compiled.Collective) -> bool:
+        dims = [tuple(size for size in shape.dims if size > 1) for shape in collective.shapes]
+        return any(tuple(sorted(d)) in weights and not (d[0] in rows and d[-1] == plan.model.embed_dim) for d in dims)
+
+    of_weights = [collective for collective in moved if is_weight(collective)]
+    gathered = sum(collective.bytes for collective in of_weights if collective.kind == "all-gather")
+    return gathered, sum(collective.bytes for collective in of_weights) - gathered
+
+
+def grouped(moved: list[compiled.Collective]) -> list[dict[str, Any]]:
+    """Collectives of one kind and shape taken together, the heaviest first."""
+    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    for collective in moved:
+        shape = " ".join(f"{shape.dtype}{list(shape.dims)}".replace(" ", "") for shape in collective.shapes)
+        group = groups.setdefault((collective.kind, shape), {"kind": collective.kind, "shape": shape, "times": 0, "bytes": 0.0})
+        group["times"] += collective.times
+        group["bytes"] += collective.bytes
+    return sorted(groups.values(), key=lambda group: -group["bytes"])
+
+
+def total_gib(figures: dict[str, Any]) -> float:
+    """What a device holds while a program runs; infinite for one that cannot be compiled to fit."""
+    return math.inf if figures["peak_gib"] is None else figures["peak_gib"] + figures["beside_gib"]
+
+
+def find_largest(needs: Callable[[int], float], unit: int, size: int, need: float, fixed: float, limit: float) -> int:
+    """The largest multiple of `unit` whose need is at most `limit`; 0 if there is none.
+
+    `size` is known to need `need`. Needs grow with the size, about linearly from `fixed`: the line says where to look next.
+    """
+    fits, fails = 0, math.inf
+    while True:
+        if need <= limit:
+            fits = max(fits, size)
+        else:
+            fails = min(fails, size)
+        if fails - fits <= unit:
+            return fits // unit * unit
+        guess = (fits + fails) / 2 if math.isinf(need) else size * min((limit - fixed) / (need - fixed), 8)
+        size = int(min(max(guess // unit, fits // unit + 1) * unit, fails - unit))
+        need = needs(size)
+
+
+def search(plan: Plan, figures: dict[str, Any]) -> dict[str, int]:
+    """The largest prompts_per_step, and apart from it the largest max_new_tokens, with which decode and update fit."""
+    config, limit = plan.config, plan.memory / GIB
+    binding = ("decode", "update")
+    fixed = figures["update"]["beside_gib"] + 3 * device_bytes(abstract_params(plan, "float32")) / GIB
+    need = max(total_gib(figures[name]) for name in binding)
+    found = {}
+    for field, unit in (("prompts_per_step", plan.mesh.size * config.microbatches), ("max_new_tokens", 64)):
+
+        def needs(size: int, field: str = field) -> float:
+            print(f"search      {field} {size}", file=sys.stderr, flush=True)
+            other = replace(plan, config=replace(config, **{field: size}))
+            parts = programs(other)
+            return max(total_gib(examine(parts[name], other)) for name in binding)
+
+        found[field] = find_largest(needs, unit, getattr(config, field), need, fixed, limit)
+    return found
+
+
+def table(plan: Plan, figures: dict[str, Any]) -> str:
+    """One line a program, then what the chips send each other in one step of decoding."""
+    config, mesh = plan.config, plan.mesh
+    lines = [
+        f"{config.model or config.preset} on {mesh.size} x {mesh.devices.flat[0].device_kind} of {plan.memory / GIB:.2f} GiB, "
+        f"fsdp {mesh.shape['fsdp']} x tp {mesh.shape['tp']}, {plan.dtype}",
+        f"{config.prompts_per_step} prompts x {config.group_size} completions, {config.max_prompt_tokens} + "
+        f"{config.max_new_tokens} tokens, remat {training(plan).remat}, microbatches {config.microbatches}",
+        "                 GiB a device           MB a device, of decode in one step",
+        "program     own  beside   total    received  weights   copied   bound ms  compiled s",
+    ]
+    for name, row in figures.items():
+        if row["peak_gib"] is None:
+            lines.append(f"{name:9} does not fit: {row['error']}")
+            continue
+        parts = ("collective_bytes_per_step", "weight_bytes_gathered_per_step", "copied_bytes_per_step")
+        received, weights, copied = (row[part] / 1e6 for part in parts)
+        bound = f"{row['bound_ms']:10.2f}" if "bound_ms" in row else f"{'-':>10}"
+        lines.append(
+            f"{name:9} {row['peak_gib']:6.2f} {row['beside_gib']:6.2f} {total_gib(row):8.2f}   {received:9.1f} {weights:8.1f} "
+            f"{copied:8.1f} {bound} {row['compile_seconds']:11.1f}"
+        )
+    moved = figures["decode"].get("collectives", [])
+    lines += ["one step of decoding receives:"] * bool(moved)
+    lines += [f"{c['bytes'] / 1e6:9.3f} MB  {c['kind']} x {c['times']} of {c['shape']}" for c in moved[:8]]
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    plan = make_plan(parse(PlanConfig, argv, __doc__ or "", STARTS))
+    figures: dict[str, Any] = {}
+    with jax.set_mesh(plan.mesh):
+        for name, program in programs(plan).items():
+            figures[name] = examine(program, plan)
+        for name, bound in bounds(plan).items():
+            if name in figures:
+                figures[name]["bound_ms"] = 1e3 * bound.seconds
+        if "bound_ms" in figures["decode"]:
+            figures["decode"]["bound_ms_per_step"] = figures["decode"]["bound_ms"] / plan.config.max_new_tokens
+        print(table(plan, figures), flush=True)
+        summary = summarise(plan, figures)
+        print(verdict(plan, summary), flush=True)
+        if plan.config.search:
+            summary["largest"] = search(plan, figures)
+            print("largest   " + ", or ".join(f"{name} {size}" for name, size in summary["largest"].items()), flush=True)
+    return summary | {"programs": figures}
+
+
+def summarise(plan: Plan, figures: dict[str, Any]) -> dict[str, Any]:
+    """What holds of the step as a whole."""
+    config, needed = plan.config, max(total_gib(row) for row in figures.values())
+    repeats = {"update": config.updates_per_rollout}
+    times = [row["bound_ms"] * repeats.get(name, 1) for name, row in figures.items() if "bound_ms" in row]
+    return {
+        "topology": config.topology,
+        "devices": plan.mesh.size,
+        "model": config.model or config.preset,
+        "fits": needed <= plan.memory / GIB,
+        "hbm_gib_per_chip": plan.memory / GIB,
+        "needed_gib_per_chip": needed if math.isfinite(needed) else None,
+        "bound_ms": sum(times) if times else None,
+    }
+
+
+def verdict(plan: Plan, summary: dict[str, Any]) -> str:
+    fits, needed, bound = summary["fits"], summary["needed_gib_per_chip"], summary["bound_ms"]
+    size = f"{needed:.2f} of " if needed else "more than "
+    line = f"{'fits' if fits else 'does not fit'}: {size}{plan.memory / GIB:.2f} GiB a device"
+    return line + (f"; a step takes {bound / 1e3:.2f} s at least" if bound else "")
+
+
+if __name__ == "__main__":
+    run_script(main, sys.argv[1:])

@@ -1,0 +1,109 @@
+"""Laws of training on packed rows: the numbers of the padded form, and no completion sees another."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array
+from make_references import REFERENCES
+
+from data.batches import Packed, pack
+from grpo.config import Config
+from grpo.rollout import Batch
+from grpo.train import logprobs_of
+from models.convert import load_params, read_config
+from models.gemma import FAR, Compute, GemmaConfig, Params
+from models.sharding import STORE
+
+# Four prompts, four completions each. A window of 8 starts inside the prompt at first, inside a long completion at last.
+Q, G, P, C, FINER = 4, 4, 13, 12, 4
+PROMPT_LENGTHS = np.array([13, 3, 10, 1])
+LENGTHS = {  # rows a group -> completions of which the longest group needs so many: 1 x 18, 2 x 15, 3 x 13 slots
+    1: [[12, 1, 3, 2], [2, 2, 7, 1], [4, 4, 4, 4], [1, 1, 1, 12]],
+    2: [[12, 1, 12, 3], [2, 2, 7, 1], [4, 4, 4, 4], [1, 1, 1, 1]],
+    3: [[12, 12, 3, 9], [2, 2, 7, 1], [4, 4, 4, 4], [12, 12, 12, 1]],
+}
+CONFIG = Config(
+    prompts_per_step=Q,
+    group_size=G,
+    max_prompt_tokens=P,
+    max_new_tokens=C,
+    temperature=0.7,
+    logprob_chunk=5 * Q * G,
+    remat="none",
+)
+
+pytestmark = pytest.mark.usefixtures("mesh")
+
+
+@dataclass(frozen=True)
+class Case:
+    config: GemmaConfig
+    params: Params
+    tokens: np.ndarray  # BC
+    lengths: np.ndarray  # B
+
+    def batch(self, tokens: np.ndarray, finer: int) -> Batch:
+        prompts = np.random.default_rng(1).integers(3, 64, (Q, P)) * (np.arange(P) < PROMPT_LENGTHS[:, None])
+        packed = Packed(*map(jnp.asarray, pack(tokens, self.lengths, PROMPT_LENGTHS, finer)))
+        mask = jnp.asarray(np.arange(C) < self.lengths[:, None], jnp.float32)
+        zeros = jnp.zeros((Q * G, C))
+        return Batch(jnp.asarray(prompts), jnp.asarray(PROMPT_LENGTHS), packed, mask, zeros, zeros[:, 0])
+
+
+@partial(jax.jit, static_argnames="config")
+def logprobs_and_gradients(params: Params, batch: Batch, weights: Array, config: GemmaConfig) -> tuple[Array, Params]:
+    """Log-probabilities of all tokens, and the gradients of a weighted sum of those that count."""
+
+    def scalar(params):
+        logprobs = logprobs_of(params, batch, config, Compute(), CONFIG)
+        return (logprobs * weights * batch.mask).sum(), logprobs
+
+    gradients, logprobs = jax.grad(scalar, has_aux=True)(params)
+    return logprobs, gradients
+
+
+@pytest.fixture(scope="module", params=[("gemma1-mqa", 1), ("gemma2-gqa", 2), ("everything", 3)], ids=lambda param: param[0])
+def case(request, mesh) -> Case:
+    name, rows = request.param
+    folder = REFERENCES / ("gemma3-gqa" if name == "everything" else name)
+    config = read_config(folder)
+    if name == "everything":  # of Gemma 2 and 3
+        config = replace(config, attn_softcap=1.0, final_softcap=3.0, rope_factor=8.0)
+    assert config.sliding_window == (FAR if name == "gemma1-mqa" else 8)
+    lengths = np.array(LENGTHS[rows]).reshape(-1)
+    tokens = np.random.default_rng(2).integers(3, 64, (Q * G, C)) * (np.arange(C) < lengths[:, None])
+    case = Case(config, load_params(folder, config, mesh, STORE), tokens, lengths)
+    packed = case.batch(tokens, FINER).packed
+    assert len(packed.tokens) == Q * rows and packed.tokens.size < tokens.size
+    return case
+
+
+WEIGHTS = np.random.default_rng(3).normal(size=(Q * G, C)).astype(np.float32)
+
+
+def test_packed_logprobs_and_gradients_equal_the_padded_ones(case):
+    """To the rounding of sums in another order: 1e-5 of a nat, 5e-6 of a leaf's largest entry."""
+    ours, gradients = logprobs_and_gradients(case.params, case.batch(case.tokens, FINER), WEIGHTS, case.config)
+    theirs, expected = logprobs_and_gradients(case.params, case.batch(case.tokens, 0), WEIGHTS, case.config)
+    counts = np.arange(C) < case.lengths[:, None]
+    np.testing.assert_allclose(np.asarray(ours)[counts], np.asarray(theirs)[counts], rtol=0, atol=1e-5)
+    for leaf, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
+        largest = np.abs(other).max()
+        assert largest > 0
+        np.testing.assert_allclose(leaf / largest, other / largest, rtol=0, atol=5e-6)
+
+
+def test_a_packed_completion_sees_no_other(case):
+    """Other tokens in one of them, first or last or between: not a bit of the others' log-probabilities changes."""
+    before, _ = logprobs_and_gradients(case.params, case.batch(case.tokens, FINER), WEIGHTS, case.config)
+    for b in (0, 1, 6, Q * G - 1):
+        tokens = case.tokens.copy()
+        tokens[b, : case.lengths[b]] = 3 + (tokens[b, : case.lengths[b]] - 2) % 61
+        after, _ = logprobs_and_gradients(case.params, case.batch(tokens, FINER), WEIGHTS, case.config)
+        changed = (np.asarray(before) != np.asarray(after)) & (np.arange(C) < case.lengths[:, None])
+        assert changed[b, : case.lengths[b]].all()
+        assert not np.delete(changed, b, axis=0).any()

@@ -1,0 +1,177 @@
+"""Laws of models/roofline.py: counts against brute force and a compiled forward pass, bounds against their closed forms."""
+
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from models import compiled, roofline
+from models.gemma import FAR, Compute, GemmaConfig, forward, shapes, vocab_logits
+from models.presets import MODELS
+from models.roofline import CHIPS, Bound, Chip, find_chip
+from models.sharding import make_mesh
+
+GLOBAL = GemmaConfig(3, 16, 4, 2, 8, 32, 64, 8**-0.5, (False,) * 3)
+MIXED = replace(GLOBAL, local_layers=(True, False, True), sliding_window=5, post_norms=True, qk_norms=True)
+CHIP = Chip("even", flops=1e6, memory=1e9, bandwidth=1e5, link=1e4, links=2, hop=1e-3)
+
+
+def windows(model: GemmaConfig) -> list[int]:
+    return [model.sliding_window if local else FAR for local in model.local_layers]
+
+
+@pytest.mark.parametrize("model", [GLOBAL, *MODELS.values()])
+def test_weights_are_those_of_the_model(model):
+    """All but the norms, which are under a thousandth."""
+    tree = shapes(model)
+    count = {name: math.prod(leaf.shape) for name, leaf in vars(tree.layers).items() if leaf is not None}
+    assert roofline.attention_weights(model) == sum(count[name] for name in "qkvo")
+    assert roofline.mlp_weights(model) == count["gate"] + count["up"] + count["down"]
+    assert roofline.head_weights(model) == math.prod(tree.embedding.shape)
+
+
+@pytest.mark.parametrize("model", [GLOBAL, MIXED])
+@pytest.mark.parametrize(("start", "stop"), [(0, 1), (0, 4), (0, 9), (3, 5), (4, 12), (7, 8), (9, 9)])
+def test_attention_pairs_count_every_visible_key(model, start, stop):
+    seen = sum(0 <= q - k < window for window in windows(model) for q in range(start, stop) for k in range(q + 1))
+    assert roofline.attention_pairs(model, start, stop) == seen
+
+
+@pytest.mark.parametrize("model", [GLOBAL, MIXED])
+@pytest.mark.parametrize("prompt", [1, 3, 8])
+@pytest.mark.parametrize("own", [0, 2, 4, 9])
+def test_keys_that_decoding_reads_are_those_the_next_token_sees(model, prompt, own):
+    position = prompt + own
+    visible = [k for window in windows(model) for k in range(position) if position - k < window]
+    assert roofline.shared_keys(model, prompt, own) == sum(k < prompt for k in visible)
+    assert roofline.own_keys(model, own) == sum(k >= prompt for k in visible)
+
+
+def test_group_pairs_count_each_prompt_once():
+    pairs = roofline.group_pairs(MIXED, [4, 7], [2, 6, 3, 1])
+    sequences = [(0, 4), (0, 7), (4, 6), (4, 10), (7, 10), (7, 8)]
+    assert pairs == sum(roofline.attention_pairs(MIXED, *sequence) for sequence in sequences)
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_model_flops_are_the_products_of_the_compiled_forward_pass(unroll):
+    """The program multiplies masked (query, key) pairs too, so that each row has T * T of them in each layer."""
+    B, T = 2, 6
+
+    def logits(params, tokens, positions):
+        compute = Compute(unroll=unroll)
+        hidden, _ = forward(params, tokens, positions, MIXED, compute)
+        return vocab_logits(hidden, params, MIXED, compute)
+
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
+        tokens = jax.ShapeDtypeStruct((B, T), jnp.int32)
+        module = compiled.parse(jax.jit(logits).lower(shapes(MIXED), tokens, tokens).compile().as_text())
+    products = 0
+    for operation, where, times in compiled.operations(module, module.entry):
+        if operation.kind == "dot":
+            left = module.computations[where][operation.operands[0]].shapes[0].dims
+            summed = operation.attributes.partition("lhs_contracting_dims={")[2].partition("}")[0]
+            summed = math.prod(left[int(axis)] for axis in summed.split(","))
+            products += 2 * summed * math.prod(operation.shapes[0].dims) * times
+    pairs = MIXED.num_layers * B * T * T
+    assert products == roofline.forward_flops(MIXED, B * T, B * T, pairs)
+
+
+def test_an_update_on_one_chip_in_closed_form():
+    """2 weights * tokens, three times; weights read forward and backward; 28 bytes a weight for AdamW; no network."""
+    D, A, E, F, V, L = 16, 32, 16, 32, 64, 3
+    body, head = L * (2 * D * A + 2 * D * E + 3 * D * F), V * D
+    bound = roofline.update(GLOBAL, CHIP, 1, 100, 40, 500, width=2)
+    flops = 3 * (2 * body * 100 + 2 * head * 40 + 4 * A * 500)
+    read, state = 2 * 2 * (body + head), 28 * (body + head)
+    assert (bound.flops, bound.memory_bytes, bound.network_bytes) == (flops, read + state, 0)
+    assert bound.seconds == pytest.approx(max(flops / 1e6, read / 1e5) + state / 1e5)
+
+
+def test_an_update_on_eight_chips_gathers_twice_and_scatters_once():
+    one, eight = (roofline.update(GLOBAL, CHIP, n, 100, 40, 500, width=2) for n in (1, 8))
+    body = roofline.attention_weights(GLOBAL) + roofline.mlp_weights(GLOBAL)
+    assert eight.flops == one.flops / 8
+    assert eight.network_bytes == pytest.approx(7 / 8 * 2 * (3 * body + 2 * 40 * 16))
+    slow = roofline.update(GLOBAL, replace(CHIP, link=1.0), 8, 100, 40, 500, width=2)
+    state = 28 * (body + roofline.head_weights(GLOBAL)) / 8 / 1e5
+    assert slow.seconds == pytest.approx(eight.network_bytes / 2 + state)  # two links of a byte a second
+
+
+@pytest.mark.parametrize(("devices", "tp"), [(1, 1), (8, 8), (8, 2), (8, 1)])
+def test_a_decode_step_in_closed_form(devices, tp):
+    """Attention weights whole, MLP and head cut over tp, keys cut over all; 2 L + 1 gathers of the group's rows."""
+    D, A, E, F, V, L, Q, G, P, own = 16, 32, 16, 32, 64, 3, 8, 2, 5, 3
+    attention, cut = L * (2 * D * A + 2 * D * E), L * 3 * D * F + V * D
+    bound = roofline.decode_step(GLOBAL, CHIP, devices, tp, Q * G, [P] * Q, own, width=2)
+    flops = Q * G * (2 * (attention + cut) + 4 * A * L * (P + own + 1)) / devices
+    memory = 2 * (attention + cut / tp + 2 * E * L * (Q * P + Q * G * own) / devices)
+    rows = Q * G / (devices // tp)
+    network = 2 * (2 * L + 1) * (tp - 1) / tp * rows * D
+    links = 1 if tp == 2 else 2
+    wait = network / (links * 1e4) + (2 * L + 2) * (tp // 2) * 1e-3
+    assert bound.flops == pytest.approx(flops) and bound.memory_bytes == pytest.approx(memory)
+    assert bound.network_bytes == pytest.approx(network)
+    assert bound.seconds == pytest.approx(max(flops / 1e6, memory / 1e5) + wait)
+
+
+def test_decode_is_the_sum_of_its_steps_and_asks_nothing_for_rows_that_have_stopped():
+    def step(rows, prompts, own):
+        return roofline.decode_step(MIXED, CHIP, 1, 1, rows, prompts, own)
+
+    total = roofline.decode(MIXED, CHIP, 1, 1, [4, 6], [1, 1, 1, 3])
+    steps = step(4, [4, 6], 0) + step(1, [6], 1) + step(1, [6], 2)
+    assert total == steps
+    assert total.seconds < roofline.decode(MIXED, CHIP, 1, 1, [4, 6], [3] * 4).seconds
+
+
+def test_prefill_and_view_in_closed_form():
+    D, A, E, F, V, L = 16, 32, 16, 32, 64, 3
+    attention, mlp, head = L * (2 * D * A + 2 * D * E), L * 3 * D * F, V * D
+    bound = roofline.prefill(GLOBAL, CHIP, 8, 4, [3, 5], width=2)
+    assert bound.flops == (2 * 8 * (attention + mlp) + 4 * A * L * (6 + 15)) / 8
+    assert bound.memory_bytes == 2 * (attention + mlp / 4 + 2 * E * L * 8 / 8)
+    assert bound.network_bytes == 2 * 2 * L * 3 / 4 * (8 / 2) * D
+    view = roofline.rollout_view(GLOBAL, CHIP, 8, 4, width=2)
+    assert view.memory_bytes == 4 * (attention + mlp + head) / 8 + 2 * (attention + (mlp + head) / 4)
+    assert view.network_bytes == 2 * (attention * 7 / 8 + (mlp + head) * (1 / 4 - 1 / 8))
+    assert roofline.rollout_view(GLOBAL, CHIP, 1, 1).network_bytes == 0
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+def test_more_work_never_takes_less_time(chip):
+    model = MODELS["gemma2-2b"]
+    steps = [roofline.decode_step(model, chip, 8, 8, rows, [256] * 16, 100).seconds for rows in (16, 64, 128, 512)]
+    contexts = [roofline.decode_step(model, chip, 8, 8, 128, [256] * 16, own).seconds for own in (0, 100, 5000)]
+    lengths = [roofline.decode(model, chip, 8, 8, [256] * 2, [n] * 4).seconds for n in (1, 8, 16)]
+    updates = [roofline.update(model, chip, 8, n, n // 2, 26 * n * n // 2).seconds for n in (1000, 10_000, 100_000)]
+    prompts = [roofline.prefill(model, chip, 8, 8, [n] * 16).seconds for n in (16, 256, 2048)]
+    for seconds in (steps, contexts, lengths, updates, prompts):
+        assert seconds[0] > 0 and seconds == sorted(seconds)
+    assert len({*steps}) > 1 and len({*updates}) > 1
+
+
+def test_bounds_of_consecutive_parts_add_up():
+    assert Bound(1, 2, 3, 4) + Bound(10, 20, 30, 40) == Bound(11, 22, 33, 44)
+
+
+def test_chips_are_found_by_the_name_jax_has_for_them():
+    kinds = {
+        "TPU v5 lite": "v5e",
+        "TPU v5e": "v5e",
+        "TPU v6 lite": "v6e",
+        "NVIDIA H100 80GB HBM3": "H100",
+        "NVIDIA H200": "H200",
+    }
+    assert {kind: chip.name for kind in kinds if (chip := find_chip(kind))} == kinds
+    assert find_chip("cpu") is None and find_chip("TPU v4") is None
+
+
+def test_bounds_need_no_jax():
+    code = "import sys, models.roofline; sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
