@@ -31,12 +31,13 @@ def run_script(main: Callable[[list[str]], dict[str, Any]], argv: list[str]) -> 
 def use_huge_pages() -> None:
     """Start this program once more, its arrays in huge pages that stay its own: a quarter off an update on a CPU.
 
-    A step on a CPU allocates gigabytes and frees them again; page by page, the kernel takes as long as the arithmetic.
+    A step on a CPU allocates gigabytes and frees them again; page by page, the kernel takes as long as the arithmetic. One
+    arena for all threads, as the others are too small for large arrays and would give them back.
     Whoever sets GLIBC_TUNABLES, to whatever value, keeps it. Without glibc the variable means nothing.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         never = str(2**40)
-        tunables = {"hugetlb": "1", "mmap_threshold": never, "trim_threshold": never}
+        tunables = {"hugetlb": "1", "arena_max": "1", "mmap_threshold": never, "trim_threshold": never}
         os.environ["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{name}={value}" for name, value in tunables.items())
         sys.stdout.flush()
         os.execv(sys.executable, sys.orig_argv)

@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py --model gemma3-270m --prompts_per_step 4 --max_new_tokens 64
     python scripts/benchmark.py --model gemma2-2b --mean_length 150 --autotune
+    python scripts/benchmark.py --model gemma2-2b --transformers         (beside its generate; needs torch and transformers)
 
 Completions run to `--max_new_tokens`, or to natural lengths around `--mean_length`. A bound is that of models/roofline.py for
 the same lengths, at the peaks that this device shows in a large product and a large copy (nominal ones: see CHIPS there). It
@@ -44,6 +45,7 @@ class BenchmarkConfig(Config):
     model: str = flag("gemma2-6m", f"one of {', '.join(MODELS)}")
     repeats: int = flag(5, "timed runs of each part")
     mean_length: int = flag(0, "completions of natural length around this mean; 0: all run to max_new_tokens")
+    transformers: bool = flag(False, "time transformers' generate too, on the same device: same sizes, full length")
     autotune: bool = flag(False, "time sampling with every rollout_tp that divides the devices, and go on with the fastest")
 
     def __post_init__(self):
@@ -53,6 +55,8 @@ class BenchmarkConfig(Config):
         if self.repeats < 1 or not 0 <= self.mean_length <= self.max_new_tokens:
             limit = f"mean_length {self.mean_length} in 0 to max_new_tokens {self.max_new_tokens}"
             raise ConfigError(f"repeats {self.repeats} must be above 0, {limit}")
+        if self.transformers and self.mean_length:
+            raise ConfigError(f"transformers runs all rows to the end: mean_length {self.mean_length} must be 0 beside it")
 
     def limits(self, step: int, rows: int) -> Sequence[int]:
         if not self.mean_length:
@@ -122,7 +126,7 @@ def measure(run: Run, shapes: int) -> dict[str, list[float]]:
         rolled = []
 
         def roll(i: int):
-            rolled.append(rollout(view, run.problems, run.prompt_ids, i, run.tokenizer, model, run.sample, config, {}))
+            rolled.append(rollout(view, run.problems, run.prompt_ids, i + 1, run.tokenizer, model, run.sample, config, {}))
             return rolled[-1][0]
 
         figures["sample"] = timed(roll, repeats, shapes)
@@ -188,6 +192,40 @@ def autotune(config: BenchmarkConfig) -> dict[int, float]:
     return seconds
 
 
+def time_transformers(run: Run) -> list[float]:
+    """Seconds of transformers' `generate` for the step's rows: a model of the same dimensions, random too, every row full."""
+    import torch
+    import transformers
+
+    model, config, count = run.model, run.config, run.config.max_new_tokens
+    assert isinstance(config, BenchmarkConfig)
+    family = "Gemma3Text" if model.qk_norms else "Gemma2" if model.post_norms else "Gemma"
+    kinds = ["sliding_attention" if local else "full_attention" for local in model.local_layers]
+    sizes = dict(
+        hidden_size=model.embed_dim, intermediate_size=model.mlp_dim, num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_heads, num_key_value_heads=model.num_kv_heads, head_dim=model.head_dim,
+        vocab_size=model.vocab_size,
+    )  # fmt: skip
+    windows = dict(layer_types=kinds, sliding_window=min(model.sliding_window, 2**16)) if model.post_norms else {}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    peer_config = getattr(transformers, f"{family}Config")(**sizes, **windows)
+    with torch.device(device):
+        peer = getattr(transformers, f"{family}ForCausalLM")(peer_config).to(getattr(torch, run.train.dtype)).eval()
+    width = max(map(len, run.prompt_ids))
+    rows = [([0] * (width - len(ids)) + ids, [0] * (width - len(ids)) + [1] * len(ids)) for ids in run.prompt_ids]
+    tokens, mask = (torch.tensor(x, device=device).repeat_interleave(config.group_size, dim=0) for x in zip(*rows, strict=True))
+
+    def generate(_: int) -> int:
+        with torch.no_grad():
+            out = peer.generate(
+                input_ids=tokens, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, do_sample=True,
+                temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, pad_token_id=0,
+            )  # fmt: skip
+        return int(out[0, -1])  # waits for the device
+
+    return timed(generate, config.repeats)
+
+
 def peak_gib(mesh: Mesh) -> float:
     """The most that a device has held; of a CPU, this process."""
     stats = mesh.devices.flat[0].memory_stats() or {}
@@ -202,31 +240,37 @@ def main(argv: list[str]) -> dict[str, Any]:
     run = make_run(config, make_mesh(config.rollout_tp))
     chip = measure_chip(run.train.dtype)
     figures = measure(run, config.repeats if config.mean_length else 1)
-    phases, steps = {}, range(config.repeats)
-    tokens = statistics.mean(sum(config.limits(i, config.rows)) for i in steps)
-    prompt_tokens = sum(map(len, run.prompt_ids))
-    found = [bounds(run, chip, i) for i in steps]
-    for name, seconds in figures.items():
-        middle = statistics.median(seconds)
-        phases[name] = {"ms": 1e3 * middle, "ms_min": 1e3 * min(seconds), "ms_max": 1e3 * max(seconds)}
-        if name != "view":
-            phases[name]["tokens_per_s"] = (prompt_tokens if name == "prefill" else tokens) / middle
-        if name in found[0]:
-            flops, memory, network, bound = (
-                statistics.mean(x) for x in zip(*(dataclasses.astuple(f[name]) for f in found), strict=True)
-            )
-            phases[name] |= {
-                "gflop": flops / 1e9, "memory_mb": memory / 1e6, "network_mb": network / 1e6, "bound_ms": 1e3 * bound,
-                "percent_of_bound": 100 * bound / middle,
-            }  # fmt: skip
+    if config.transformers:
+        figures["generate"] = time_transformers(run)
+    steps = range(1, config.repeats + 1)
+    found = [bounds(run, chip, step) for step in steps]
+    sampled = statistics.mean(sum(config.limits(step, config.rows)) for step in steps)
+    tokens = dict.fromkeys(figures, sampled) | {"view": 0, "prefill": sum(map(len, run.prompt_ids))}
+    phases = {
+        name: describe(seconds, tokens[name], [bound[name] for bound in found if name in bound])
+        for name, seconds in figures.items()
+    }
     result = {
         "device": run.mesh.devices.flat[0].device_kind, "devices": run.mesh.size, "preset": config.model, "rows": config.rows,
-        "rollout_tp": config.rollout_tp, "dtype": run.train.dtype, "mean_length": tokens / config.rows,
+        "rollout_tp": config.rollout_tp, "dtype": run.train.dtype, "mean_length": sampled / config.rows,
         "peak_tflops": chip.flops / 1e12, "peak_gb_per_s": chip.bandwidth / 1e9, "peak_gib": peak_gib(run.mesh),
         "compiles": compiles.count, "phases": phases,
     }  # fmt: skip
     print(table(result, config), flush=True)
     return result | ({"autotune": {str(k): 1e3 * s for k, s in tuned.items()}} if tuned else {})
+
+
+def describe(seconds: list[float], tokens: float, bounds: list[Bound]) -> dict[str, float]:
+    """The figures of a phase; of its bounds, one a step, the mean."""
+    middle = statistics.median(seconds)
+    figures = {"ms": 1e3 * middle, "ms_min": 1e3 * min(seconds), "ms_max": 1e3 * max(seconds)}
+    if tokens:
+        figures["tokens_per_s"] = tokens / middle
+    if bounds:
+        flops, memory, network, bound = map(statistics.mean, zip(*map(dataclasses.astuple, bounds), strict=True))
+        figures |= {"gflop": flops / 1e9, "memory_mb": memory / 1e6, "network_mb": network / 1e6}
+        figures |= {"bound_ms": 1e3 * bound, "percent_of_bound": 100 * bound / middle}
+    return figures
 
 
 def table(result: dict[str, Any], config: BenchmarkConfig) -> str:
@@ -240,11 +284,8 @@ def table(result: dict[str, Any], config: BenchmarkConfig) -> str:
     ]
     for name, row in result["phases"].items():
         spread = f"({row['ms_min']:.1f}-{row['ms_max']:.1f})"
-        line = (
-            f"{name:10}{row['ms']:10.1f}{spread:>20}{row.get('tokens_per_s', 0) or '':>11.0f}"
-            if "tokens_per_s" in row
-            else (f"{name:10}{row['ms']:10.1f}{spread:>20}{'':>11}")
-        )
+        line = f"{name:10}{row['ms']:10.1f}{spread:>20}"
+        line += f"{row['tokens_per_s']:11.0f}" if "tokens_per_s" in row else " " * 11
         if "bound_ms" in row:
             line += f"{row['gflop']:10.1f}{row['memory_mb']:9.0f}{row['bound_ms']:10.2f}{row['percent_of_bound']:9.0f}"
         lines.append(line)

@@ -1,6 +1,7 @@
 """Laws of scripts/sample.py and scripts/benchmark.py, called in process."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import jax
@@ -10,6 +11,8 @@ import pytest
 from data.prompts import encode_prompt
 from data.tokenizer import load_tokenizer
 from grpo.config import TINY_MODEL, ConfigError
+from models.gemma import GemmaConfig, shapes
+from models.sharding import make_mesh
 
 ROOT = Path(__file__).parents[1]
 NO_TOKENIZER = str(ROOT / "tests" / "references" / "gemma3-gqa")
@@ -26,6 +29,7 @@ def load(name: str):
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module.main
 
@@ -84,3 +88,30 @@ def test_the_benchmark_times_every_phase():
             assert phase["percent_of_bound"] == pytest.approx(100 * phase["bound_ms"] / phase["ms"]) and phase["bound_ms"] > 0
     prompt_tokens = phases["prefill"]["tokens_per_s"] * phases["prefill"]["ms"] / 1e3
     assert 8 * 6 <= round(prompt_tokens, 6) <= 8 * 8  # each up to a quarter shorter than it may be
+
+
+@pytest.mark.parametrize("family", [{}, {"post_norms": True}, {"post_norms": True, "qk_norms": True}])
+def test_transformers_generate_runs_a_model_of_the_same_sizes(family, monkeypatch):
+    torch = pytest.importorskip("torch")
+    load("benchmark")
+    benchmark = sys.modules["benchmark"]
+    small = GemmaConfig(2, 32, 4, 2, 8, 48, 64, 8**-0.5, (True, False), sliding_window=9, **family)
+    monkeypatch.setitem(benchmark.MODELS, "gemma2-6m", small)
+    config = benchmark.BenchmarkConfig(
+        prompts_per_step=2, group_size=3, max_prompt_tokens=8, max_new_tokens=5, repeats=2, dtype="float32"
+    )
+    seen = []
+    original = torch.nn.Module.__call__
+
+    def watch(self, *args, **kwargs):
+        out = original(self, *args, **kwargs)
+        if hasattr(out, "logits"):
+            seen.append((sum(p.numel() for p in self.parameters()), out.logits.shape))
+        return out
+
+    monkeypatch.setattr(torch.nn.Module, "__call__", watch)
+    seconds = benchmark.time_transformers(benchmark.make_run(config, make_mesh(devices=jax.devices()[:1])))
+    assert len(seconds) == 2 and min(seconds) > 0
+    assert len(seen) == (1 + 2) * 5  # a warm-up and two runs, five tokens each
+    ours = sum(leaf.size for leaf in jax.tree.leaves(shapes(small)))
+    assert {(count, shape[0], shape[-1]) for count, shape in seen} == {(ours, 2 * 3, 64)}
