@@ -98,7 +98,7 @@ class Config:
     packing: int = flag(
         4, "training packs a group's completions into shapes that differ by max_new_tokens / packing slots; 0: a row for each"
     )
-    logprob_chunk: int = flag(4096, "tokens, of all rows, whose vocabulary logits exist at a time in the update")
+    logprob_chunk: int = flag(2048, "tokens, of all rows, whose vocabulary logits exist at a time in the update")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -146,7 +146,7 @@ PRESETS: dict[str, Config] = {
     "tiny": Config(
         preset="tiny", model_path=TINY_MODEL, data="arithmetic", system_prompt="", new_problems=4000, max_steps=60,
         prompts_per_step=16, group_size=8, max_prompt_tokens=48, max_new_tokens=32, learning_rate=5e-4, warmup_steps=5,
-        eval_problems=500, remat="none", packing=0, halvings=0,
+        eval_problems=500, remat="none", packing=0, halvings=0, logprob_chunk=4096,
     ),
     "gemma3-270m": Config(preset="gemma3-270m", epochs=10, learning_rate=2e-6, prompts_per_step=16),
     "gemma3-1b": Config(preset="gemma3-1b", epochs=10, rollout_tp=0),

@@ -199,7 +199,7 @@ def time_transformers(run: Run) -> list[float]:
 
     model, config, count = run.model, run.config, run.config.max_new_tokens
     assert isinstance(config, BenchmarkConfig)
-    family = "Gemma3Text" if model.qk_norms else "Gemma2" if model.post_norms else "Gemma"
+    family = "Gemma3" if model.qk_norms else "Gemma2" if model.post_norms else "Gemma"
     kinds = ["sliding_attention" if local else "full_attention" for local in model.local_layers]
     sizes = dict(
         hidden_size=model.embed_dim, intermediate_size=model.mlp_dim, num_hidden_layers=model.num_layers,
@@ -208,7 +208,7 @@ def time_transformers(run: Run) -> list[float]:
     )  # fmt: skip
     windows = dict(layer_types=kinds, sliding_window=min(model.sliding_window, 2**16)) if model.post_norms else {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    peer_config = getattr(transformers, f"{family}Config")(**sizes, **windows)
+    peer_config = getattr(transformers, f"{family.replace('3', '3Text')}Config")(**sizes, **windows)
     with torch.device(device):
         peer = getattr(transformers, f"{family}ForCausalLM")(peer_config).to(getattr(torch, run.train.dtype)).eval()
     width = max(map(len, run.prompt_ids))
