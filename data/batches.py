@@ -1,11 +1,11 @@
 """Which problems belong to a step, and how its completions are packed for training.
 
-The problems are a pure function of (step, seed), so a resumed run needs no stored position.
+The problems are a pure function of (step, seed, session), so a resumed run needs no stored position.
 
-Epoch e is a permutation of all problems drawn from (seed, e). Steps read the epochs end to end without gaps, so a
-step may hold the end of one and the start of the next; only such a step can hold a problem twice.
+Epoch e of a session is a permutation of its problems drawn from (seed, session, e). Steps read the epochs end to end
+without gaps, so a step may hold the end of one and the start of the next; only such a step can hold a problem twice.
 Packing puts the completions of a group one behind the other, so that training computes few padded slots.
-Left out: reading the problems, and the windows and reviews of relay sessions.
+Left out: reading the problems, and which of them a session has (grpo/session.py).
 """
 
 from typing import Any, NamedTuple
@@ -15,15 +15,15 @@ import numpy as np
 from data import DataError
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """Permutation int64 [count] of the problems in `epoch`; DataError for a negative seed or epoch."""
-    if seed < 0 or epoch < 0:
-        raise DataError(f"seed {seed} and epoch {epoch} must be at least 0")
-    return np.random.default_rng([seed, epoch]).permutation(count)
+def epoch_order(count: int, seed: int, session: int, epoch: int) -> np.ndarray:
+    """Permutation int64 [count] of a session's problems in `epoch`; DataError for a negative number."""
+    if min(seed, session, epoch) < 0:
+        raise DataError(f"seed {seed}, session {session} and epoch {epoch} must be at least 0")
+    return np.random.default_rng([seed, session, epoch]).permutation(count)
 
 
-def step_indices(step: int, prompts_per_step: int, count: int, seed: int) -> np.ndarray:
-    """Problem indices int64 [Q] of `step`, counted from 0, where Q = `prompts_per_step` and `count` is all problems.
+def step_indices(step: int, prompts_per_step: int, count: int, seed: int, session: int) -> np.ndarray:
+    """Problem indices int64 [Q] of a session's `step`, counted from 0; Q = `prompts_per_step`, `count` its problems.
 
     Raises DataError when Q is not in 1..count, or for a negative step or seed.
     """
@@ -32,9 +32,9 @@ def step_indices(step: int, prompts_per_step: int, count: int, seed: int) -> np.
     if step < 0:
         raise DataError(f"step {step} must be at least 0")
     epoch, start = divmod(step * prompts_per_step, count)
-    order = epoch_order(count, seed, epoch)
+    order = epoch_order(count, seed, session, epoch)
     if start + prompts_per_step > count:
-        order = np.concatenate([order, epoch_order(count, seed, epoch + 1)])
+        order = np.concatenate([order, epoch_order(count, seed, session, epoch + 1)])
     return order[start : start + prompts_per_step]
 
 

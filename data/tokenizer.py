@@ -5,6 +5,7 @@ control piece: a question that contains "<end_of_turn>" is spelled out in ordina
 turn. Prompts place the control ids themselves (prompts.py). Left out: truncation, padding, BOS, chat templates.
 """
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable
 from itertools import pairwise
@@ -63,6 +64,12 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` (ints or a numpy row); control pieces (pad, BOS, EOS, turns, unused ones) give no text."""
         return self._decode_ids([int(i) for i in ids if int(i) not in self._control_ids])
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of all pieces and their ids, and of how a sentence is cut: the same from either file format."""
+        content = sorted(self._ids.items()), self.encode("Ann's 3 cats ate 12.50 kg,\n  one-third of it on Monday.")
+        return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
     def piece_id(self, piece: str) -> int:
         """Id of a piece as the vocabulary spells it (a blank is "▁"); DataError when there is none."""

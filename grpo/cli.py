@@ -1,6 +1,7 @@
 """What every script does around its work: the user's mistakes end in one line, the result in one line of JSON.
 
-Exit codes: 0 done, 2 the user's mistake, 1 our own (with its traceback).
+Exit codes: 0 done, 2 the user's mistake, 1 a run that cannot go on (one line) or our own mistake (a traceback), 130 and 143
+stopped by SIGINT and SIGTERM.
 """
 
 import json
@@ -13,7 +14,8 @@ from typing import Any
 import jax
 
 from data import DataError
-from grpo.config import ConfigError, fail
+from grpo.config import ConfigError, RunError, fail
+from grpo.interrupts import Stopped
 from models import ModelError
 
 
@@ -25,6 +27,11 @@ def run_script(main: Callable[[list[str]], dict[str, Any]], argv: list[str]) -> 
         result = main(argv)
     except (ConfigError, DataError, ModelError) as error:
         fail(" ".join(str(error).split()))
+    except RunError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except Stopped as stopped:
+        raise SystemExit(stopped.code) from None
     print(json.dumps(result), flush=True)
 
 

@@ -10,7 +10,6 @@ import difflib
 import math
 import sys
 import typing
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -22,6 +21,10 @@ TINY_MODEL = str(Path(__file__).parents[1] / "models" / "tiny")
 
 class ConfigError(ValueError):
     """A setting that cannot be used; the message is one line for the user."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on, through no setting's fault; one line for the user, exit code 1."""
 
 
 def flag(default, text: str, choices: tuple[str, ...] = ()):
@@ -41,9 +44,23 @@ class Config:
     system_prompt: str = flag(SYSTEM, "opens the user's turn; the reward expects its tags")
     seed: int = flag(0, "decides which problems, in what order, and every sample")
     # how long
-    new_problems: int = flag(500, "problems to train on, drawn from --data; 0 takes all")
-    epochs: int = flag(1, "times each problem is met")
-    max_steps: int = flag(0, "stop after so many steps; 0: as epochs say")
+    new_problems: int = flag(500, "problems that a session meets for the first time, drawn from --data; 0 takes all")
+    epochs: int = flag(1, "times a session goes through its problems")
+    max_steps: int = flag(0, "steps of a session at most; 0: as epochs say")
+    max_hours: float = flag(0.0, "save and stop after so many hours; the same command goes on; 0: no limit")
+    # sessions
+    sessions: int = flag(1, "relay sessions: each meets new problems and reviews earlier ones")
+    session: int = flag(0, "run this session only, from where the one before it ended; 0: all of them in a row")
+    review_ratio: float = flag(1.0, "earlier problems that a session reviews, for each new one")
+    relay_from: str = flag("", "another run's directory, only read: go on from its last checkpoint in a new run_dir")
+    reference: str = flag(
+        "initial", "the frozen policy of the KL: the base model, or what a session starts from", ("initial", "session_start")
+    )
+    schedule: str = flag(
+        "session", "what the learning rate's warm-up and cosine span: each session, or the whole run", ("session", "run")
+    )
+    carry_optimizer: bool = flag(True, "Adam's moments go on from session to session")
+    allow_change: str = flag("", "settings that a resumed run may change all the same, such as learning_rate,beta")
     # rollout
     prompts_per_step: int = flag(16, "Q: prompts a step")
     group_size: int = flag(8, "G: completions a prompt")
@@ -80,9 +97,15 @@ class Config:
     # evaluation and files
     eval_problems: int = flag(200, "problems of each evaluation; 0: none")
     eval_every: int = flag(0, "evaluate every N steps too, not only before and after; 0: no")
-    save_every: int = flag(50, "checkpoint every N steps, and at the end")
-    keep_checkpoints: int = flag(2, "how many to keep")
+    retention_problems: int = flag(200, "of each session's new problems, evaluated after it and after later ones; 0: none")
+    save_every: int = flag(50, "checkpoint every N steps, and at the end of a session")
+    save_minutes: float = flag(10.0, "checkpoint after so many minutes too; 0: by steps only")
+    keep_checkpoints: int = flag(2, "how many to keep, beside the last of each session")
+    async_save: bool = flag(True, "train on while a checkpoint is written")
     # machine
+    coordinator: str = flag("", "several processes: HOST:PORT of process 0; auto where the cluster tells, as on a TPU pod")
+    processes: int = flag(1, "how many, with coordinator HOST:PORT: each runs this command")
+    process_id: int = flag(0, "which of them this is")
     rollout_tp: int = flag(
         1, "devices that share one copy of the MLP and the vocabulary while sampling; 0: as many as can, up to 8"
     )
@@ -109,11 +132,13 @@ class Config:
                 raise ConfigError(f"{field.name} {value} must be a finite number")
         positive = "prompts_per_step max_prompt_tokens max_new_tokens temperature epochs learning_rate max_grad_norm"
         positive += " updates_per_rollout microbatches logprob_chunk save_every keep_checkpoints max_bad_updates"
+        positive += " sessions processes"
         for name in positive.split():
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} {getattr(self, name)} must be above 0")
         zero = "new_problems max_steps seed top_k beta epsilon_low epsilon_high sampler_cap warmup_steps weight_decay"
-        zero += " rollout_tp packing halvings eval_problems eval_every adam_b1 adam_b2"
+        zero += " rollout_tp packing halvings eval_problems eval_every adam_b1 adam_b2 max_hours session review_ratio"
+        zero += " retention_problems save_minutes process_id"
         for name in zero.split():
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} {getattr(self, name)} must not be negative")
@@ -126,13 +151,17 @@ class Config:
             raise ConfigError(f"top_p {self.top_p} must be above 0 and at most 1")
         if self.prompts_per_step % self.microbatches:
             raise ConfigError(f"prompts_per_step {self.prompts_per_step} must divide into microbatches {self.microbatches}")
+        fields = {field.name for field in dataclasses.fields(self)}
+        for name in filter(None, self.allow_change.split(",")):
+            if name not in fields:
+                raise ConfigError(f"allow_change {name!r} is no setting; --help lists them")
 
     @property
     def rows(self) -> int:
         """B: completions a step."""
         return self.prompts_per_step * self.group_size
 
-    def limits(self, step: int, rows: int) -> Sequence[int]:
+    def limits(self, step: int, rows: int) -> list[int]:
         """Tokens at most of each row of a step; a benchmark gives completions natural lengths by it."""
         return [self.max_new_tokens] * rows
 
@@ -144,7 +173,7 @@ class Config:
 
 PRESETS: dict[str, Config] = {
     "tiny": Config(
-        preset="tiny", model_path=TINY_MODEL, data="arithmetic", system_prompt="", new_problems=4000, max_steps=60,
+        preset="tiny", model_path=TINY_MODEL, data="arithmetic", system_prompt="", new_problems=320, sessions=3,
         prompts_per_step=16, group_size=8, max_prompt_tokens=48, max_new_tokens=32, learning_rate=5e-4, warmup_steps=5,
         eval_problems=500, remat="none", packing=0, halvings=0, logprob_chunk=4096,
     ),

@@ -21,28 +21,31 @@ EVALUATION = 2**30  # the "step" of the random stream: no training step shares i
 
 def evaluate(
     view: Params, problems: list[Problem], prompt_ids: list[list[int]], tokenizer: Tokenizer, model: GemmaConfig,
-    compute: Compute, config: Config, rewards: dict[str, RewardFunction],
+    compute: Compute, config: Config, rewards: dict[str, RewardFunction], sampled: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
-    """Greedy and sampled figures of `problems`, as proportions; `low` and `high` bound greedy accuracy (Wilson, 95%)."""
+    """Greedy and, unless left out, sampled figures of `problems`, as proportions; `low` and `high` bound greedy accuracy
+    (Wilson, 95%).
+    """
 
     def mean(values) -> float:
         return float(np.mean(list(values)))
 
     prompts, lengths = pad_prompts(prompt_ids, config.max_prompt_tokens, tokenizer.pad_id)
-    temperature = np.array([0.0, config.temperature], np.float32)
-    records: list[list[dict[str, Any]]] = [[{}, {}] for _ in problems]
+    names = ["greedy", "sampled"] if sampled else ["greedy"]
+    temperature = np.array([0.0, config.temperature][: len(names)], np.float32)
+    records: list[list[dict[str, Any]]] = [[{} for _ in names] for _ in problems]
     for done in sample_queue(
         view, prompts, lengths, temperature, config.prompts_per_step, config.rows, config.seed, EVALUATION, model, compute,
         sampling(tokenizer, config),
     ):  # fmt: skip
         for index, ids, length, truncated in zip(done.index, done.tokens, done.lengths, done.truncated, strict=True):
-            i, column = divmod(int(index), 2)
+            i, column = divmod(int(index), len(names))
             text = tokenizer.decode(ids[:length])
             records[i][column] = judge(text, problems[i], bool(truncated), config, rewards) | {"length": int(length)}
-    low, high = wilson(sum(greedy["accuracy"]["tagged"] for greedy, _ in records), len(records))
+    low, high = wilson(sum(greedy["accuracy"]["tagged"] for greedy, *_ in records), len(records))
     figures: dict[str, Any] = {"n": len(records), "low": low, "high": high}
-    for name, column in (("greedy", 0), ("sampled", 1)):
-        chosen = [pair[column] for pair in records]
+    for column, name in enumerate(names):
+        chosen = [samples[column] for samples in records]
         figures[name] = mean(r["accuracy"]["tagged"] for r in chosen)
         figures |= {
             f"{name}_strict": mean(r["accuracy"]["strict"] for r in chosen),

@@ -12,17 +12,36 @@ from typing import Any
 
 import jax
 
+from grpo.distributed import agree, is_first
+
 
 class JsonLines:
-    """A file of one JSON object a line, each with a `step`. Opening it for a resumed run drops what lies after `step`."""
+    """A file of one JSON object a line, each with a `step`. Opening it for a resumed run drops what lies after `step`.
+
+    Process 0 writes; every process remembers the records that `write` adds, and those that were there before.
+    """
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        text = path.read_text("utf-8") if path.is_file() else ""
-        lines = text.split("\n")[:-1]  # not splitlines: a completion may hold U+2028; a torn last line ends in no \n
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept), "utf-8")
-        self.records: list[dict[str, Any]] = [json.loads(line) for line in kept]
+        kept, whole = self.read(step) if is_first() else ([], True)
+        if is_first() and not (whole and path.exists()):
+            part = path.with_suffix(".part")
+            part.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), "utf-8")
+            part.replace(path)
+        self.records: list[dict[str, Any]] = agree(kept)
+
+    def read(self, step: int) -> tuple[list[dict[str, Any]], bool]:
+        """The records up to `step`, and whether the file holds nothing else. What is no JSON ends it: a torn last line."""
+        records: list[dict[str, Any]] = []
+        text = self.path.read_text("utf-8", errors="replace") if self.path.is_file() else ""
+        lines = text.split("\n")  # not splitlines: a completion may hold U+2028
+        for line in lines[:-1]:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+        kept = [record for record in records if record["step"] <= step]
+        return kept, len(kept) == len(lines) - 1 and not lines[-1]
 
     def write(self, record: dict[str, Any]) -> None:
         """Add one record, and remember it."""
@@ -30,8 +49,9 @@ class JsonLines:
         self.records.append(record)
 
     def write_all(self, records: list[dict[str, Any]]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(strict(record), ensure_ascii=False) + "\n" for record in records)
+        if is_first():
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(strict(record), ensure_ascii=False) + "\n" for record in records)
 
 
 def strict(record: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from grpo.loss import batch_std, group_advantages, group_std, no_scale
 from grpo.reward import WEIGHTS, accuracies, format_checks, score
 from models.gemma import Compute, GemmaConfig, Params
 from models.sampler import Samples, Sampling, decode, prefill, row_keys
-from models.sharding import put
+from models.sharding import fetch, put
 
 SCALES = {"group": group_std, "batch": batch_std, "none": no_scale}
 RewardFunction = Callable[[str, Problem], float]
@@ -77,7 +77,7 @@ def generate(
     keys = row_keys(config.seed, step, put(np.arange(B), "B"))
     temperature = put(np.full(B, config.temperature, np.float32), "B")
     limits = put(np.array(config.limits(step, B), np.int32), "B")
-    samples = jax.device_get(decode(view, prefix, keys, temperature, limits, model, compute, sampling(tokenizer, config)))
+    samples = fetch(decode(view, prefix, keys, temperature, limits, model, compute, sampling(tokenizer, config)))
     times = {"time/prefill": middle - start, "time/decode": time.perf_counter() - middle}
     texts = [tokenizer.decode(ids[:length]) for ids, length in zip(samples.tokens, samples.lengths, strict=True)]
     return samples, texts, times

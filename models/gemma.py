@@ -28,7 +28,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from models.kernels import splash_attention
 from models.sharding import ROWS, TRAIN, Rules, reshard, spec, transposed
 
 FAR = 2**30
@@ -389,12 +388,14 @@ def forward_group(
         return join(prompt, attend(rows(q), [shared, own], positions, window, config, at))
 
     def splash(q, k, v, window):
+        from models.kernels import splash_attention  # needs Pallas, which takes a while to import
+
+        own = 1 + jnp.arange(B)[:, None] + jnp.zeros_like(tokens) if segments is None else segments
+        texts = jnp.where(slots == FAR, -1, join(jnp.zeros_like(prompts), own))
         return splash_attention(q, k, v, slots, texts, window, config.query_scale, config.attn_softcap, at)
 
     attend_group = {"plain": plain, "splash": splash}[compute.attention]
     slots = join(prompt_positions, positions)
-    own_texts = 1 + jnp.arange(B)[:, None] + jnp.zeros_like(tokens) if segments is None else segments
-    texts = jnp.where(slots == FAR, -1, join(jnp.zeros_like(prompts), own_texts))
     table = rope_table(slots, config)
 
     def step(x, _, w, local, __):

@@ -19,7 +19,7 @@ from jax import Array, lax
 
 from models.gemma import FAR, KV, Compute, GemmaConfig, Params, unroll, unroll_kv
 from models.sampler import Prefix, Rows, Sampling, advance, pick, pick_kv, prefill, row_keys, rows_a_device, start, take
-from models.sharding import put
+from models.sharding import fetch, put
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def sample_queue(
         idle = not any(waiting) and loaded >= len(prompts)
         keep = 0 if idle else owner.shape[1] - max(owner.shape[1] // 4, 1)
         rows, count = work(params, rows, count, jnp.int32(keep), config, compute, sampling)
-        alive, tokens, ages, truncated = jax.device_get((rows.alive, rows.tokens, rows.lengths, rows.truncated))
+        alive, tokens, ages, truncated = fetch((rows.alive, rows.tokens, rows.lengths, rows.truncated))
         ended = np.flatnonzero((owner.reshape(-1) >= 0) & ~alive)
         ring = (born.reshape(-1)[ended, None] + np.arange(sampling.width)) % sampling.width
         yield Finished(owner.reshape(-1)[ended], np.take_along_axis(tokens[ended], ring, axis=1), ages[ended], truncated[ended])

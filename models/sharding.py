@@ -14,10 +14,14 @@ Weights are cut tp-major and rows fsdp-major, so that STORE -> ROLLOUT is one al
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+import numpy as np
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
@@ -87,8 +91,28 @@ def reshard(tree, axes, rules: Rules):
 
 
 def put(x: ArrayLike, letters: str) -> Array:
-    """A host array on the devices, rows cut over all of them."""
-    return jax.device_put(x, spec(letters, TRAIN))
+    """A host array on the devices, rows cut over all of them. With several processes, each gives the whole array."""
+    if jax.process_count() == 1:
+        return jax.device_put(x, spec(letters, TRAIN))
+    whole = np.asarray(x)
+    return jax.make_array_from_callback(
+        whole.shape, NamedSharding(jax.sharding.get_mesh(), spec(letters, TRAIN)), whole.__getitem__
+    )
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays on the devices as arrays on the host, whole on every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def like(function: Callable, *arguments: Any, mesh: Mesh) -> Any:
+    """What `function` would return, as shapes that lie where it would leave them. Nothing is computed."""
+    return jax.tree.map(
+        lambda a: a.update(sharding=NamedSharding(mesh, a.sharding.spec if a.sharding else PartitionSpec())),
+        jax.eval_shape(function, *arguments),
+    )
 
 
 def transposed(sharding: NamedSharding) -> NamedSharding:

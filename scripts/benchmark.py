@@ -15,7 +15,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,44 +24,36 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from data.batches import natural_lengths
 from data.problems import Problem
 from grpo.cli import run_script
-from grpo.config import Config, ConfigError, flag, parse
+from grpo.config import ConfigError, flag, parse
 from grpo.metrics import CompileCounter
 from grpo.rollout import rollout
-from grpo.train import Run, choose_remat, completion_logprobs, device_memory, init_state, one_step, rollout_view, train_step
+from grpo.run import Run
+from grpo.session import plan_sessions
+from grpo.train import one_step
+from grpo.update import choose_remat, completion_logprobs, device_memory, init_state, rollout_view, train_step
+from grpo.workload import Workload
 from models import roofline
 from models.gemma import Compute, init_params
 from models.presets import MODELS
 from models.roofline import Bound, Chip
 from models.sharding import ROLLOUT, STORE, TRAIN, activation_dtype, check_divides, make_mesh
 
-UPDATES = 1000  # of the learning rate's schedule
-
 
 @dataclass(frozen=True)
-class BenchmarkConfig(Config):
+class BenchmarkConfig(Workload):
     model: str = flag("gemma2-6m", f"one of {', '.join(MODELS)}")
     repeats: int = flag(5, "timed runs of each part")
-    mean_length: int = flag(0, "completions of natural length around this mean; 0: all run to max_new_tokens")
     transformers: bool = flag(False, "time transformers' generate too, on the same device: same sizes, full length")
     autotune: bool = flag(False, "time sampling with every rollout_tp that divides the devices, and go on with the fastest")
 
     def __post_init__(self):
         super().__post_init__()
-        if self.model not in MODELS:
-            raise ConfigError(f"model {self.model!r} is unknown; one of {', '.join(MODELS)}")
-        if self.repeats < 1 or not 0 <= self.mean_length <= self.max_new_tokens:
-            limit = f"mean_length {self.mean_length} in 0 to max_new_tokens {self.max_new_tokens}"
-            raise ConfigError(f"repeats {self.repeats} must be above 0, {limit}")
+        if self.repeats < 1:
+            raise ConfigError(f"repeats {self.repeats} must be above 0")
         if self.transformers and self.mean_length:
             raise ConfigError(f"transformers runs all rows to the end: mean_length {self.mean_length} must be 0 beside it")
-
-    def limits(self, step: int, rows: int) -> Sequence[int]:
-        if not self.mean_length:
-            return super().limits(step, rows)
-        return natural_lengths(step, rows, self.mean_length, self.max_new_tokens).tolist()
 
 
 class NumberTokens:
@@ -106,8 +98,9 @@ def make_run(config: BenchmarkConfig, mesh: Mesh) -> Run:
     widths = P - rng.integers(0, max(P // 4, 1), Q)
     prompt_ids = [rng.integers(3, model.vocab_size, width).tolist() for width in widths]
     problems = [Problem(str(i), "", str(i)) for i in range(Q)]
+    sessions = plan_sessions(dataclasses.replace(config, epochs=10 * config.repeats), Q)
     return Run(
-        config, mesh, model, NumberTokens(), problems, prompt_ids, [], [], 0, {},  # type: ignore[arg-type]
+        config, mesh, model, NumberTokens(), problems, prompt_ids, [], [], 0, {}, sessions,  # type: ignore[arg-type]
         Compute(TRAIN, dtype, config.remat, config.unroll, config.attention), Compute(ROLLOUT, dtype, unroll=config.unroll),
     )  # fmt: skip
 
@@ -119,7 +112,7 @@ def measure(run: Run, shapes: int) -> dict[str, list[float]]:
     figures: dict[str, list[float]] = {}
     repeats = config.repeats
     with jax.set_mesh(run.mesh):
-        state = init_state(init_params(jax.random.key(0), model, STORE), config, UPDATES)
+        state = init_state(init_params(jax.random.key(0), model, STORE), config)
         reference = init_params(jax.random.key(0), model, STORE, run.train.dtype)
         view = rollout_view(state.params, model, run.sample)
         figures["view"] = timed(lambda _: rollout_view(state.params, model, run.sample), repeats)
@@ -145,14 +138,14 @@ def measure(run: Run, shapes: int) -> dict[str, list[float]]:
         def update(i: int):
             nonlocal state
             compute = choose_remat(run.train, model, batches[i], config.microbatches, run.mesh.size, device_memory(run.mesh))
-            state, stats = train_step(state, batches[i], model, compute, config, UPDATES)
+            state, stats = train_step(state, batches[i], config.learning_rate, model, compute, config)
             return stats
 
         figures["update"] = timed(update, repeats, shapes)
 
         def step(i: int):
             nonlocal state
-            state, *_ = one_step(i + 1, state, reference, run)
+            state, *_ = one_step(i + 1, run.sessions[0], state, reference, run)
 
         figures["step"] = timed(step, repeats, shapes)
     return figures

@@ -27,20 +27,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from data.batches import Packed, natural_lengths, pack
+from data.batches import Packed, pack
 from grpo.cli import run_script
-from grpo.config import PRESETS, Config, ConfigError, flag, parse
+from grpo.config import PRESETS, ConfigError, flag, parse
 from grpo.rollout import Batch
-from grpo.train import choose_remat, completion_logprobs, device_memory, init_state, rollout_view, train_step
+from grpo.run import check_shapes
+from grpo.update import choose_remat, completion_logprobs, device_memory, init_state, rollout_view, train_step
+from grpo.workload import Workload
 from models import compiled, roofline
 from models.convert import read_config
 from models.gemma import Compute, GemmaConfig, axes
 from models.presets import MODELS
 from models.roofline import GIB, Chip, find_chip
 from models.sampler import Sampling, decode, prefill, row_keys
-from models.sharding import ROLLOUT, STORE, TRAIN, Rules, activation_dtype, check_divides, make_mesh, spec
+from models.sharding import ROLLOUT, STORE, TRAIN, Rules, activation_dtype, like, make_mesh, spec
 
-UPDATES = 1000  # of the learning rate's schedule, a constant in the program
 STOP_IDS = (1, 107)
 LARGE = 2**20  # bytes; smaller copies do not matter
 
@@ -52,25 +53,9 @@ NO_TPU = {
 
 
 @dataclass(frozen=True)
-class PlanConfig(Config):
-    model: str = flag("", f"one of {', '.join(MODELS)}; default: the preset's, or the config.json in --model_path")
+class PlanConfig(Workload):
     topology: str = flag("local", "local, or a TPU slice such as v5e:2x4 or v6e:2x4")
-    mean_length: int = flag(0, "completions of natural length around this mean; 0: all of max_new_tokens")
     search: bool = flag(False, "find the largest prompts_per_step and the largest max_new_tokens that fit: minutes")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.model and self.model not in MODELS:
-            raise ConfigError(f"model {self.model!r} is unknown; one of {', '.join(MODELS)}")
-        if not 0 <= self.mean_length <= self.max_new_tokens:
-            raise ConfigError(f"mean_length {self.mean_length} must be 0 to max_new_tokens {self.max_new_tokens}")
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Of a step's completions, B."""
-        if not self.mean_length:
-            return np.full(self.rows, self.max_new_tokens)
-        return natural_lengths(0, self.rows, self.mean_length, self.max_new_tokens)
 
 
 # Each preset of train.py; without one, --model and the defaults of Config.
@@ -136,14 +121,7 @@ def make_plan(config: PlanConfig) -> Plan:
     """Check what train.py would check before it loads weights."""
     model, devices = choose_model(config), find_devices(config.topology)
     mesh = make_mesh(config.rollout_tp, devices)
-    parts = config.prompts_per_step // config.microbatches
-    check_divides(f"prompts_per_step {config.prompts_per_step} / microbatches {config.microbatches} =", parts, mesh)
-    for name, size in (
-        ("hidden_size", model.embed_dim),
-        ("intermediate_size", model.mlp_dim),
-        ("vocab_size", model.vocab_size),
-    ):
-        check_divides(name, size, mesh)
+    check_shapes(config, model, mesh)
     tpu = config.topology != "local"
     dtype = "bfloat16" if tpu and config.dtype == "auto" else activation_dtype(config.dtype)
     return Plan(config, model, mesh, find_chip(devices[0].device_kind), usable_memory(devices[0]), dtype)
@@ -157,14 +135,6 @@ def abstract_params(plan: Plan, dtype: str) -> Any:
     """The weights as they rest."""
     sizes, mesh = plan.model.sizes, plan.mesh
     return jax.tree.map(lambda a: abstract([sizes[letter] for letter in a], dtype, a, STORE, mesh), axes(plan.model))
-
-
-def result(function: Callable, *arguments: Any, mesh: Mesh, **options: Any) -> Any:
-    """What `function` would return, as shapes that lie where it would leave them."""
-    shapes = jax.eval_shape(partial(function, **options), *arguments)
-    return jax.tree.map(
-        lambda a: a.update(sharding=NamedSharding(mesh, a.sharding.spec if a.sharding else spec("", STORE))), shapes
-    )
 
 
 @dataclass(frozen=True)
@@ -183,7 +153,7 @@ def abstract_batch(plan: Plan) -> Batch:
     def put(shape: Sequence[int], letters: str, dtype: str) -> Any:
         return abstract([*shape], dtype, letters, TRAIN, plan.mesh)
 
-    packed = pack(np.zeros((B, C), np.int32), config.lengths, np.full(Q, P), config.packing)
+    packed = pack(np.zeros((B, C), np.int32), np.array(config.limits(0, B)), np.full(Q, P), config.packing)
     return Batch(
         prompts=put((Q, P), "QP", "int32"), lengths=put((Q,), "Q", "int32"),
         packed=Packed(*(put(x.shape, "BC", "int32") for x in packed)), mask=put((B, C), "BC", "float32"),
@@ -201,19 +171,19 @@ def training(plan: Plan) -> Compute:
 
 def programs(plan: Plan) -> dict[str, Program]:
     """The programs of one training step, called as grpo.train and grpo.rollout call them, in the order in which they run."""
-    config, model, on = plan.config, plan.model, partial(result, mesh=plan.mesh)
+    config, model, on = plan.config, plan.model, partial(like, mesh=plan.mesh)
     sample = Compute(ROLLOUT, plan.dtype, unroll=config.unroll)
     sampling = Sampling(config.max_new_tokens, STOP_IDS, config.top_k, config.top_p, config.halvings)
 
     weights, batch = abstract_params(plan, "float32"), abstract_batch(plan)
     train = training(plan)
-    state = on(init_state, weights, config=config, updates=UPDATES)
+    state = on(partial(init_state, config=config), weights)
     reference = abstract_params(plan, plan.dtype) if config.beta else None
-    view = on(rollout_view, weights, model=model, compute=sample)
-    prefix = on(prefill, view, batch.prompts, batch.lengths, config=model, compute=sample)
+    view = on(partial(rollout_view, model=model, compute=sample), weights)
+    prefix = on(partial(prefill, config=model, compute=sample), view, batch.prompts, batch.lengths)
     heat, limits = (abstract([config.rows], dtype, "B", TRAIN, plan.mesh) for dtype in ("float32", "int32"))
     keys = on(lambda rows: row_keys(config.seed, 0, rows), limits)
-    logprobs = on(completion_logprobs, weights, batch, model=model, compute=train, config=config)
+    logprobs = on(partial(completion_logprobs, model=model, compute=train, config=config), weights, batch)
     old = logprobs if config.updates_per_rollout > 1 else None
     given = replace(batch, ref_logprobs=logprobs if config.beta else None, old_logprobs=old)
     found = {
@@ -227,7 +197,7 @@ def programs(plan: Plan) -> dict[str, Program]:
         found["old"] = Program(
             lambda: completion_logprobs.lower(state.params, batch, model, train, config), [state.opt_state, reference]
         )
-    found["update"] = Program(lambda: train_step.lower(state, given, model, train, config, UPDATES), [reference])
+    found["update"] = Program(lambda: train_step.lower(state, given, config.learning_rate, model, train, config), [reference])
     return found
 
 
@@ -237,7 +207,7 @@ def bounds(plan: Plan) -> dict[str, roofline.Bound]:
     if chip is None:
         return {}
     devices, tp, width = plan.mesh.size, plan.mesh.shape["tp"], plan.width
-    prompts, lengths = [config.max_prompt_tokens] * config.prompts_per_step, config.lengths.tolist()
+    prompts, lengths = [config.max_prompt_tokens] * config.prompts_per_step, config.limits(0, config.rows)
     tokens = sum(prompts) + sum(lengths), sum(lengths), roofline.group_pairs(model, prompts, lengths)
     forward = roofline.forward_logprobs(model, chip, devices, *tokens, width=width)
     return {

@@ -10,30 +10,31 @@ from data.batches import FAR, epoch_order, first_fit, pack, step_indices
 
 
 def test_an_epoch_is_a_permutation_fixed_by_seed_and_epoch():
-    order = epoch_order(50, seed=3, epoch=2)
+    order = epoch_order(50, seed=3, session=1, epoch=2)
     assert sorted(order) == list(range(50))
     assert order.dtype == np.int64
-    assert (order == epoch_order(50, seed=3, epoch=2)).all()
-    assert (order != epoch_order(50, seed=3, epoch=1)).any()
+    assert (order == epoch_order(50, seed=3, session=1, epoch=2)).all()
+    assert (order != epoch_order(50, seed=3, session=1, epoch=1)).any()
+    assert (order != epoch_order(50, seed=3, session=2, epoch=2)).any()
     for other_seed, other_epoch in ((2, 2), (2, 3)):  # (2, 3): epoch 1 of a seed is not epoch 0 of the next
-        assert (order != epoch_order(50, other_seed, other_epoch)).any()
+        assert (order != epoch_order(50, other_seed, 1, other_epoch)).any()
 
 
 @pytest.mark.parametrize(("count", "prompts_per_step"), [(12, 4), (10, 4), (7, 7), (5, 3), (1, 1)])
 def test_steps_read_the_epochs_end_to_end(count, prompts_per_step):
     steps = 3 * count
-    read = np.concatenate([step_indices(step, prompts_per_step, count, seed=1) for step in range(steps)])
-    epochs = np.concatenate([epoch_order(count, seed=1, epoch=e) for e in range(steps * prompts_per_step // count)])
+    read = np.concatenate([step_indices(step, prompts_per_step, count, seed=1, session=2) for step in range(steps)])
+    epochs = np.concatenate([epoch_order(count, seed=1, session=2, epoch=e) for e in range(steps * prompts_per_step // count)])
     assert read.dtype == np.int64
     assert read.tolist() == epochs.tolist()
 
 
 def test_a_step_is_the_same_whatever_came_before():
-    before = step_indices(6, 4, 10, seed=5)
+    before = step_indices(6, 4, 10, seed=5, session=1)
     for step in range(6):
-        step_indices(step, 4, 10, seed=5)
+        step_indices(step, 4, 10, seed=5, session=1)
     np.random.seed(0)  # numpy's global state must not matter
-    assert (step_indices(6, 4, 10, seed=5) == before).all()
+    assert (step_indices(6, 4, 10, seed=5, session=1) == before).all()
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def test_a_step_is_the_same_whatever_came_before():
 )
 def test_an_impossible_request_is_an_error(step, prompts_per_step, seed, reason):
     with pytest.raises(DataError, match=reason):
-        step_indices(step, prompts_per_step, count=10, seed=seed)
+        step_indices(step, prompts_per_step, count=10, seed=seed, session=1)
 
 
 # Packing.

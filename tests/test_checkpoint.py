@@ -1,4 +1,9 @@
-"""Laws of grpo/checkpoint.py: what is restored is what was saved, bit for bit, and a digest sees every bit."""
+"""Laws of grpo/checkpoint.py: what is restored is what was saved, bit for bit, or nothing; and a digest sees every bit."""
+
+import re
+import shutil
+from contextlib import closing
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +11,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
+import grpo.checkpoint
 from grpo.checkpoint import Checkpoints, digest
+from grpo.config import ConfigError, RunError
 from models.sharding import STORE, make_mesh, spec
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine")  # orbax's
 
 LETTERS = {"wide": "LdF", "tall": "Vd", "norm": "d", "half": "VD", "count": ""}
 
@@ -46,59 +55,204 @@ def assert_same_bits(tree, other):
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 
+def anything(meta):
+    """Accepts whatever the state belongs to."""
+
+
 def test_restored_is_saved_bit_for_bit_on_every_layout(tmp_path, meshes):
     """From 8 devices to 1, from there to 4 x 2, and back to 8: each leaf lies as the target's does."""
     state = lay_out(host_tree(), meshes[8])
     for hop, devices in enumerate((1, 4, 8)):
-        writer = Checkpoints(tmp_path / str(hop), keep=2)
-        writer.save(3, state, {"step": 3})
-        writer.close()
+        with closing(Checkpoints(tmp_path / str(hop), keep=2)) as writer:
+            writer.save(3, state, {"step": 3}, wait=True)
         like = lay_out(jax.tree.map(np.zeros_like, host_tree()), meshes[devices])
-        reader = Checkpoints(tmp_path / str(hop), keep=2)
-        step, state = reader.restore(like)
-        reader.close()
-        assert step == 3
+        with closing(Checkpoints(tmp_path / str(hop), keep=2)) as reader:
+            restored = reader.restore(like, anything)
+        assert restored is not None and restored.step == 3 and restored.damaged == []
+        state = restored.state
         assert_same_bits(state, host_tree())
         for name, leaf in state.items():
             assert leaf.sharding == like[name].sharding and len(leaf.sharding.device_set) == meshes[devices].size
     assert meshes[4].shape["tp"] == 2 and state["tall"].sharding.shard_shape((24, 4)) == (3, 4)  # cut, not copied
 
 
-def test_the_newest_step_is_restored_and_the_oldest_given_up(tmp_path, meshes):
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    assert checkpoints.latest() is None
-    like = lay_out(host_tree(), meshes[1])
-    for step in (1, 2, 10):
-        checkpoints.save(step, like | {"count": jnp.asarray(step, jnp.int32)}, {"step": step, "name": f"after {step}"})
-    assert checkpoints.latest() == 10
-    assert checkpoints.meta() == {"step": 10, "name": "after 10"}
-    step, state = checkpoints.restore(like)
-    assert step == 10 and int(state["count"]) == 10
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name.isdigit()) == ["10", "2"]
-    checkpoints.close()
+@pytest.fixture
+def like(meshes):
+    return lay_out(host_tree(), meshes[1])
 
 
-def test_saving_a_step_again_leaves_it_alone(tmp_path, meshes):
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    like = lay_out(host_tree(), meshes[1])
+@pytest.fixture
+def checkpoints(tmp_path):
+    with closing(Checkpoints(tmp_path / "checkpoints", keep=2)) as checkpoints:
+        yield checkpoints
+
+
+def fill(checkpoints: Checkpoints, like, steps=(1, 2, 3), **meta) -> None:
+    for step in steps:
+        checkpoints.save(step, like | {"count": jnp.asarray(step, jnp.int32)}, {"step": step, **meta}, wait=True)
+
+
+def damage(folder: Path, how: str) -> None:
+    """Each of these leaves a folder that orbax still takes for a checkpoint, or reads without a word, or reads at its peril."""
+    state = folder / "state"
+    for data in [path for path in state.rglob("d/*") if path.is_file()]:
+        octets = bytearray(data.read_bytes())
+        if how == "flipped bit":
+            octets[len(octets) // 2] ^= 16
+            data.write_bytes(octets)
+        elif how == "truncated":
+            data.write_bytes(octets[: len(octets) // 2])
+        elif how == "array missing":
+            data.unlink()
+    if how == "state missing":
+        shutil.rmtree(state)
+    elif how == "manifest":
+        (state / "manifest.ocdbt").write_bytes(b"no manifest")
+    elif how == "metadata":
+        (state / "_METADATA").write_text("{")
+    elif how == "meta garbage":
+        (folder / "meta" / "metadata").write_text('{"step": 3')
+    elif how == "meta changed":
+        path = folder / "meta" / "metadata"
+        path.write_text(path.read_text().replace('"step": 3', '"step": 2').replace('"step":3', '"step":2'))
+    elif how == "empty folder":
+        shutil.rmtree(folder)
+        folder.mkdir()
+
+
+DAMAGES = [
+    "flipped bit", "truncated", "array missing", "state missing", "manifest", "metadata", "meta garbage", "meta changed",
+    "empty folder",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_fault_10_11_a_damaged_checkpoint_gives_way_to_the_one_before(checkpoints, like, how, capsys):
+    fill(checkpoints, like)
+    damage(checkpoints.folder / "3", how)
+    restored = checkpoints.restore(like, anything)
+    assert restored.step == 2 and restored.damaged == [3] and int(restored.state["count"]) == 2
+    assert_same_bits(restored.state | {"count": np.array(7, np.int32)}, host_tree())
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"warning: checkpoint {checkpoints.folder / '3'} is damaged: ") and warning.count("\n") == 1
+    checkpoints.set_aside(restored.damaged)
+    assert checkpoints.steps() == [2] and (checkpoints.folder / "3.damaged").is_dir()
+    fill(checkpoints, like, steps=[3])  # its number is free again
+    assert checkpoints.restore(like, anything).step == 3
+
+
+def test_fault_10_a_flipped_bit_is_named_by_its_leaf_and_without_another_step_the_run_ends(checkpoints, like, capsys):
+    like["large"] = jax.random.normal(jax.random.key(0), (128, 128))  # small leaves lie in nodes that orbax checks
+    fill(checkpoints, like, steps=[3])
+    data = max((checkpoints.folder / "3" / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+    octets = bytearray(data.read_bytes())
+    octets[len(octets) // 2] ^= 16
+    data.write_bytes(octets)
+    with pytest.raises(RunError, match=r"^no checkpoint in .* can be restored \(3 .* damaged\)$"):
+        checkpoints.restore(like, anything)
+    assert "the digest of large is wrong, of 1 leaves in all" in capsys.readouterr().err
+    assert checkpoints.steps() == [3]  # nothing is removed
+
+
+def test_fault_10_sixty_bit_flips(checkpoints, like):
+    """Anywhere in a checkpoint's files: what is restored is always the right state, of this step or of the one before."""
+    fill(checkpoints, like, steps=(2, 3))
+    rng, fell_back = np.random.default_rng(0), 0
+    files = sorted(path for path in (checkpoints.folder / "3").rglob("*") if path.is_file() and path.stat().st_size)
+    weights = np.array([path.stat().st_size for path in files], float)
+    for _ in range(60):
+        path = files[rng.choice(len(files), p=weights / weights.sum())]
+        before = path.read_bytes()
+        octets = bytearray(before)
+        octets[rng.integers(len(octets))] ^= 1 << rng.integers(8)
+        path.write_bytes(octets)
+        restored = checkpoints.restore(like, anything)
+        path.write_bytes(before)
+        assert int(restored.state["count"]) == restored.step == restored.meta["step"]
+        assert_same_bits(restored.state | {"count": np.array(7, np.int32)}, host_tree())
+        fell_back += restored.step == 2
+    assert fell_back > 20
+
+
+def test_what_does_not_belong_is_refused_before_an_array_is_read(checkpoints, like, monkeypatch):
+    fill(checkpoints, like)
+    monkeypatch.setattr(checkpoints, "read_state", None)
+
+    def refuse(meta):
+        raise ConfigError(f"another run, step {meta['step']}")
+
+    with pytest.raises(ConfigError, match="another run, step 3"):
+        checkpoints.restore(like, refuse)
+
+
+def test_the_oldest_are_given_up_but_not_the_last_of_a_session(checkpoints, like):
+    for step in (1, 2, 3, 10):
+        fill(checkpoints, like, steps=[step], final=step == 1)
+    assert checkpoints.steps() == [1, 3, 10]
+    assert checkpoints.restore(like, anything).meta["final"] is False
+
+
+def test_an_old_checkpoint_is_kept_until_the_new_one_is_verified(checkpoints, like, monkeypatch, capsys):
+    """The new one is committed, but on reading it back a leaf differs: it goes, and the old ones stay."""
+    fill(checkpoints, like, steps=(1, 2))
+    monkeypatch.setattr(grpo.checkpoint, "host_digest", lambda folder, name: "0" * 16)
+    checkpoints.save(3, like, {"step": 3})
+    checkpoints.settle()
+    assert checkpoints.steps() == [1, 2]
+    assert "is not what was written; training goes on" in capsys.readouterr().err
+    with pytest.raises(RunError, match="twice in a row, so the run stops"):
+        checkpoints.save(4, like, {"step": 4}, wait=True)
+    assert checkpoints.steps() == [1, 2]
+
+
+def test_fault_8_a_full_disk_is_one_warning_then_the_end(checkpoints, like, monkeypatch, capsys):
+    fill(checkpoints, like, steps=[1])
+    free = shutil.disk_usage(checkpoints.folder)._replace(free=10**6)
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo.checkpoint.shutil, "disk_usage", lambda folder: free)
+        checkpoints.save(2, like, {"step": 2})
+        checkpoints.settle()
+        warning = capsys.readouterr().err
+        assert re.search(r"checkpoints/2 could not be saved: 67 MB needed, 1 MB free; training goes on", warning)
+    fill(checkpoints, like, steps=[3])  # there is room again: the next failure is the first
+    monkeypatch.setattr(grpo.checkpoint.shutil, "disk_usage", lambda folder: free)
+    checkpoints.save(4, like, {"step": 4})
+    with pytest.raises(RunError, match="older checkpoints are as they were"):
+        checkpoints.save(5, like, {"step": 5}, wait=True)
+    assert checkpoints.steps() == [1, 3]
+
+
+def test_saving_a_step_again_leaves_it_alone(checkpoints, like):
     checkpoints.save(4, like, {"first": True})
-    checkpoints.save(4, like | {"count": jnp.asarray(99, jnp.int32)}, {"first": False})
-    assert checkpoints.meta() == {"first": True}
-    assert int(checkpoints.restore(like)[1]["count"]) == 7
-    checkpoints.close()
+    checkpoints.save(4, like | {"count": jnp.asarray(99, jnp.int32)}, {"first": False}, wait=True)
+    restored = checkpoints.restore(like, anything)
+    assert restored.meta["first"] is True and int(restored.state["count"]) == 7
 
 
-def test_a_step_that_was_not_finished_is_no_step(tmp_path, meshes):
+def test_a_step_that_was_not_finished_is_no_step(checkpoints, like):
     """What a killed process leaves behind: a folder under a temporary name."""
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    like = lay_out(host_tree(), meshes[1])
-    checkpoints.save(1, like, {"step": 1})
-    checkpoints.close()
-    (tmp_path / "2.orbax-checkpoint-tmp-1").mkdir()
-    reopened = Checkpoints(tmp_path, keep=2)
-    assert reopened.latest() == 1
-    assert_same_bits(reopened.restore(like)[1], host_tree())
-    reopened.close()
+    fill(checkpoints, like, steps=[1])
+    (checkpoints.folder / "2.orbax-checkpoint-tmp-1").mkdir()
+    (checkpoints.folder / "best_copy").mkdir()
+    (checkpoints.folder / "9").write_text("a file")
+    assert checkpoints.restore(like, anything).step == 1
+    checkpoints.clean()
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["1", "9", "best_copy"]
+
+
+def test_no_step_is_none(checkpoints, like):
+    assert checkpoints.restore(like, anything) is None
+
+
+def test_saving_goes_on_beside_the_training(checkpoints, like):
+    """What is written is the state as it was, though the training gives its buffers away meanwhile."""
+    state = jax.tree.map(jnp.copy, like)
+    update = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    checkpoints.save(1, state, {"step": 1})
+    for _ in range(3):
+        state = update(state)
+    checkpoints.settle()
+    assert_same_bits(checkpoints.restore(like, anything).state, host_tree())
 
 
 # -------------------------------------------------------------------------------------------------------------- digest

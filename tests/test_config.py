@@ -10,7 +10,7 @@ from grpo.config import PRESETS, Config, ConfigError, flag, parse
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 TYPES = typing.get_type_hints(Config)
-OTHER_VALUES = {"top_p": 0.5, "microbatches": 4, "adam_b1": 0.5, "adam_b2": 0.5, "preset": "gemma3-1b"}
+OTHER_VALUES = {"allow_change": "beta", "top_p": 0.5, "microbatches": 4, "adam_b1": 0.5, "adam_b2": 0.5, "preset": "gemma3-1b"}
 
 
 def parsed(*argv: str) -> Config:
@@ -157,12 +157,12 @@ def test_a_flag_without_its_value_is_an_error(capsys, name):
 ABOVE_0 = [
     "prompts_per_step", "max_prompt_tokens", "max_new_tokens", "temperature", "epochs", "learning_rate", "max_grad_norm",
     "updates_per_rollout", "microbatches", "logprob_chunk", "save_every", "keep_checkpoints", "max_bad_updates",
-    "top_p",
+    "top_p", "sessions", "processes",
 ]  # fmt: skip
 FROM_0 = [
     "new_problems", "max_steps", "seed", "top_k", "beta", "epsilon_low", "epsilon_high", "sampler_cap", "warmup_steps",
     "weight_decay", "eval_problems", "eval_every", "adam_b1", "adam_b2", "rollout_tp", "packing",
-    "halvings",
+    "halvings", "max_hours", "session", "review_ratio", "retention_problems", "save_minutes", "process_id",
 ]  # fmt: skip
 ANY_NUMBER = ["reward_correct", "reward_reasoning_tags", "reward_answer_tags", "reward_operators", "reward_violation"]
 TOO_LARGE = {"top_p": 1.001, "adam_b1": 1.0, "adam_b2": 1.0, "seed": 2**32}

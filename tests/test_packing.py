@@ -13,7 +13,7 @@ from make_references import REFERENCES
 from data.batches import Packed, pack
 from grpo.config import Config
 from grpo.rollout import Batch
-from grpo.train import logprobs_of
+from grpo.update import logprobs_of
 from models.convert import load_params, read_config
 from models.gemma import FAR, Compute, GemmaConfig, Params
 from models.sharding import STORE

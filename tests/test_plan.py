@@ -52,7 +52,7 @@ def test_what_rests_beside_a_program_is_counted_by_hand(small):
     leaves = jax.tree.leaves(plan.axes(model))
     sizes = {leaf: math.prod(model.sizes[letter] for letter in leaf) for leaf in leaves}
     weights = sum(4 * sizes[leaf] / (8 if any(letter in "DFV" for letter in leaf) else 1) for leaf in leaves)
-    scalars = 4 * 4  # AdamW's count and the schedule's, the bad updates and those in a row
+    scalars = 3 * 4  # AdamW's count, the bad updates and those in a row
     beside = {name: small["programs"][name]["beside_gib"] * GIB for name in PROGRAMS}
     assert beside["update"] == weights
     assert beside["reference"] == 3 * weights + scalars

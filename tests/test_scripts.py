@@ -14,8 +14,8 @@ from test_train import REWARDS, write_model
 
 ROOT = Path(__file__).parents[1]
 KEYS = [
-    "run_dir", "preset", "seed", "steps", "seconds", "accuracy_before", "accuracy_after", "reward_first", "reward_last",
-    "recompilations", "params_digest",
+    "run_dir", "preset", "seed", "steps", "finished", "accuracy_before", "accuracy_after", "sessions", "reward_first",
+    "reward_last", "recompilations", "params_digest", "seconds",
 ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import grpo.run
 import grpo.train
+import grpo.update
 from data.batches import Packed, pack
 from data.prompts import encode_prompt, render_prompt
 from data.tokenizer import load_tokenizer
 from grpo.checkpoint import Checkpoints
-from grpo.config import Config, ConfigError
+from grpo.config import Config, ConfigError, RunError
 from grpo.metrics import JsonLines, wilson
 from grpo.rollout import Batch, judge, load_rewards, put, rollout
 from models import ModelError
@@ -100,7 +102,7 @@ def config(folder) -> Config:
 def devices(count: int) -> Iterator[None]:
     """The loop sees so many devices."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo.train, "make_mesh", lambda tp: make_mesh(tp, jax.devices()[:count]))
+        patch.setattr(grpo.run, "make_mesh", lambda tp: make_mesh(tp, jax.devices()[:count]))
         yield
 
 
@@ -119,15 +121,19 @@ def read_files(config: Config) -> dict[str, Any]:
     return files | {path.name: lines(path) for path in folder.glob("*.jsonl")}
 
 
-def final_state(config: Config) -> grpo.train.TrainState:
+def final_state(config: Config) -> grpo.update.TrainState:
     """The last checkpoint on the host, whatever devices wrote it."""
     with devices(1):
-        prepared = grpo.train.prepare(config)
-    with jax.set_mesh(prepared.mesh):
-        checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", STEPS)
-        _, state = checkpoints.restore(grpo.train.load_state(prepared)[0])
-        checkpoints.close()
-    return jax.device_get(state)
+        prepared = grpo.run.prepare(config)
+    with jax.set_mesh(prepared.mesh), closing(Checkpoints(Path(config.run_dir) / "checkpoints")) as checkpoints:
+        restored = checkpoints.restore(initial(prepared), lambda meta: None)
+    assert restored is not None
+    return jax.device_get(restored.state)
+
+
+def initial(run: grpo.run.Run) -> grpo.update.TrainState:
+    """The state before the first step."""
+    return grpo.update.init_state(grpo.train.load_base(run), run.config)
 
 
 def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -139,7 +145,7 @@ def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 class Finished:
     result: dict[str, Any]
     files: dict[str, Any]
-    state: grpo.train.TrainState
+    state: grpo.update.TrainState
     result_again: dict[str, Any]
     files_again: dict[str, Any]
 
@@ -173,16 +179,16 @@ def interrupted(step: int, where: str) -> Iterator[None]:
             raise KeyboardInterrupt
         return out
 
-    def stop_in_save(self, at, *rest):
+    def stop_in_save(self, at, *rest, **options):
         if at == step:
             raise KeyboardInterrupt
-        real_save(self, at, *rest)
+        real_save(self, at, *rest, **options)
 
-    def stop_in_evaluation(*args):
+    def stop_in_evaluation(*args, **options):
         calls.append(args)
         if len(calls) == 2:  # the first is the one before training
             raise KeyboardInterrupt
-        return real_evaluate(*args)
+        return real_evaluate(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         if where == "rollout":
@@ -200,7 +206,14 @@ def interrupted(step: int, where: str) -> Iterator[None]:
 
 def test_a_run_leaves_its_records(config, finished):
     files = finished.files
-    assert set(files) == {"config.json", "result.json", "metrics.jsonl", "completions.jsonl", "evaluations.jsonl"}
+    assert set(files) == {
+        "config.json",
+        "sessions.json",
+        "result.json",
+        "metrics.jsonl",
+        "completions.jsonl",
+        "evaluations.jsonl",
+    }
     assert Config(**files["config.json"]) == config
     assert files["result.json"] == json.loads(json.dumps(finished.result))
     assert [record["step"] for record in files["metrics.jsonl"]] == [1, 2, 3, 4]
@@ -212,8 +225,8 @@ def test_the_result_says_what_the_records_say(config, finished):
     result, metrics = finished.result, finished.files["metrics.jsonl"]
     evaluations = [record["accuracy"] for record in finished.files["evaluations.jsonl"]]
     assert set(result) == {
-        "run_dir", "preset", "seed", "steps", "seconds", "accuracy_before", "accuracy_after", "reward_first", "reward_last",
-        "recompilations", "params_digest",
+        "run_dir", "preset", "seed", "steps", "finished", "seconds", "accuracy_before", "accuracy_after", "sessions",
+        "reward_first", "reward_last", "recompilations", "params_digest",
     }  # fmt: skip
     assert (result["run_dir"], result["preset"], result["seed"], result["steps"]) == (config.run_dir, "custom", 0, STEPS)
     assert [result["accuracy_before"], result["accuracy_after"]] == evaluations
@@ -319,9 +332,9 @@ def test_an_evaluation_does_not_depend_on_the_batch_it_is_computed_in(config, fi
     """Three prompts at a time with room for fifteen samples, or all with room for more than there are."""
     for prompts, group in ((3, 5), (Q, 4)):
         with devices(1):
-            run = grpo.train.prepare(replace(config, prompts_per_step=prompts, group_size=group))
+            run = grpo.run.prepare(replace(config, prompts_per_step=prompts, group_size=group))
         with jax.set_mesh(run.mesh):
-            view = grpo.train.rollout_view(grpo.train.load_state(run)[0].params, run.model, run.sample)
+            view = grpo.update.rollout_view(grpo.train.load_base(run), run.model, run.sample)
             figures = grpo.train.evaluate(
                 view, run.eval_problems, run.eval_ids, run.tokenizer, run.model, run.sample, run.config, run.rewards
             )
@@ -360,7 +373,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(config, finished, step,
     result = run(config)
     assert {**result, "seconds": 0} == {**finished.result, "seconds": 0}
     files = read_files(config)
-    for name in ("completions.jsonl", "config.json"):
+    for name in ("completions.jsonl", "config.json", "sessions.json"):
         assert files[name] == finished.files[name]
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         assert without_times(files[name]) == without_times(finished.files[name])
@@ -417,9 +430,9 @@ def distance(a, b) -> float:
 def way(config: Config, finished: Finished) -> float:
     """How far training has taken the parameters."""
     with devices(1):
-        prepared = grpo.train.prepare(config)
+        prepared = grpo.run.prepare(config)
     with jax.set_mesh(prepared.mesh):
-        start = jax.device_get(grpo.train.load_state(prepared)[0].params)
+        start = jax.device_get(grpo.train.load_base(prepared))
     return distance(finished.state.params, start)
 
 
@@ -456,17 +469,18 @@ class Bench:
 
     def prepared(self, count: int = 1, **changes):
         with devices(count):
-            return grpo.train.prepare(replace(self.config, **changes))
+            return grpo.run.prepare(replace(self.config, **changes))
 
     def updates(self, batches: list[Batch], count: int = 1, **changes) -> tuple[list, list[dict[str, float]]]:
         """States and statistics after each batch, beginning with the state before the first."""
         prepared = self.prepared(count, **changes)
         with jax.set_mesh(prepared.mesh):
-            state, _ = grpo.train.load_state(prepared)
+            state = initial(prepared)
             states, stats = [jax.device_get(state)], []
             for batch in batches:
-                state, figures = grpo.train.train_step(
-                    state, laid_out(batch), prepared.model, prepared.train, prepared.config, prepared.updates
+                rate = grpo.update.learning_rate(len(stats), STEPS, prepared.config)
+                state, figures = grpo.update.train_step(
+                    state, laid_out(batch), rate, prepared.model, prepared.train, prepared.config
                 )
                 states.append(jax.device_get(state))
                 stats.append({name: float(value) for name, value in jax.device_get(figures).items()})
@@ -475,17 +489,17 @@ class Bench:
     def logprobs(self, count: int = 1, **changes) -> np.ndarray:
         prepared = self.prepared(count, **changes)
         with jax.set_mesh(prepared.mesh):
-            state, _ = grpo.train.load_state(prepared)
+            state = initial(prepared)
             batch = laid_out(self.batch)
             return jax.device_get(
-                grpo.train.completion_logprobs(state.params, batch, prepared.model, prepared.train, prepared.config)
+                grpo.update.completion_logprobs(state.params, batch, prepared.model, prepared.train, prepared.config)
             )
 
     def rollout(self, **changes) -> tuple[Batch, list[dict[str, Any]]]:
         prepared = self.prepared(**changes)
         with jax.set_mesh(prepared.mesh):
-            state, _ = grpo.train.load_state(prepared)
-            view = grpo.train.rollout_view(state.params, prepared.model, prepared.sample)
+            state = initial(prepared)
+            view = grpo.update.rollout_view(state.params, prepared.model, prepared.sample)
             batch, records, _ = rollout(
                 view, prepared.problems[:Q], prepared.prompt_ids[:Q], 1, prepared.tokenizer, prepared.model, prepared.sample,
                 prepared.config, prepared.rewards,
@@ -522,7 +536,7 @@ def bench(config) -> Bench:
 
 def assert_same_update(states, others):
     """The gradient, as Adam's first moment holds it, within 1e-5 of a leaf's largest entry: float32 sums in another order."""
-    moments, expected = (jax.tree.leaves(state.opt_state[1][0].mu) for state in (states[-1], others[-1]))
+    moments, expected = (jax.tree.leaves(state.opt_state[1].mu) for state in (states[-1], others[-1]))
     for leaf, other in zip(moments, expected, strict=True):
         assert np.abs(other).max() > 0
         np.testing.assert_allclose(leaf, other, rtol=0, atol=1e-5 * np.abs(other).max())
@@ -589,7 +603,7 @@ def test_the_gradient_is_clipped_to_its_norm(config, bench, one_update):
     """Adam's first moment after one update is (1 - b1) times the clipped gradient."""
     (_, state), (stats,) = one_update
     assert stats["grad_norm"] > config.max_grad_norm  # what is logged is the norm before
-    moments = jax.tree.leaves(state.opt_state[1][0].mu)
+    moments = jax.tree.leaves(state.opt_state[1].mu)
     norm = math.sqrt(sum(float((np.asarray(leaf, float) ** 2).sum()) for leaf in moments))
     assert norm == pytest.approx((1 - config.adam_b1) * config.max_grad_norm, rel=1e-4)
 
@@ -619,7 +633,7 @@ def test_bad_updates_in_a_row_end_the_run(config, monkeypatch):
         return replace(batch, advantages=batch.advantages * (1 if args[3] == 2 else jnp.nan)), records, metrics
 
     monkeypatch.setattr(grpo.train, "rollout", poisoned)
-    with pytest.raises(FloatingPointError, match=r"^step 4: 2 non-finite updates in a row"):
+    with pytest.raises(RunError, match=r"^step 4: 2 non-finite updates in a row"):
         run(config)
     metrics = lines(Path(config.run_dir) / "metrics.jsonl")
     assert [record["bad_updates"] for record in metrics] == [1, 1, 2, 3]
@@ -715,7 +729,7 @@ def test_top_k_and_top_p_leave_the_trainers_logprobs_alone(bench, options):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, None, "5"])
 def test_a_reward_that_is_no_number_is_one_line(config, value):
-    problem = grpo.train.choose_problems(config)[0][0]
+    problem = grpo.run.choose_problems(config)[0][0]
     with pytest.raises(ConfigError, match=r"^reward mine gave .* must be a finite number$") as error:
         judge("text", problem, False, config, {"mine": lambda completion, problem: value})
     assert problem.id in str(error.value)
@@ -734,7 +748,7 @@ def test_a_reward_that_cannot_be_found_is_one_line(folder):
 
 def test_no_arithmetic_problem_is_trained_on_and_evaluated(config):
     for eval_data in ("", "arithmetic:tune"):
-        train, held_out = grpo.train.choose_problems(replace(config, new_problems=2000, eval_problems=500, eval_data=eval_data))
+        train, held_out = grpo.run.choose_problems(replace(config, new_problems=2000, eval_problems=500, eval_data=eval_data))
         assert (len(train), len(held_out)) == (2000, 500)
         assert not {problem.id for problem in train} & {problem.id for problem in held_out}
 
@@ -751,26 +765,25 @@ def test_no_problem_of_a_file_is_trained_on_and_evaluated(config, tmp_path):
     held_sets = []
     for seed in (0, 1):
         drawn = replace(config, data=str(path), eval_problems=4, new_problems=0, seed=seed)
-        train, held_out = grpo.train.choose_problems(drawn)
+        train, held_out = grpo.run.choose_problems(drawn)
         assert len(held_out) == 4 and len(train) == 2 * 6
         assert not asked(train) & asked(held_out)
         held_sets.append([problem.id for problem in held_out])
-        assert len(grpo.train.choose_problems(replace(drawn, new_problems=5))[0]) == 5
     assert held_sets[0] == held_sets[1]  # runs of different seeds are measured on the same problems
 
 
 def test_prompts_too_long_are_dropped_and_counted(config):
     tokenizer = load_tokenizer(config.model_path)
-    problems, held_out = grpo.train.choose_problems(config)
+    problems, held_out = grpo.run.choose_problems(config)
     lengths = [len(encode_prompt(tokenizer, render_prompt(problem.question, ""))) for problem in problems]
     held_lengths = [len(encode_prompt(tokenizer, render_prompt(problem.question, ""))) for problem in held_out]
     width = sorted(lengths)[len(lengths) // 2]
     with devices(1):
-        prepared = grpo.train.prepare(replace(config, max_prompt_tokens=width))
+        prepared = grpo.run.prepare(replace(config, max_prompt_tokens=width))
     assert prepared.problems == [problem for problem, length in zip(problems, lengths, strict=True) if length <= width]
     assert prepared.dropped == sum(length > width for length in lengths + held_lengths) > 0
     assert [len(ids) for ids in prepared.prompt_ids] == [length for length in lengths if length <= width]
-    assert f"{prepared.dropped} too long and dropped" in grpo.train.describe(prepared)
+    assert f"{prepared.dropped} too long and dropped" in grpo.run.describe(prepared)
 
 
 def test_a_tokenizer_of_another_size_is_refused(config, tmp_path):
@@ -778,12 +791,12 @@ def test_a_tokenizer_of_another_size_is_refused(config, tmp_path):
     values = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**values, "vocab_size": 2 * values["vocab_size"]}))
     with devices(1), pytest.raises(ModelError, match="has 360 pieces, the model 720 rows: not this model's tokenizer"):
-        grpo.train.prepare(replace(config, model_path=str(model)))
+        grpo.run.prepare(replace(config, model_path=str(model)))
 
 
 def test_a_step_needs_as_many_problems_as_prompts(config):
     with devices(1), pytest.raises(ConfigError, match=r"^prompts_per_step 8 must be at most 5"):
-        grpo.train.prepare(replace(config, new_problems=5))
+        grpo.run.prepare(replace(config, new_problems=5))
 
 
 # ---------------------------------------------------------------------------------------------------------------- records

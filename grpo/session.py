@@ -1,0 +1,56 @@
+"""Relay sessions and Active Review: which problems each session trains on, and when.
+
+Session k meets the next `new_problems` problems and reviews min(round(review_ratio * new), all before) earlier ones, drawn
+without replacement from (seed, k); its steps read the union in orders drawn from (seed, k, epoch). So a session is a pure
+function of configuration and problems, and a run that goes on, here or in another directory, needs no stored position.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.batches import step_indices
+from grpo.config import Config, ConfigError
+
+REVIEW = 2**31  # stands where an epoch would: the stream that draws the problems to review
+
+
+@dataclass(frozen=True)
+class Session:
+    """One session. Steps are counted through the whole run: those of this one are start + 1 to end."""
+
+    number: int  # from 1
+    new: np.ndarray  # indices of the problems that it meets for the first time
+    review: np.ndarray  # and of those that an earlier one has met
+    start: int
+    end: int
+    seed: int
+    prompts_per_step: int
+
+    def problems_of(self, step: int) -> np.ndarray:
+        """Indices of the Q problems of a step."""
+        problems = np.concatenate([self.new, self.review])
+        order = step_indices(step - self.start - 1, self.prompts_per_step, len(problems), self.seed, self.number)
+        return problems[order]
+
+
+def plan_sessions(config: Config, count: int) -> list[Session]:
+    """All sessions of a run over `count` problems. Raises ConfigError when a session has too few."""
+    sessions: list[Session] = []
+    seen = end = 0
+    for number in range(1, max(config.sessions, config.session) + 1):
+        new = np.arange(seen, min(seen + (config.new_problems or count), count))
+        if not len(new):
+            raise ConfigError(f"session {number} has no new problems: earlier ones take all {count}; lower new_problems")
+        drawn = min(round(config.review_ratio * len(new)), seen)
+        review = np.random.default_rng([config.seed, number, REVIEW]).choice(seen, drawn, replace=False)
+        problems = len(new) + len(review)
+        if problems < config.prompts_per_step:
+            raise ConfigError(
+                f"prompts_per_step {config.prompts_per_step} must be at most {problems}, the problems of session {number}"
+            )
+        steps = -(-problems * config.epochs // config.prompts_per_step)
+        start, end = end, end + min(steps, config.max_steps or steps)
+        sessions.append(Session(number, new, np.sort(review), start, end, config.seed, config.prompts_per_step))
+        seen += len(new)
+    return sessions

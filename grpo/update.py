@@ -1,0 +1,195 @@
+"""One update: the log-probabilities of a batch, the loss on them, and the optimizer's step. Arrays in, arrays out.
+
+Left out: where the batch comes from (rollout.py), the loss itself (loss.py), the loop (train.py).
+"""
+
+import math
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+from jax.sharding import Mesh
+from jax.typing import ArrayLike
+
+from grpo.config import Config
+from grpo.loss import dapo_weights, dr_grpo_weights, grpo_loss, grpo_weights
+from grpo.rollout import Batch
+from models.gemma import Compute, GemmaConfig, Params, axes, forward_group, shapes, token_logprobs
+
+AGGREGATIONS = {"grpo": grpo_weights, "dapo": dapo_weights, "dr_grpo": dr_grpo_weights}
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a checkpoint holds."""
+
+    params: Params  # float32 master weights
+    opt_state: Any
+    bad_updates: Array  # non-finite updates skipped so far
+    bad_in_a_row: Array
+
+
+def learning_rate(update: int, updates: int, config: Config) -> float:
+    """Of an update, counted from 0, among `updates`: a linear warm-up to the peak, then a cosine to a tenth of it."""
+    peak, warmup = config.learning_rate, min(config.warmup_steps, updates - 1)
+    if update < warmup:
+        return peak * (update + 1) / (warmup + 1)
+    return peak * (0.55 + 0.45 * math.cos(math.pi * (update - warmup) / max(updates - warmup, 1)))
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """AdamW, but for the learning rate: `train_step` multiplies by it."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.scale_by_adam(config.adam_b1, config.adam_b2),
+        optax.add_decayed_weights(config.weight_decay),
+    )
+
+
+@partial(jax.jit, static_argnames="config")
+def init_state(params: Any, config: Config) -> TrainState:
+    return TrainState(params, make_optimizer(config).init(params), jnp.int32(0), jnp.int32(0))
+
+
+@partial(jax.jit, static_argnames=("model", "compute"))
+def rollout_view(params: Params, model: GemmaConfig, compute: Compute) -> Params:
+    """The weights as sampling wants them: cast once a step, laid out so that none moves while decoding."""
+    return compute.use(params, axes(model))
+
+
+def logprobs_of(params: Params, part: Batch, model: GemmaConfig, compute: Compute, config: Config) -> Array:  # -> BC
+    """log π of every completion token, computed on packed rows."""
+    packed, at = part.packed, compute.at
+    hidden = forward_group(params, part.prompts, part.lengths, packed.tokens, model, compute, packed.positions, packed.segments)
+    chunk = max(config.logprob_chunk // len(packed.tokens), 1)
+    logprobs = token_logprobs(params, hidden, packed.tokens, config.temperature, model, compute, chunk)
+    (B, C), Q = packed.slots.shape, len(part.prompts)
+    logprobs = lax.reshape(logprobs, (Q, logprobs.size // Q), out_sharding=at("Q."))
+    slots = lax.reshape(packed.slots, (Q, B // Q * C), out_sharding=at("Q."))
+    return lax.reshape(jnp.take_along_axis(logprobs, slots, axis=1), (B, C), out_sharding=at("BC"))
+
+
+def split(tree: Any, Q: int, parts: int, at) -> Any:
+    """Every leaf [Q*g, ...] -> [parts, Q/parts*g, ...]: whole groups, each part spread over all devices."""
+
+    def cut(x: Array) -> Array:
+        rest = "." * (x.ndim - 1)
+        x = lax.reshape(x, (Q // parts, parts, x.shape[0] // Q, *x.shape[1:]), out_sharding=at("Q.." + rest))
+        x = jnp.moveaxis(x, 1, 0)
+        return lax.reshape(x, (parts, x.shape[1] * x.shape[2], *x.shape[3:]), out_sharding=at(".B" + rest))
+
+    return jax.tree.map(cut, tree)
+
+
+@partial(jax.jit, static_argnames=("model", "compute", "config"))
+def completion_logprobs(params: Params, batch: Batch, model: GemmaConfig, compute: Compute, config: Config) -> Array:
+    """log π of every completion token under `params`, at the sampling temperature: the reference's, or the old policy's.  BC"""
+    compute = replace(compute, remat="none")  # there is no backward pass
+    if config.microbatches == 1:
+        return logprobs_of(params, batch, model, compute, config)
+    at, (B, C) = compute.at, batch.mask.shape
+    Q, n = batch.prompts.shape[0], config.microbatches
+    _, picked = lax.scan(
+        lambda _, part: (None, logprobs_of(params, part, model, compute, config)), None, split(batch, Q, n, at)
+    )
+    picked = lax.reshape(picked, (n, Q // n, B // Q, C), out_sharding=at(".Q.."))  # undo split
+    return lax.reshape(jnp.moveaxis(picked, 0, 1), (B, C), out_sharding=at("BC"))
+
+
+@partial(jax.jit, static_argnames=("model", "compute", "config"), donate_argnames="state")
+def train_step(
+    state: TrainState, batch: Batch, rate: ArrayLike, model: GemmaConfig, compute: Compute, config: Config
+) -> tuple[TrainState, dict[str, Array]]:
+    """One update at the learning rate `rate`. A non-finite loss or gradient leaves the state as it was, and is counted."""
+    weights = AGGREGATIONS[config.aggregation](batch.mask)  # over the whole batch: parts only sum
+
+    def part_loss(params: Params, part: Batch, weights: Array):
+        logprobs = logprobs_of(params, part, model, compute, config)
+        old = lax.stop_gradient(logprobs) if part.old_logprobs is None else part.old_logprobs
+        loss, terms = grpo_loss(
+            logprobs, old, part.ref_logprobs, part.advantages, weights, beta=config.beta, epsilon_low=config.epsilon_low,
+            epsilon_high=config.epsilon_high, sampler_logprobs=part.sampler_logprobs if config.sampler_cap else None,
+            sampler_cap=config.sampler_cap,
+        )  # fmt: skip
+        return loss, terms | {"logprobs": lax.stop_gradient(logprobs), "old": old}
+
+    def accumulate(total, part):
+        (loss, terms), grads = jax.value_and_grad(part_loss, has_aux=True)(state.params, *part)
+        return jax.tree.map(jnp.add, total, (loss, grads)), terms
+
+    if config.microbatches == 1:
+        (loss, terms), grads = jax.value_and_grad(part_loss, has_aux=True)(state.params, batch, weights)
+    else:
+        batch, weights = split((batch, weights), len(batch.prompts), config.microbatches, compute.at)
+        zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params)
+        (loss, grads), terms = lax.scan(accumulate, zero, (batch, weights))
+
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    params: Any = state.params
+    directions, opt_state = make_optimizer(config).update(grads, state.opt_state, params)
+    params = jax.tree.map(lambda weight, direction: weight - rate * direction, params, directions)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+    )
+    new = TrainState(params, opt_state, state.bad_updates + ~finite, jnp.where(finite, 0, state.bad_in_a_row + 1))
+    stats = summarise(terms, batch) | {"loss": loss, "grad_norm": grad_norm, "bad_updates": new.bad_updates}
+    return new, stats
+
+
+def summarise(terms: dict[str, Array], batch: Batch) -> dict[str, Array]:
+    """Means and extremes of the loss's terms over completion tokens."""
+    mask = batch.mask
+
+    def mean(x: Array) -> Array:
+        return jnp.where(mask > 0, x, 0.0).sum() / jnp.maximum(mask.sum(), 1)
+
+    def highest(x: Array) -> Array:
+        return jnp.where(mask > 0, x, -jnp.inf).max()
+
+    gap = jnp.abs(terms["old"] - batch.sampler_logprobs)
+    stats = {
+        "ratio/mean": mean(terms["ratio"]),
+        "ratio/max": highest(terms["ratio"]),
+        "ratio/min": -highest(-terms["ratio"]),
+        "clip/low": mean(terms["clipped_low"]),
+        "clip/high": mean(terms["clipped_high"]),
+        "logp_diff_sampler_trainer/mean": mean(gap),
+        "logp_diff_sampler_trainer/max": highest(gap),
+    }
+    if batch.ref_logprobs is not None:
+        stats["kl/k3"] = mean(terms["kl"])
+        stats["kl/k3_max"] = highest(terms["kl"])
+        stats["kl/k1"] = mean(terms["logprobs"] - batch.ref_logprobs)
+    return stats
+
+
+def choose_remat(compute: Compute, model: GemmaConfig, batch: Batch, microbatches: int, devices: int, memory: float) -> Compute:
+    """`auto` becomes `dots`, which keeps the results of products, where `memory`, bytes a device, has room; else `full`.
+
+    Counted: 18 bytes a weight (float32 weights, moments and gradient, the reference), what `dots` keeps for each slot of the
+    packed rows, and a fifth of the memory for the rest. Compiled for v5e, Gemma 2 2B at 4,352 slots a chip needs 7.4 GiB by
+    `full` and 12.9 by `dots`; this counts 14.3 for the latter.
+    """
+    if compute.remat != "auto":
+        return compute
+    weights = sum(leaf.size for leaf in jax.tree.leaves(shapes(model)))
+    slots = (batch.prompts.size + batch.packed.tokens.size) / microbatches
+    products = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim + 2 * model.embed_dim + 2 * model.mlp_dim
+    kept = slots * model.num_layers * products * jnp.dtype(compute.dtype).itemsize
+    return replace(compute, remat="dots" if (18 * weights + kept) / devices < 0.8 * memory else "full")
+
+
+def device_memory(mesh: Mesh) -> float:
+    """Bytes a device can hold; 0 where it does not say, as a CPU."""
+    return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit", 0)
+
+
+def frozen(params: Params, dtype: str) -> Params:
+    """A copy of the weights that no update touches, in the dtype of activations."""
+    return jax.tree.map(lambda leaf: jnp.array(leaf, dtype, copy=True), params)
