@@ -63,9 +63,9 @@ class Checkpoints:
         self.settle()
         while step not in self.steps():
             self.begin(step, state, meta)
-            if not (wait or not self.background):
+            self.settle(wait or not self.background)
+            if self.background and not wait:
                 return
-            self.settle()
 
     def begin(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + SPARE

@@ -12,6 +12,10 @@ os.environ.setdefault("GLIBC_TUNABLES", "")  # no script that a test calls start
 import pytest
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all_faults", action="store_true", help="kill runs ten times in each phase: minutes")
+
+
 @pytest.fixture(scope="module")
 def mesh():
     """One device as the mesh of a whole test file, whose programs compile in half the time."""

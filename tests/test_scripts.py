@@ -31,8 +31,8 @@ def folder(tmp_path_factory) -> Path:
 def train(folder):
     """Run the script on the tiny model; one cache of compiled programs for all calls."""
     small = (
-        "--data arithmetic --new_problems 16 --max_steps 2 --prompts_per_step 2 --group_size 2 --max_prompt_tokens 192 "
-        "--max_new_tokens 8 --eval_problems 2 --remat none --unroll false --logprob_chunk 8"
+        "--data arithmetic --sessions 1 --new_problems 16 --max_steps 2 --prompts_per_step 2 --group_size 2 "
+        "--max_prompt_tokens 192 --max_new_tokens 8 --eval_problems 2 --remat none --unroll false --logprob_chunk 8"
     )
 
     def train(*argv: str, devices: int = 1) -> subprocess.CompletedProcess:

@@ -1,0 +1,349 @@
+"""Faults of machines and users that a run survives, in processes of their own; each test names those that it covers.
+
+`pytest tests/test_faults.py --all_faults` kills ten times in each phase; without the flag, once or twice.
+"""
+
+import json
+import os
+import queue
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_train import lines, without_times, write_model
+
+ROOT = Path(__file__).parents[1]
+PATIENCE = 120  # seconds that any wait may take
+SMALL = {
+    "data": "arithmetic", "sessions": 2, "new_problems": 96, "prompts_per_step": 2, "group_size": 4, "max_prompt_tokens": 192,
+    "max_new_tokens": 16, "eval_problems": 4, "retention_problems": 2, "remat": "none", "logprob_chunk": 16,
+    "learning_rate": 3e-4, "save_every": 1,
+}  # fmt: skip
+# sessions of 48 and 96 steps
+
+
+@dataclass
+class Process:
+    """scripts/train.py under way, its output read as it comes."""
+
+    popen: subprocess.Popen
+    output: list[str] = field(default_factory=list)
+    waiting: queue.Queue = field(default_factory=queue.Queue)
+
+    def __post_init__(self):
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
+
+    def read(self) -> None:
+        for line in self.popen.stdout or ():
+            self.output.append(line.rstrip("\n"))
+            self.waiting.put(self.output[-1])
+        self.waiting.put(None)
+
+    def wait_for(self, start: str, times: int = 1) -> str:
+        """The n-th next line that starts so; fails when the process ends before."""
+        while True:
+            line = self.waiting.get(timeout=PATIENCE)
+            assert line is not None, f"ended before {start!r}: {self.output[-5:]} {self.errors()}"
+            times -= line.startswith(start)
+            if times == 0:
+                return line
+
+    def errors(self) -> str:
+        self.popen.wait(PATIENCE)
+        return self.popen.stderr.read() if self.popen.stderr else ""
+
+    def end(self) -> int:
+        """Its exit code."""
+        code = self.popen.wait(PATIENCE)
+        self.reader.join(PATIENCE)
+        return code
+
+    def result(self) -> dict[str, Any]:
+        assert self.end() == 0, self.errors()
+        return json.loads(self.output[-1])
+
+
+class Launcher:
+    """Starts runs of one small model, and never leaves one behind."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.started = folder, []
+
+    def __call__(self, *argv: str, devices: int = 1, traced: bool = True, **environment: str) -> Process:
+        env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "GLIBC_TUNABLES")}
+        env |= {
+            "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_ENABLE_COMPILATION_CACHE": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"), "GLIBC_TUNABLES": "", "PYTHONUNBUFFERED": "1",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        } | environment  # fmt: skip
+        script = "tests/traced_run.py" if traced else "scripts/train.py"
+        given = [flag for flag in argv if flag.startswith("--")]
+        base = [f"--{name}={value}" for name, value in ({"model_path": self.folder / "model"} | SMALL).items()]
+        base = [flag for flag in base if flag.split("=")[0] not in {flag.split("=")[0] for flag in given}]
+        command = [sys.executable, script, *base, *argv]
+        popen = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.started.append(popen)
+        return Process(popen)
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory) -> Iterator[Launcher]:
+    folder = tmp_path_factory.mktemp("faults")
+    write_model(folder / "model")
+    launcher = Launcher(folder)
+    yield launcher
+    for popen in launcher.started:
+        popen.kill()
+
+
+@pytest.fixture(scope="module")
+def whole(launch) -> Path:
+    """The directory of a run that nothing happened to."""
+    folder = launch.folder / "whole"
+    launch("--run_dir", str(folder)).result()
+    return folder
+
+
+def records(folder: Path) -> dict[str, Any]:
+    """All that a run leaves, but for times; of the checkpoints, the digests of every leaf of the last."""
+    found: dict[str, Any] = {name: without_times(lines(folder / f"{name}.jsonl")) for name in ("metrics", "evaluations")}
+    found["completions"] = lines(folder / "completions.jsonl")
+    result = json.loads((folder / "result.json").read_text())
+    found["result"] = {name: result[name] for name in ("steps", "finished", "sessions", "params_digest")}
+    last = max(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
+    found["digests"] = json.loads((folder / "checkpoints" / str(last) / "meta" / "metadata").read_text())["digests"]
+    return found
+
+
+def assert_same_run(folder: Path, whole: Path) -> None:
+    for name, found in records(whole).items():
+        assert records(folder)[name] == found, name
+
+
+@pytest.mark.parametrize("async_save", ["true", "false"])
+def test_faults_1_to_5_kill_9_in_every_phase(launch, whole, request, async_save):
+    """Killed at random moments of rollout, reward, update, save, retention and evaluation, again and again, one run ends bit
+    for bit as one that was let alone: parameters, moments, samples, metrics. No half-written step, no leftover.
+    """
+    rng = random.Random(async_save)
+    folder = launch.folder / f"killed-{async_save}"
+    kills = ["rollout", "reward", "update", "save", "retention"] * (10 if request.config.getoption("--all_faults") else 1)
+    rng.shuffle(kills)
+    for phase, times in [(phase, 2) for phase in kills] + [("evaluation", 1)]:  # the one at the end of session 1
+        process = launch("--run_dir", str(folder), "--async_save", async_save)
+        process.wait_for(f"phase {phase}", times)
+        time.sleep(rng.random() * 0.04)
+        process.popen.kill()
+        assert process.end() == -signal.SIGKILL
+    launch("--run_dir", str(folder), "--async_save", async_save).result()
+    assert_same_run(folder, whole)
+    assert not list(folder.rglob("*tmp*")) and not list(folder.rglob("*.part"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_faults_6_and_7_a_signal_saves_and_ends(launch, whole, number, code):
+    """In the rollout, in the middle of an asynchronous save, and in the evaluation; the run then goes on as if nothing was."""
+    folder = launch.folder / f"stopped-{code}"
+    for phase, times, every in (("rollout", 3, 1000), ("save", 2, 1), ("evaluation", 1, 1000)):
+        process = launch("--run_dir", str(folder), "--save_every", str(every))
+        process.wait_for(f"phase {phase}", times)
+        process.popen.send_signal(number)
+        assert process.end() == code, process.errors()
+        stopped = next(line for line in process.output if line.startswith("stopped "))
+        assert signal.Signals(number).name in stopped
+        step = int(stopped.split("after step ")[1].split(";")[0])
+        assert max(int(path.name) for path in (folder / "checkpoints").iterdir()) == step > 0
+    assert step == 48  # the end of session 1
+    launch("--run_dir", str(folder)).result()
+    assert_same_run(folder, whole)
+
+
+def test_fault_6_a_second_signal_ends_at_once(launch):
+    """The first one waits for a step that takes very long, the second one does not."""
+    folder = launch.folder / "twice"
+    (launch.folder / "slow.py").write_text("import time\ndef slow(completion, problem):\n    time.sleep(8)\n    return 0.0\n")
+    process = launch("--run_dir", str(folder), "--eval_problems", "0", "--reward", f"{launch.folder / 'slow.py'}:slow")
+    process.wait_for("phase reward")
+    process.popen.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.popen.poll() is None
+    process.popen.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    assert process.end() == 130
+    assert time.monotonic() - began < 4
+
+
+def test_the_hours_are_over(launch, whole):
+    """--max_hours: saved, and ended without an error; the same command goes on."""
+    folder = launch.folder / "hours"
+    result = launch("--run_dir", str(folder), "--max_hours", "0.0000001", "--save_every", "1000").result()
+    assert (result["steps"], result["finished"]) == (1, False)
+    assert launch("--run_dir", str(folder)).result()["finished"]
+    assert_same_run(folder, whole)
+
+
+def test_fault_13_a_run_directory_has_one_process(launch):
+    """The second is refused, and changes nothing; what a killed one leaves is no lock."""
+    folder = launch.folder / "locked"
+    first = launch("--run_dir", str(folder))
+    first.wait_for("phase update")
+    second = launch("--run_dir", str(folder), traced=False)
+    assert second.end() == 2
+    owner = f"process {first.popen.pid} on {socket.gethostname()}"
+    assert second.errors() == f"error: run_dir {folder} is in use by {owner}; wait, or give another\n"
+    first.popen.kill()
+    first.end()
+    third = launch("--run_dir", str(folder))
+    third.wait_for("phase update")
+    third.popen.kill()
+
+
+def test_fault_9_a_directory_that_cannot_be_written(launch, tmp_path):
+    """Refused before a model is loaded."""
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("x" * 300), Path("/proc/run")):
+        process = launch("--run_dir", str(place), traced=False)
+        assert process.end() == 2
+        errors = process.errors()
+        assert errors.startswith(f"error: run_dir {place} cannot be used: ") and errors.count("\n") == 1
+        assert not process.output
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_fault_9_a_directory_that_is_read_only(launch, tmp_path):
+    tmp_path.chmod(0o500)
+    process = launch("--run_dir", str(tmp_path / "run"), traced=False)
+    assert process.end() == 2 and "cannot be used: Permission denied" in process.errors()
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 24 MB; skips where it may not be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no tmpfs may be mounted here")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_fault_8_no_room_for_a_checkpoint(launch, small_disk):
+    """Less than a save wants to leave free: a warning, then the end, by name and number."""
+    process = launch("--run_dir", str(small_disk / "run"), traced=False)
+    assert process.end() == 1
+    warning, error = process.errors().splitlines()
+    for line, start in ((warning, "warning: "), (error, "error: ")):
+        assert line.startswith(f"{start}checkpoint {small_disk / 'run' / 'checkpoints'}") and "MB needed" in line
+    assert [record["step"] for record in lines(small_disk / "run" / "metrics.jsonl")] == [1, 2]
+
+
+def test_fault_14_a_relay_from_a_directory_that_is_only_read(launch, whole, tmp_path):
+    """Session 1 in one directory, session 2 in another: the same run. Where it came from is on record."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    launch("--run_dir", str(first), "--session", "1").result()
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
+    for path in first.rglob("*"):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    process = launch("--run_dir", str(second), "--session", "2", "--relay_from", str(first))
+    process.wait_for("phase update", 3)
+    process.popen.kill()  # once relayed, the new directory is enough
+    process.end()
+    first.chmod(0o755)
+    (first / "checkpoints").chmod(0o755)
+    first.rename(tmp_path / "gone")
+    launch("--run_dir", str(second), "--session", "2").result()
+    assert {path: stamp for path, stamp in before.items()} == {
+        first / path.relative_to(tmp_path / "gone"): path.stat().st_mtime_ns for path in (tmp_path / "gone").rglob("*")
+    }
+    found, expected = records(second), records(whole)
+    found["completions"] = expected["completions"][: 48 * 8] + found["completions"]  # those of session 1 stayed where they were
+    assert found == expected
+    meta = json.loads((second / "checkpoints" / "144" / "meta" / "metadata").read_text())
+    assert [(origin["run_dir"], origin["step"]) for origin in meta["provenance"]] == [(str(first), 48)]
+
+
+def refused(launch, whole: Path, *argv: str, relay: bool = True) -> str:
+    """The line with which a relay from `whole` is refused."""
+    target = launch.folder / f"refused-{time.monotonic_ns()}"
+    process = launch("--run_dir", str(target), "--relay_from", str(whole), *argv, traced=False)
+    assert process.end() == 2
+    errors = process.errors()
+    assert errors.startswith("error: ") and errors.count("\n") == 1
+    assert not (target / "metrics.jsonl").exists()
+    return errors
+
+
+def test_fault_12_a_checkpoint_of_something_else_is_refused(launch, whole, tmp_path):
+    """Named: the settings, the model, the tokenizer, the data that differ."""
+    assert "(learning_rate 0.0003 -> 0.1, beta 0.04 -> 0.0)" in refused(launch, whole, "--learning_rate=0.1", "--beta=0")
+    other = shutil.copytree(launch.folder / "model", tmp_path / "model")
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-3] ^= 64
+    (other / "model.safetensors").write_bytes(weights)
+    assert "belongs to another model: " in refused(launch, whole, "--model_path", str(other))
+    renamed = shutil.copytree(launch.folder / "model", tmp_path / "renamed")
+    pieces = json.loads((renamed / "tokenizer.json").read_text())
+    vocab = pieces["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (renamed / "tokenizer.json").write_text(json.dumps(pieces))
+    assert "belongs to another tokenizer: " in refused(launch, whole, "--model_path", str(renamed))
+    assert "system_prompt" in refused(launch, whole, "--system_prompt", "Count.")
+    assert "has 144 steps already" in refused(launch, whole, "--max_steps", "20")
+
+
+def test_fault_12_another_data_file_under_the_same_name(launch, tmp_path):
+    """The problems have a fingerprint, whatever the path: an edited file is noticed, a moved one is not another."""
+    data, run = tmp_path / "data.jsonl", tmp_path / "run"
+    questions = [json.dumps({"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"}) for n in range(40)]
+    data.write_text("\n".join(questions) + "\n")
+    flags = "--new_problems", "8", "--sessions", "1", "--run_dir", str(run)
+    assert launch("--data", str(data), *flags, "--max_steps", "2").result()["steps"] == 2
+    moved = data.rename(tmp_path / "moved.jsonl")
+    assert launch("--data", str(moved), *flags, "--max_steps", "3").result()["steps"] == 3
+    moved.write_text("\n".join(line.replace("What", "How much") for line in questions) + "\n")
+    process = launch("--data", str(moved), *flags, "--max_steps", "4")
+    assert process.end() == 2 and "belongs to another data: " in process.errors()
+    allowed = launch(
+        "--data", str(moved), *flags, "--max_steps", "4", "--learning_rate", "1e-3", "--allow_change", "learning_rate"
+    )
+    assert allowed.end() == 2
+
+
+@pytest.mark.parametrize("how", ["flipped bits", "emptied"])
+def test_faults_10_and_11_a_damaged_newest_checkpoint_is_done_again(launch, whole, tmp_path, how):
+    """The run falls back to the one before, says so, repeats its steps, and ends as if nothing had happened."""
+    folder = Path(shutil.copytree(whole, tmp_path / "damaged"))
+    newest = folder / "checkpoints" / "144"
+    for path in newest.rglob("d/*"):
+        octets = bytearray(path.read_bytes())
+        octets[len(octets) // 2] ^= 1
+        path.write_bytes(octets if how == "flipped bits" else b"")
+    process = launch("--run_dir", str(folder))
+    process.result()
+    assert process.errors().startswith(f"warning: checkpoint {newest} is damaged: ")
+    assert "resumed     after step 143" in process.output
+    assert (folder / "checkpoints" / "144.damaged").is_dir()
+    assert_same_run(folder, whole)
+
+
+def test_fault_11_when_no_checkpoint_is_good_the_run_does_not_begin_anew(launch, whole, tmp_path):
+    folder = Path(shutil.copytree(whole, tmp_path / "ruined"))
+    for path in folder.rglob("metadata"):
+        path.write_text("{}")
+    before = (folder / "metrics.jsonl").read_bytes()
+    process = launch("--run_dir", str(folder), traced=False)
+    assert process.end() == 1
+    assert process.errors().splitlines()[-1].startswith(f"error: no checkpoint in {folder / 'checkpoints'} can be restored (")
+    assert (folder / "metrics.jsonl").read_bytes() == before
