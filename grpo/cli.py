@@ -1,19 +1,20 @@
 """What every script does around its work: the user's mistakes end in one line, the result in one line of JSON.
 
-Exit codes: 0 done, 2 the user's mistake, 1 our own (with its traceback).
+Exit codes: 0 done, 2 the user's mistake, 1 a run that cannot go on (one line) or a fault of our own (with its traceback).
 """
 
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from data import DataError
-from grpo.config import ConfigError, fail
+from grpo.config import ConfigError, RunError, fail
 from models import ModelError
 
 
@@ -22,10 +23,26 @@ def run_script(main: Callable[[list[str]], dict[str, Any]], argv: list[str]) -> 
         use_huge_pages()
     keep_compiled_programs()
     try:
-        result = main(argv)
+        with memory_explained():
+            result = main(argv)
     except (ConfigError, DataError, ModelError) as error:
-        fail(" ".join(str(error).split()))
+        fail(str(error))
+    except RunError as error:
+        fail(str(error), code=1)
     print(json.dumps(result), flush=True)
+
+
+@contextmanager
+def memory_explained() -> Iterator[None]:
+    """Out of memory, on a device or on the host, while compiling or running: one line with what XLA counted, and what helps."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        counted = str(error).strip().partition("\n")[0][:300] or "on the host"
+        knobs = "raise microbatches, or lower group_size or max_new_tokens; checkpoints are as they were"
+        raise RunError(f"out of memory ({counted}): {knobs}") from error
 
 
 def use_huge_pages() -> None:
