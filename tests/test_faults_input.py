@@ -518,17 +518,30 @@ BAD_FLAGS = {
 }
 
 
+@pytest.fixture
+def never_started(monkeypatch) -> None:
+    monkeypatch.setattr(train_script, "train", None)
+
+
+@pytest.mark.usefixtures("never_started")
 @pytest.mark.parametrize(("flag", "reason"), BAD_FLAGS.values(), ids=BAD_FLAGS)
 def test_fault_29_bad_flags(capsys, flag, reason):
     error = ended(capsys, 2, [flag])
     assert reason in error and len(error) < 300
 
 
-@pytest.mark.parametrize("twice", [["--beta=0", "--beta", "0"], ["--max-steps=1", "--max_steps=2"], ["tiny", "--preset=tiny"]])
-def test_fault_29_a_flag_given_twice(capsys, twice):
+@pytest.mark.usefixtures("never_started")
+@pytest.mark.parametrize(
+    ("twice", "reason"),
+    [
+        (["--beta=0", "--beta", "0"], "--beta is given 2 times; give it once"),
+        (["--max-steps=1", "--max_steps=2"], "--max_steps is given 2 times; give it once"),
+        (["tiny", "--preset=tiny"], "tiny is no flag"),
+    ],
+)
+def test_fault_29_a_flag_given_twice(capsys, twice, reason):
     """Neither the first nor the last counts in silence."""
-    error = ended(capsys, 2, twice)
-    assert "given 2 times; give it once" in error or "'tiny'" in error or "tiny is no flag" in error
+    assert reason in ended(capsys, 2, twice)
 
 
 @pytest.mark.parametrize("text", ["1e-5", "0.00001", "1E-05", "+1e-5"])
