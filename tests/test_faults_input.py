@@ -866,7 +866,7 @@ def test_fault_36_clocks_jump_and_the_network_is_down(config, capsys, monkeypatc
         assert all(value >= 0 for name, value in record.items() if name.startswith("time/"))
     progress = Progress(3)
     with monkeypatch.context() as patch:
-        patch.setattr(time, "time", lambda: -1e9)
+        patch.setattr(time, "time", lambda: -3600.0 * next(hours))
         for step in (1, 2, 3):
             progress.show(step, metrics[0])
     left = [line.rsplit("  ", 1)[1] for line in capsys.readouterr().out.splitlines() if line.endswith(" left")]
