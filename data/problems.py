@@ -78,9 +78,12 @@ def question_key(problem: Problem) -> str:
 
 def _load_jsonl(path: Path) -> list[Problem]:
     # Read as bytes and cut at \n only: text mode would stop at the first bad byte without a line number.
-    with path.open("rb") as file:
-        lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
-        return _collect(str(path), lines, lambda line: _parse_record(_parse_line(line)))
+    try:
+        with path.open("rb") as file:
+            lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+            return _collect(str(path), lines, lambda line: _parse_record(_parse_line(line)))
+    except OSError as error:
+        raise DataError(f'data file "{path}" cannot be read: {error.strerror}') from error
 
 
 def _load_parquet(path: Path) -> list[Problem]:

@@ -3,7 +3,7 @@
 The template is `<bos><start_of_turn>user\\n{text}<end_of_turn>\\n<start_of_turn>model\\n`, the same in Gemma 1, 2 and 3.
 Gemma has no system role, so the system prompt opens the user's turn. The control ids are placed here; what the
 user's text spells is never one (tokenizer.py). Left out: turns after the first, and cutting: a prompt that is too
-long is dropped and counted, because a question without its end has another answer.
+long is dropped and named, because a question without its end has another answer.
 """
 
 from collections.abc import Sequence
@@ -60,14 +60,15 @@ def pad_prompts(prompts: Sequence[Sequence[int]], width: int, pad_id: int) -> tu
 
 def drop_long(
     problems: Sequence[Problem], tokenizer: Tokenizer, system: str, width: int
-) -> tuple[list[Problem], list[list[int]], int]:
-    """(problems whose prompt has at most `width` tokens, the ids of their prompts, how many others were dropped).
+) -> tuple[list[Problem], list[list[int]], list[Problem]]:
+    """(problems whose prompt has at most `width` tokens, the ids of their prompts, the problems that were dropped).
 
     Raises DataError when none is left.
     """
     prompts = [encode_prompt(tokenizer, render_prompt(p.question, system)) for p in problems]
-    kept = [(problem, ids) for problem, ids in zip(problems, prompts, strict=True) if len(ids) <= width]
+    pairs = list(zip(problems, prompts, strict=True))
+    kept = [(problem, ids) for problem, ids in pairs if len(ids) <= width]
     if not kept:
         shortest = min((len(ids) for ids in prompts), default=0)
         raise DataError(f"none of {len(problems)} prompts fits in {width} tokens: the shortest has {shortest}")
-    return [problem for problem, _ in kept], [ids for _, ids in kept], len(problems) - len(kept)
+    return [problem for problem, _ in kept], [ids for _, ids in kept], [p for p, ids in pairs if len(ids) > width]

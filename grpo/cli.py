@@ -7,7 +7,8 @@ stopped by SIGINT and SIGTERM.
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,28 @@ def run_script(main: Callable[[list[str]], dict[str, Any]], argv: list[str]) -> 
         use_huge_pages()
     keep_compiled_programs()
     try:
-        result = main(argv)
+        with memory_explained():
+            result = main(argv)
     except (ConfigError, DataError, ModelError) as error:
-        fail(" ".join(str(error).split()))
+        fail(str(error))
     except RunError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(1) from None
+        fail(str(error), code=1)
     except Stopped as stopped:
         raise SystemExit(stopped.code) from None
     print(json.dumps(result), flush=True)
+
+
+@contextmanager
+def memory_explained() -> Iterator[None]:
+    """Out of memory, on a device or on the host, while compiling or running: one line with what XLA counted, and what helps."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        counted = str(error).strip().partition("\n")[0][:300] or "on the host"
+        knobs = "raise microbatches, or lower group_size or max_new_tokens; checkpoints are as they were"
+        raise RunError(f"out of memory ({counted}): {knobs}") from error
 
 
 def use_huge_pages() -> None:

@@ -8,11 +8,12 @@ import argparse
 import dataclasses
 import difflib
 import math
+import re
 import sys
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from data.prompts import SYSTEM
 
@@ -25,6 +26,9 @@ class ConfigError(ValueError):
 
 class RunError(RuntimeError):
     """A run that cannot go on, through no setting's fault; one line for the user, exit code 1."""
+
+
+KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
 def flag(default, text: str, choices: tuple[str, ...] = ()):
@@ -126,6 +130,10 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), field.metadata.get("choices")
+            kind: Any = field.type
+            fits = isinstance(value, (int, float) if kind is float else kind)
+            if not fits or isinstance(value, bool) != (kind is bool):  # to Python, a bool is an int
+                raise ConfigError(f"{field.name} {value!r} must be {KINDS[kind]}")
             if choices and value not in choices:
                 raise ConfigError(f"{field.name} {value!r} must be one of {', '.join(choices)}")
             if isinstance(value, float) and not math.isfinite(value):
@@ -142,9 +150,12 @@ class Config:
         for name in zero.split():
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} {getattr(self, name)} must not be negative")
-        for name, end in (("adam_b1", 1), ("adam_b2", 1), ("seed", 2**32)):
+        counts = {field.name: 2**31 for field in dataclasses.fields(self) if field.type is int}
+        for name, end in (counts | {"seed": 2**32, "adam_b1": 1, "adam_b2": 1}).items():
             if getattr(self, name) >= end:
                 raise ConfigError(f"{name} {getattr(self, name)} must be below {end}")
+        if "\0" in self.run_dir:
+            raise ConfigError(f"run_dir {self.run_dir!r} must not hold a NUL character")
         if self.group_size < 2:
             raise ConfigError(f"group_size {self.group_size} must be at least 2: completions are compared with each other")
         if not 0 < self.top_p <= 1:
@@ -186,10 +197,10 @@ PRESETS: dict[str, Config] = {
 C = TypeVar("C")
 
 
-def fail(message: str) -> NoReturn:
-    """End the program on the user's mistake: one line, exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def fail(message: str, code: int = 2) -> NoReturn:
+    """End the program with one line; exit code 2 is the user's mistake."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code)
 
 
 def parse(kind: type[C], argv: list[str], description: str, presets: dict[str, C] | None = None) -> C:
@@ -211,10 +222,14 @@ def parse(kind: type[C], argv: list[str], description: str, presets: dict[str, C
         for preset, other in (presets or {}).items():
             values += [f"{preset} {getattr(other, name)!r}"] * (getattr(other, name) != field.default)
         text = f"{field.metadata['help']} ({'; '.join(values)})".replace("%", "%%")
-        options: dict = {"type": types[name], "choices": field.metadata.get("choices") or None}
+        options: dict = {"type": READERS.get(types[name]), "choices": field.metadata.get("choices") or None}
         if types[name] is bool:  # --raw, --raw true, --raw=false
             options = {"type": parse_bool, "nargs": "?", "const": True}
         parser.add_argument(f"--{name}", help=text, metavar=name.upper(), **options)
+    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+    for name in flags:
+        if flags.count(name) > 1:
+            parser.error(f"{name} is given {flags.count(name)} times; give it once")
     known, unknown = parser.parse_known_args(words)
     for word in unknown:
         name = word.split("=")[0]
@@ -248,5 +263,23 @@ def normalise(word: str) -> str:
 
 def parse_bool(text: str) -> bool:
     if text.lower() not in ("true", "false", "1", "0"):
-        raise argparse.ArgumentTypeError(f"{text!r} must be true or false")
+        raise argparse.ArgumentTypeError(f"{text!r} must be {KINDS[bool]}")
     return text.lower() in ("true", "1")
+
+
+def parse_int(text: str) -> int:
+    if not re.fullmatch("[-+]?[0-9]{1,20}", text):  # int() also reads 1_6 and other alphabets' digits
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} must be {KINDS[int]}")
+    return int(text)
+
+
+def parse_float(text: str) -> float:
+    try:
+        if "_" in text or not text.isascii():
+            raise ValueError
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} must be {KINDS[float]}") from None
+
+
+READERS = {int: parse_int, float: parse_float}

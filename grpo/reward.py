@@ -10,6 +10,7 @@ generous. Left out: tokens, batches, advantages, and any reading of the prompt.
 """
 
 import re
+from collections.abc import Iterator
 from decimal import Decimal
 from typing import NamedTuple, Protocol
 
@@ -141,14 +142,17 @@ def parse_gold(ground_truth: str) -> Decimal:
     return gold
 
 
-def blocks(text: str, tag: str) -> list[str]:
+def blocks(text: str, tag: str) -> Iterator[str]:
     """The insides of the complete blocks, each from the opening tag nearest its closing one.
 
-    `blocks("<a>1<a>2</a>3</a><a>4", "a") == ["2"]`
+    `list(blocks("<a>1<a>2</a>3</a><a>4", "a")) == ["2"]`
     """
-    *closed, _unclosed = text.split(f"</{tag}>")
-    parts = [segment.rpartition(f"<{tag}>") for segment in closed]
-    return [inside for _before, opening, inside in parts if opening]
+    opening, closing, start = f"<{tag}>", f"</{tag}>", 0
+    while (end := text.find(closing, start)) >= 0:
+        begin = text.rfind(opening, start, end)
+        if begin >= 0:
+            yield text[begin + len(opening) : end]
+        start = end + len(closing)
 
 
 def has_operation(completion: str) -> bool:

@@ -53,7 +53,7 @@ class Run:
     prompt_ids: list[list[int]]
     eval_problems: list[Problem]
     eval_ids: list[list[int]]
-    dropped: int
+    dropped: list[Problem]  # their prompts are too long
     rewards: dict[str, RewardFunction]
     sessions: list[Session]
     train: Compute  # how the update and the reference run
@@ -141,7 +141,7 @@ def describe(run: Run) -> str:
         f"mesh        {mesh.size} x {device.device_kind}  (fsdp {mesh.shape['fsdp']} x tp {mesh.shape['tp']})"
         + (f", {jax.process_count()} processes" if jax.process_count() > 1 else ""),
         f"data        {len(run.problems)} problems from {config.data}, {len(run.eval_problems)} held out, "
-        f"{run.dropped} too long and dropped",
+        f"{len(run.dropped)} too long and dropped" + named(run.dropped),
         f"a step      {config.prompts_per_step} prompts x {config.group_size} completions = {config.rows} rows, "
         f"at most {config.max_prompt_tokens} + {config.max_new_tokens} tokens",
         f"plan        {run.steps} steps, {mu} update{'s' * (mu > 1)} each, at most {tokens / 1e6:.1f}M sampled tokens",
@@ -163,6 +163,11 @@ def describe(run: Run) -> str:
         f"run         {run_dir(config)}",
     ]
     return "\n".join(lines)
+
+
+def named(problems: list[Problem]) -> str:
+    """` (gsm8k_train.jsonl:7, ...)`: the first of them; nothing where there are none."""
+    return f" ({', '.join(problem.id for problem in problems[:3])}{', ...' * (len(problems) > 3)})" * bool(problems)
 
 
 def state_bytes(run: Run, parameters: int) -> float:

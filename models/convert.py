@@ -6,6 +6,7 @@ memory on top of what the devices hold. Left out: pickled checkpoints (`.bin`, `
 """
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ DEFAULTS = {
     3: dict(vocab_size=262_208, num_attention_heads=8, num_key_value_heads=4, head_dim=256, query_pre_attn_scalar=256),
 }
 
+PICKLED = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 PROJECTIONS = {"q", "k", "v", "o", "gate", "up", "down"}  # transposed on the way
 
 
@@ -60,89 +62,125 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         raise ModelError(f"{path} is missing: a model folder holds config.json, *.safetensors and a tokenizer")
     try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON: {error}") from None
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not JSON{pointer_hint(path)}: {error}") from None
     if not isinstance(values, dict):
         raise ModelError(f"{path} holds no JSON object")
     return values
 
 
+KINDS = {int: "a whole number above 0", float: "a number above 0", list: "a list", dict: "an object"}
+
+
+class Settings:
+    """The values of a JSON file, each checked as it is asked for."""
+
+    def __init__(self, path: Path, values: dict):
+        self.path, self.values = path, values
+
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        """The value of `key`; `default` where the file is silent or says null."""
+        value = self.values.get(key)
+        if value is None:
+            return default
+        fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+        if not fits or (kind in (int, float) and not 0 < value < math.inf):
+            raise ModelError(f"{self.path}: {key} {str(value)[:40]!r} must be {KINDS[kind]}")
+        return value
+
+    def need(self, key: str, kind: type = int) -> Any:
+        if (value := self.get(key, kind)) is None:
+            raise ModelError(f"{self.path}: {key} is missing")
+        return value
+
+    def part(self, key: str) -> "Settings":
+        """An object inside this one; empty where there is none."""
+        return Settings(self.path, self.get(key, dict, {}))
+
+    def __or__(self, other: "Settings") -> "Settings":
+        """Both, the other's values first."""
+        return Settings(self.path, self.values | other.values)
+
+
 def read_config(folder: str | Path) -> GemmaConfig:
     """The dimensions from `config.json`, in transformers' older dialect (`rope_theta`, ...) or newer (`rope_parameters`)."""
     path = Path(folder) / "config.json"
-    values = read_json(path)
-    architecture = (values.get("architectures") or ["none"])[0]
-    if architecture not in FAMILIES:
+    given = Settings(path, read_json(path))
+    architecture = (given.get("architectures", list) or ["none"])[0]
+    if architecture not in list(FAMILIES):
         raise ModelError(f"{path}: architecture {architecture} is unknown; one of {', '.join(FAMILIES)} is needed")
     family = FAMILIES[architecture]
-    values = {**DEFAULTS[family], **values, **(values.get("text_config") or {})}
+    values = Settings(path, DEFAULTS[family]) | given | given.part("text_config")
+    said = values.values
 
-    def need(key: str):
-        if values.get(key) is None:
-            raise ModelError(f"{path}: {key} is missing")
-        return values[key]
-
-    activation = values.get("hidden_activation") or values.get("hidden_act") or "gelu_pytorch_tanh"
+    activation = said.get("hidden_activation") or said.get("hidden_act") or "gelu_pytorch_tanh"
     if activation not in ("gelu", "gelu_pytorch_tanh"):  # "gelu" in a Gemma config has always meant the tanh form
         raise ModelError(f"{path}: activation {activation} is unknown; gelu_pytorch_tanh is needed")
-    if values.get("attention_bias") or values.get("use_bidirectional_attention"):
+    if said.get("attention_bias") or said.get("use_bidirectional_attention"):
         raise ModelError(f"{path}: attention_bias and use_bidirectional_attention are not supported; both must be false")
-    if values.get("tie_word_embeddings") is False:
+    if said.get("tie_word_embeddings") is False:
         raise ModelError(f"{path}: tie_word_embeddings is false; a head of its own is not supported")
-    layers, head_dim = need("num_hidden_layers"), need("head_dim")
+    layers, head_dim = values.need("num_hidden_layers"), values.need("head_dim")
+    heads, kv_heads = values.need("num_attention_heads"), values.need("num_key_value_heads")
+    if heads % kv_heads:
+        raise ModelError(f"{path}: num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}")
+    if head_dim % 2:
+        raise ModelError(f"{path}: head_dim {head_dim} must be even")  # RoPE turns pairs
     local = local_layers(values, layers, family)
     if len(local) != layers:
         raise ModelError(f"{path}: layer_types names {len(local)} layers, num_hidden_layers says {layers}")
     rope, rope_local = rope_parameters(values, family)
     for kind, parameters, known in (("global", rope, ("default", "linear")), ("local", rope_local, ("default",))):
-        rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
+        rope_type = parameters.values.get("rope_type") or parameters.values.get("type") or "default"
         if rope_type not in known and (kind == "global" or any(local)):
             raise ModelError(f"{path}: rope_type {rope_type} of {kind} layers is unknown; {' or '.join(known)} is needed")
-    query_scalar = head_dim if family == 1 else need("query_pre_attn_scalar")
+    query_scalar = head_dim if family == 1 else values.need("query_pre_attn_scalar", float)
     return GemmaConfig(
         num_layers=layers,
-        embed_dim=need("hidden_size"),
-        num_heads=need("num_attention_heads"),
-        num_kv_heads=need("num_key_value_heads"),
+        embed_dim=values.need("hidden_size"),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
         head_dim=head_dim,
-        mlp_dim=need("intermediate_size"),
-        vocab_size=need("vocab_size"),
+        mlp_dim=values.need("intermediate_size"),
+        vocab_size=values.need("vocab_size"),
         query_scale=query_scalar**-0.5,
         local_layers=local,
-        sliding_window=need("sliding_window") if any(local) else FAR,
-        rope_base=rope["rope_theta"],
-        rope_local_base=rope_local["rope_theta"],
-        rope_factor=rope.get("factor", 1.0),
-        attn_softcap=values.get("attn_logit_softcapping") if family > 1 else None,
-        final_softcap=values.get("final_logit_softcapping") if family > 1 else None,
+        sliding_window=values.need("sliding_window") if any(local) else FAR,
+        rope_base=rope.get("rope_theta", float, 1e6 if family == 3 else 1e4),
+        rope_local_base=rope_local.get("rope_theta", float, 1e4),
+        rope_factor=rope.get("factor", float, 1.0),
+        attn_softcap=values.get("attn_logit_softcapping", float) if family > 1 else None,
+        final_softcap=values.get("final_logit_softcapping", float) if family > 1 else None,
         post_norms=family > 1,
         qk_norms=family == 3,
-        norm_eps=values.get("rms_norm_eps", 1e-6),
+        norm_eps=values.get("rms_norm_eps", float, 1e-6),
     )
 
 
-def local_layers(values: dict, layers: int, family: int) -> tuple[bool, ...]:
+def local_layers(values: Settings, layers: int, family: int) -> tuple[bool, ...]:
     """Which layers see only a window: none in Gemma 1, every other in 2 (the first one too), five of six in 3."""
     if family == 1:
         return (False,) * layers
-    if values.get("layer_types"):
-        return tuple(kind == "sliding_attention" for kind in values["layer_types"])
-    pattern = 2 if family == 2 else values.get("sliding_window_pattern") or values.get("_sliding_window_pattern") or 6
-    return tuple((i + 1) % pattern != 0 for i in range(layers))
+    if kinds := values.get("layer_types", list):
+        for kind in kinds:
+            if kind not in ("sliding_attention", "full_attention"):
+                raise ModelError(f"{values.path}: layer type {kind!r} must be sliding_attention or full_attention")
+        return tuple(kind == "sliding_attention" for kind in kinds)
+    pattern = values.get("sliding_window_pattern", int) or values.get("_sliding_window_pattern", int, 6)
+    return tuple((i + 1) % (2 if family == 2 else pattern) != 0 for i in range(layers))
 
 
-def rope_parameters(values: dict, family: int) -> tuple[dict, dict]:
-    """RoPE of global and of local layers: dicts with `rope_theta` and perhaps `rope_type` and `factor`."""
-    given, scaling = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
+def rope_parameters(values: Settings, family: int) -> tuple[Settings, Settings]:
+    """RoPE of global and of local layers: perhaps `rope_theta`, `rope_type` and `factor`."""
+    given, scaling = values.part("rope_parameters"), values.part("rope_scaling")
+    theta = Settings(values.path, {"rope_theta": values.get("rope_theta", float)}) | scaling
     if family < 3:
-        both = {"rope_theta": values.get("rope_theta", 1e4), **scaling, **given}
-        return both, both
-    full, local = given.get("full_attention") or {}, given.get("sliding_attention") or {}
-    return (
-        {"rope_theta": values.get("rope_theta", 1e6), **scaling, **full},
-        {"rope_theta": values.get("rope_local_base_freq", 1e4), **local},
-    )
+        return theta | given, theta | given
+    local = Settings(values.path, {"rope_theta": values.get("rope_local_base_freq", float)})
+    return theta | given.part("full_attention"), local | given.part("sliding_attention")
 
 
 class Weights:
@@ -153,12 +191,15 @@ class Weights:
         self.handles: dict[Path, Any] = {}
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
-            self.files = {name: self.checked(file, index) for name, file in read_json(index).get("weight_map", {}).items()}
+            weight_map = Settings(index, read_json(index)).need("weight_map", dict)
+            self.files = {name: self.checked(file, index) for name, file in weight_map.items()}
         elif (self.folder / "model.safetensors").is_file():
             file = self.folder / "model.safetensors"
             self.files = dict.fromkeys(self.opened(file).keys(), file)
         else:
-            raise ModelError(f"{self.folder} holds no model.safetensors and no model.safetensors.index.json")
+            pickled = sorted(file.name for file in self.folder.iterdir() if file.suffix in PICKLED)
+            hint = f"; {pickled[0]} may be a pickle, which could run code, and is not read: convert it" if pickled else ""
+            raise ModelError(f"{self.folder} holds no model.safetensors and no model.safetensors.index.json{hint}")
         # a text model lies under "model.", that of a multimodal one under "language_model.model." or "model.language_model."
         short = [name.removeprefix("model.").removeprefix("language_model.").removeprefix("model.") for name in self.files]
         self.names = dict(zip(short, self.files, strict=True))
@@ -177,8 +218,10 @@ class Weights:
             try:
                 self.handles[file] = safe_open(file, framework="numpy")
             except SafetensorError as error:
-                pointer = " (it is a git-lfs pointer: run git lfs pull)" if is_lfs_pointer(file) else ""
-                raise ModelError(f"{file} is not a whole safetensors file{pointer}; download it again: {error}") from None
+                hint = pointer_hint(file)
+                raise ModelError(f"{file} is not a whole safetensors file{hint}; download it again: {error}") from None
+            except OSError as error:
+                raise ModelError(f"{file} cannot be read: {error}") from None
         return self.handles[file]
 
     def slice(self, name: str, index: tuple, transpose: bool, dtype) -> np.ndarray:
@@ -201,9 +244,10 @@ class Weights:
             raise ModelError(f"{self.folder}: weight {name} is {tensor.get_dtype()}; F32, F16 or BF16 is needed")
 
 
-def is_lfs_pointer(file: Path) -> bool:
+def pointer_hint(file: Path) -> str:
+    """What to say of a file that git-lfs has not fetched."""
     with file.open("rb") as opened:
-        return opened.read(8) == b"version "
+        return " (it is a git-lfs pointer: run git lfs pull)" if opened.read(8) == b"version " else ""
 
 
 def leaf_names(config: GemmaConfig) -> dict[str, str]:

@@ -100,7 +100,7 @@ def make_run(config: BenchmarkConfig, mesh: Mesh) -> Run:
     problems = [Problem(str(i), "", str(i)) for i in range(Q)]
     sessions = plan_sessions(dataclasses.replace(config, epochs=10 * config.repeats), Q)
     return Run(
-        config, mesh, model, NumberTokens(), problems, prompt_ids, [], [], 0, {}, sessions,  # type: ignore[arg-type]
+        config, mesh, model, NumberTokens(), problems, prompt_ids, [], [], [], {}, sessions,  # type: ignore[arg-type]
         Compute(TRAIN, dtype, config.remat, config.unroll, config.attention), Compute(ROLLOUT, dtype, unroll=config.unroll),
     )  # fmt: skip
 

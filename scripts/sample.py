@@ -21,6 +21,7 @@ from data.prompts import encode_prompt, pad_prompts, render_prompt
 from data.tokenizer import Tokenizer, load_tokenizer
 from grpo.cli import run_script
 from grpo.config import TINY_MODEL, ConfigError, flag, parse
+from grpo.run import check_tokenizer
 from models.convert import load_params, read_config, read_json
 from models.gemma import Compute
 from models.sampler import Sampling, row_keys, sample
@@ -85,6 +86,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     model = read_config(folder)
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     tokenizer = load_tokenizer(folder) if has_tokenizer or config.prompt else None
+    if tokenizer:
+        check_tokenizer(tokenizer, model)
     if config.ids:
         prompts = read_ids(config.ids, model.vocab_size)
     else:

@@ -79,8 +79,16 @@ def test_anything_else_is_no_boolean(capsys, text):
     assert "--unroll" in (error := error_of(capsys, f"--unroll={text}")) and "true or false" in error
 
 
-def test_the_last_of_two_flags_counts():
-    assert parsed("--seed", "3", "--seed=4").seed == 4
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        (["--seed", "3", "--seed=3"], "--seed"),
+        (["--max-steps=3", "--max_steps", "4"], "--max_steps"),
+        (["--unroll", "--unroll", "false"], "--unroll"),
+    ],
+)
+def test_a_flag_is_given_once(capsys, argv, name):
+    assert error_of(capsys, *argv) == f"error: {name} is given 2 times; give it once\n"
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes

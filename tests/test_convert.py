@@ -333,7 +333,7 @@ def test_errors_of_an_index_name_the_shard(folder, mesh):
     (folder / INDEX).write_text("not json")
     expect_error(f"{INDEX} is not JSON", read, folder, mesh)
     (folder / INDEX).write_text("{}")
-    expect_error("weight embed_tokens.weight is missing", read, folder, mesh)
+    expect_error(f"{INDEX}: weight_map is missing", read, folder, mesh)
 
 
 @pytest.mark.parametrize(

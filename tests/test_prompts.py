@@ -72,7 +72,7 @@ def test_a_prompt_that_does_not_fit_is_never_cut(prompts, reason):
         pad_prompts(prompts, width=2, pad_id=0)
 
 
-def test_long_prompts_are_dropped_whole_and_counted():
+def test_long_prompts_are_dropped_whole_and_named():
     problems = [Problem(str(n), "x" * n, "1") for n in (3, 9, 5, 10, 4)]
 
     def characters(text: str) -> list[int]:
@@ -84,7 +84,7 @@ def test_long_prompts_are_dropped_whole_and_counted():
     assert [p.id for p in kept] == ["3", "5", "4"]
     assert [len(row) - overhead for row in ids] == [3, 5, 4]
     assert ids[0] == encode_prompt(tokenizer, "xxx")  # pyright: ignore[reportArgumentType]
-    assert dropped == 2
+    assert [p.id for p in dropped] == ["9", "10"]
     with pytest.raises(DataError, match=f"none of 5 prompts fits in 3 tokens: the shortest has {overhead + 3}"):
         drop_long(problems, tokenizer, system="", width=3)  # pyright: ignore[reportArgumentType]
 
@@ -93,4 +93,4 @@ def test_long_prompts_are_dropped_whole_and_counted():
 def test_at_256_tokens_one_gsm8k_training_prompt_is_dropped(gemma270m):
     problems = load_problems(str(TRAIN))
     kept, ids, dropped = drop_long(problems, load_tokenizer(gemma270m), SYSTEM, width=256)
-    assert (len(kept), len(ids), dropped) == (7472, 7472, 1)
+    assert (len(kept), len(ids), len(dropped)) == (7472, 7472, 1)

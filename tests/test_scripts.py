@@ -31,8 +31,9 @@ def folder(tmp_path_factory) -> Path:
 def train(folder):
     """Run the script on the tiny model; one cache of compiled programs for all calls."""
     small = (
-        "--data arithmetic --sessions 1 --new_problems 16 --max_steps 2 --prompts_per_step 2 --group_size 2 "
-        "--max_prompt_tokens 192 --max_new_tokens 8 --eval_problems 2 --remat none --unroll false --logprob_chunk 8"
+        f"--model_path={folder / 'model'} --data=arithmetic --sessions=1 --new_problems=16 --max_steps=2 --prompts_per_step=2 "
+        "--group_size=2 --max_prompt_tokens=192 --max_new_tokens=8 --eval_problems=2 --remat=none --unroll=false "
+        "--logprob_chunk=8"
     )
 
     def train(*argv: str, devices: int = 1) -> subprocess.CompletedProcess:
@@ -43,8 +44,8 @@ def train(folder):
         }  # fmt: skip
         if devices > 1:
             env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-        given = ["--model_path", str(folder / "model"), *small.split(), *argv]
-        command = [sys.executable, "scripts/train.py", *given]
+        kept = [flag for flag in small.split() if flag.partition("=")[0] not in argv]
+        command = [sys.executable, "scripts/train.py", *kept, *argv]
         return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
 
     return train

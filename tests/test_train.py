@@ -781,9 +781,9 @@ def test_prompts_too_long_are_dropped_and_counted(config):
     with devices(1):
         prepared = grpo.run.prepare(replace(config, max_prompt_tokens=width))
     assert prepared.problems == [problem for problem, length in zip(problems, lengths, strict=True) if length <= width]
-    assert prepared.dropped == sum(length > width for length in lengths + held_lengths) > 0
+    assert len(prepared.dropped) == sum(length > width for length in lengths + held_lengths) > 0
     assert [len(ids) for ids in prepared.prompt_ids] == [length for length in lengths if length <= width]
-    assert f"{prepared.dropped} too long and dropped" in grpo.run.describe(prepared)
+    assert f"{len(prepared.dropped)} too long and dropped ({prepared.dropped[0].id}" in grpo.run.describe(prepared)
 
 
 def test_a_tokenizer_of_another_size_is_refused(config, tmp_path):
