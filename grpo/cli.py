@@ -1,6 +1,6 @@
 """What every script does around its work: the user's mistakes end in one line, the result in one line of JSON.
 
-Exit codes: 0 done, 2 the user's mistake, 1 our own (with its traceback).
+Exit codes: 0 done, 2 the user's mistake, 1 a run that cannot go on, or our own mistake (with its traceback).
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from data import DataError
-from grpo.config import ConfigError, fail
+from grpo.config import ConfigError, RunError, fail
 from models import ModelError
 
 
@@ -25,6 +25,8 @@ def run_script(main: Callable[[list[str]], dict[str, Any]], argv: list[str]) -> 
         result = main(argv)
     except (ConfigError, DataError, ModelError) as error:
         fail(" ".join(str(error).split()))
+    except RunError as error:
+        fail(" ".join(str(error).split()), 1)
     print(json.dumps(result), flush=True)
 
 

@@ -24,12 +24,14 @@ from data.batches import step_indices
 from data.problems import Problem, load_problems, question_key, split_problems
 from data.prompts import drop_long
 from data.tokenizer import Tokenizer, load_tokenizer
+from grpo.alarms import alarms, dead_steps, diagnose
 from grpo.checkpoint import Checkpoints, digest
-from grpo.config import Config, ConfigError
+from grpo.config import Config, ConfigError, RunError
 from grpo.evaluate import evaluate
 from grpo.loss import dapo_weights, dr_grpo_weights, grpo_loss, grpo_weights
 from grpo.metrics import CompileCounter, JsonLines, Progress, clock
-from grpo.rollout import Batch, RewardFunction, load_rewards, rollout
+from grpo.rollout import Batch, rollout
+from grpo.workers import UserRewards
 from models import ModelError
 from models.convert import load_params, read_config
 from models.gemma import Compute, GemmaConfig, Params, axes, forward_group, shapes, token_logprobs
@@ -41,6 +43,7 @@ AGGREGATIONS = {"grpo": grpo_weights, "dapo": dapo_weights, "dr_grpo": dr_grpo_w
 FREE_TO_CHANGE = {
     "run_dir", "model_path", "data", "max_steps", "epochs", "eval_every", "save_every", "keep_checkpoints", "rollout_tp",
     "remat", "attention", "unroll", "packing", "halvings", "logprob_chunk", "microbatches",
+    "reward_timeout", "strict_rewards", "max_dead_steps",
 }  # fmt: skip
 
 
@@ -199,7 +202,7 @@ class Run:
     eval_problems: list[Problem]
     eval_ids: list[list[int]]
     dropped: int
-    rewards: dict[str, RewardFunction]
+    rewards: UserRewards
     train: Compute  # how the update and the reference run
     sample: Compute  # how the rollout runs
 
@@ -250,7 +253,7 @@ def prepare(config: Config) -> Run:
         ("vocab_size", model.vocab_size),
     ):
         check_divides(name, size, mesh)
-    rewards = load_rewards(config.reward)
+    rewards = UserRewards(config.reward, config.reward_timeout, config.strict_rewards)
     problems, eval_problems = choose_problems(config)
     problems, prompt_ids, dropped = drop_long(problems, tokenizer, config.system_prompt, config.max_prompt_tokens)
     eval_ids: list[list[int]] = []
@@ -376,7 +379,7 @@ def train(config: Config) -> dict[str, Any]:
     run = prepare(config)
     folder = open_run_dir(config)
     print(describe(run), flush=True)
-    with jax.set_mesh(run.mesh):
+    with jax.set_mesh(run.mesh), run.rewards:
         state, reference = load_state(run)
         checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
         done, state = resume(state, checkpoints, run)
@@ -391,14 +394,21 @@ def train(config: Config) -> dict[str, Any]:
             state, metrics, records = one_step(step, state, reference, run)
             metrics["compiles"] = compiles.count - compiled
             recompilations += metrics["compiles"] if step > done + 1 else 0
-            metrics_log.write({"step": step, **metrics})
+            history = [*metrics_log.records, {"step": step, **metrics}]
+            active, before_it = alarms(history), history[-2]["alarms"] if step > 1 else []
+            metrics_log.write({**history[-1], "alarms": list(active)})
             completions.write_all(records)
             progress.show(step, metrics)
+            for name, line in active.items():
+                if name not in before_it:
+                    progress.warn(f"{name}: {line}")
             if metrics["bad_updates_in_a_row"] >= config.max_bad_updates:
                 count = metrics["bad_updates_in_a_row"]
                 raise FloatingPointError(f"step {step}: {count} non-finite updates in a row; try a lower learning_rate")
             if step % config.save_every == 0 or step == run.steps:
                 checkpoints.save(step, state, {"step": step})
+            if config.max_dead_steps and dead_steps(metrics_log.records) >= config.max_dead_steps:
+                raise RunError(diagnose(metrics_log.records))
             if config.eval_every and step % config.eval_every == 0:
                 accuracy(step, state, evaluations, run)
         checkpoints.close()
@@ -462,7 +472,7 @@ def one_step(
     began = time.perf_counter()
     stats: dict[str, Any] = {}
     compute = choose_remat(run.train, model, batch, config.microbatches, run.mesh.size, device_memory(run.mesh))
-    for _ in range(config.updates_per_rollout):
+    for _ in range(0 if metrics["skipped_update"] else config.updates_per_rollout):
         state, stats = train_step(state, batch, model, compute, config, run.updates)
     stats = {name: float(value) for name, value in jax.device_get(stats).items()}
     metrics["time/update"] = time.perf_counter() - began
@@ -482,7 +492,8 @@ def closing_table(result: dict[str, Any]) -> str:
     if before and after:
 
         def row(name: str, key: str, form: str) -> str:
-            return f"{name:24}{format(before[key], form):>10}{format(after[key], form):>10}"
+            shown = ["-" if figures[key] is None else format(figures[key], form) for figures in (before, after)]
+            return f"{name:24}{shown[0]:>10}{shown[1]:>10}"
 
         interval = [f"{100 * figures['low']:.0f}-{100 * figures['high']:.0f}%" for figures in (before, after)]
         lines += [

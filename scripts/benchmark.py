@@ -31,6 +31,7 @@ from grpo.config import Config, ConfigError, flag, parse
 from grpo.metrics import CompileCounter
 from grpo.rollout import rollout
 from grpo.train import Run, choose_remat, completion_logprobs, device_memory, init_state, one_step, rollout_view, train_step
+from grpo.workers import UserRewards
 from models import roofline
 from models.gemma import Compute, init_params
 from models.presets import MODELS
@@ -107,7 +108,7 @@ def make_run(config: BenchmarkConfig, mesh: Mesh) -> Run:
     prompt_ids = [rng.integers(3, model.vocab_size, width).tolist() for width in widths]
     problems = [Problem(str(i), "", str(i)) for i in range(Q)]
     return Run(
-        config, mesh, model, NumberTokens(), problems, prompt_ids, [], [], 0, {},  # type: ignore[arg-type]
+        config, mesh, model, NumberTokens(), problems, prompt_ids, [], [], 0, UserRewards(),  # type: ignore[arg-type]
         Compute(TRAIN, dtype, config.remat, config.unroll, config.attention), Compute(ROLLOUT, dtype, unroll=config.unroll),
     )  # fmt: skip
 
@@ -126,7 +127,9 @@ def measure(run: Run, shapes: int) -> dict[str, list[float]]:
         rolled = []
 
         def roll(i: int):
-            rolled.append(rollout(view, run.problems, run.prompt_ids, i + 1, run.tokenizer, model, run.sample, config, {}))
+            rolled.append(
+                rollout(view, run.problems, run.prompt_ids, i + 1, run.tokenizer, model, run.sample, config, run.rewards)
+            )
             return rolled[-1][0]
 
         figures["sample"] = timed(roll, repeats, shapes)
@@ -184,7 +187,7 @@ def autotune(config: BenchmarkConfig) -> dict[int, float]:
             view = rollout_view(init_params(jax.random.key(0), run.model, STORE), run.model, run.sample)
 
             def roll(i: int, run: Run = run, view: Any = view):
-                arguments = run.problems, run.prompt_ids, i, run.tokenizer, run.model, run.sample, config, {}
+                arguments = run.problems, run.prompt_ids, i, run.tokenizer, run.model, run.sample, config, run.rewards
                 return rollout(view, *arguments)[0]
 
             seconds[k] = statistics.median(timed(roll, 3))
