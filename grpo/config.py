@@ -73,6 +73,7 @@ class Config:
     temperature: float = flag(1.0, "of the samples, and of every log-probability")
     top_k: int = flag(0, "sample among the k likeliest tokens; 0: all")
     top_p: float = flag(1.0, "sample among the likeliest tokens of this total probability; 1: all")
+    resample: int = flag(0, "times that groups whose rewards are all equal are sampled again")
     # reward
     reward_correct: float = flag(25.0, "the number in <answer> equals the gold answer")
     reward_reasoning_tags: float = flag(2.0, "exactly one <reasoning> block, not empty")
@@ -80,6 +81,8 @@ class Config:
     reward_operators: float = flag(1.0, "the reasoning calculates: digit, operator, digit")
     reward_violation: float = flag(-15.0, "a tag missing, repeated or out of order; text after </answer>; cut off by the limit")
     reward: str = flag("", "more rewards, FILE.py:FUNCTION[,...]; each is a function (completion, problem) -> float, added")
+    reward_timeout: float = flag(10.0, "seconds that such a function has for a completion; then it is killed, and left out")
+    strict_rewards: bool = flag(False, "stop at the first completion that such a function gives no finite number for")
     # loss
     beta: float = flag(0.04, "weight of the KL to the reference; 0 runs without a reference")
     epsilon_low: float = flag(0.2, "the ratio is clipped below 1 - epsilon_low")
@@ -98,6 +101,7 @@ class Config:
     updates_per_rollout: int = flag(1, "mu: optimizer updates on each rollout")
     microbatches: int = flag(1, "gradient accumulation: the step's prompts are worked through in so many parts")
     max_bad_updates: int = flag(5, "stop after so many non-finite updates in a row; each is skipped")
+    max_dead_steps: int = flag(20, "stop after so many steps in a row whose groups all had equal rewards; 0: never")
     # evaluation and files
     eval_problems: int = flag(200, "problems of each evaluation; 0: none")
     eval_every: int = flag(0, "evaluate every N steps too, not only before and after; 0: no")
@@ -139,14 +143,14 @@ class Config:
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{field.name} {value} must be a finite number")
         positive = "prompts_per_step max_prompt_tokens max_new_tokens temperature epochs learning_rate max_grad_norm"
-        positive += " updates_per_rollout microbatches logprob_chunk save_every keep_checkpoints max_bad_updates"
+        positive += " updates_per_rollout microbatches logprob_chunk save_every keep_checkpoints max_bad_updates reward_timeout"
         positive += " sessions processes"
         for name in positive.split():
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} {getattr(self, name)} must be above 0")
         zero = "new_problems max_steps seed top_k beta epsilon_low epsilon_high sampler_cap warmup_steps weight_decay"
         zero += " rollout_tp packing halvings eval_problems eval_every adam_b1 adam_b2 max_hours session review_ratio"
-        zero += " retention_problems save_minutes process_id"
+        zero += " retention_problems save_minutes process_id resample max_dead_steps"
         for name in zero.split():
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} {getattr(self, name)} must not be negative")

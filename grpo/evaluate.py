@@ -3,6 +3,7 @@
 Left out: voting over several samples.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from data.prompts import pad_prompts
 from data.tokenizer import Tokenizer
 from grpo.config import Config
 from grpo.metrics import wilson
-from grpo.rollout import RewardFunction, judge, sampling
+from grpo.rollout import judge_all, sampling
+from grpo.workers import UserRewards
 from models.gemma import Compute, GemmaConfig, Params
 from models.queue import sample_queue
 
@@ -21,7 +23,7 @@ EVALUATION = 2**30  # the "step" of the random stream: no training step shares i
 
 def evaluate(
     view: Params, problems: list[Problem], prompt_ids: list[list[int]], tokenizer: Tokenizer, model: GemmaConfig,
-    compute: Compute, config: Config, rewards: dict[str, RewardFunction], sampled: bool = True,
+    compute: Compute, config: Config, rewards: UserRewards, sampled: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Greedy and, unless left out, sampled figures of `problems`, as proportions; `low` and `high` bound greedy accuracy
     (Wilson, 95%).
@@ -31,27 +33,28 @@ def evaluate(
         return float(np.mean(list(values)))
 
     prompts, lengths = pad_prompts(prompt_ids, config.max_prompt_tokens, tokenizer.pad_id)
-    names = ["greedy", "sampled"] if sampled else ["greedy"]
+    names = ["greedy", "sampled"] if sampled else ["greedy"]  # they take turns
     temperature = np.array([0.0, config.temperature][: len(names)], np.float32)
-    records: list[list[dict[str, Any]]] = [[{} for _ in names] for _ in problems]
+    asked = [problem for problem in problems for _ in names]
+    texts, sampled_lengths, truncated = [""] * len(asked), [0] * len(asked), [False] * len(asked)
     for done in sample_queue(
         view, prompts, lengths, temperature, config.prompts_per_step, config.rows, config.seed, EVALUATION, model, compute,
         sampling(tokenizer, config),
     ):  # fmt: skip
-        for index, ids, length, truncated in zip(done.index, done.tokens, done.lengths, done.truncated, strict=True):
-            i, column = divmod(int(index), len(names))
-            text = tokenizer.decode(ids[:length])
-            records[i][column] = judge(text, problems[i], bool(truncated), config, rewards) | {"length": int(length)}
-    low, high = wilson(sum(greedy["accuracy"]["tagged"] for greedy, *_ in records), len(records))
-    figures: dict[str, Any] = {"n": len(records), "low": low, "high": high}
+        for i, ids, length, cut in zip(done.index, done.tokens, done.lengths, done.truncated, strict=True):
+            texts[i], sampled_lengths[i], truncated[i] = tokenizer.decode(ids[:length]), int(length), bool(cut)
+    records = judge_all(texts, asked, truncated, config, rewards)
+    low, high = wilson(sum(record["accuracy"]["tagged"] for record in records[:: len(names)]), len(problems))
+    figures: dict[str, Any] = {"n": len(problems), "low": low, "high": high}
     for column, name in enumerate(names):
-        chosen = [samples[column] for samples in records]
+        chosen = records[column :: len(names)]
+        scored = [r["reward"] for r in chosen if not math.isnan(r["reward"])]
         figures[name] = mean(r["accuracy"]["tagged"] for r in chosen)
         figures |= {
             f"{name}_strict": mean(r["accuracy"]["strict"] for r in chosen),
             f"{name}_flexible": mean(r["accuracy"]["flexible"] for r in chosen),
             f"{name}_format": mean(not r["format"]["violation"] for r in chosen),
-            f"{name}_reward": mean(r["reward"] for r in chosen),
-            f"{name}_length": mean(r["length"] for r in chosen),
+            f"{name}_reward": mean(scored) if scored else None,
+            f"{name}_length": mean(sampled_lengths[column::2]),
         }
     return figures

@@ -21,19 +21,18 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 
-def group_std(centred: Array) -> Array:
-    """Spread of each group, with G - 1 in the denominator: every group pulls equally hard.  QG -> Q1"""
-    G = centred.shape[1]
-    return jnp.sqrt((centred**2).sum(axis=1, keepdims=True) / max(G - 1, 1))
+def group_std(centred: Array, counts: Array) -> Array:
+    """Spread of each group, with n - 1 in the denominator: every group pulls equally hard.  QG, Q1 -> Q1"""
+    return jnp.sqrt((centred**2).sum(axis=1, keepdims=True) / jnp.maximum(counts - 1, 1))
 
 
-def batch_std(centred: Array) -> Array:
-    """Spread of all rewards around their own group's mean: groups keep their relative weight.  QG -> scalar"""
-    return jnp.sqrt((centred**2).sum() / max(centred.size - 1, 1))
+def batch_std(centred: Array, counts: Array) -> Array:
+    """Spread of all rewards around their own group's mean: groups keep their relative weight.  QG, Q1 -> scalar"""
+    return jnp.sqrt((centred**2).sum() / jnp.maximum(counts.sum() - 1, 1))
 
 
-def no_scale(centred: Array) -> Array:
-    """Plain differences, without the bias towards easy and hard questions (Dr. GRPO, arXiv 2503.20783).  QG -> scalar"""
+def no_scale(centred: Array, counts: Array) -> Array:
+    """Plain differences, without the bias towards easy and hard questions (Dr. GRPO, arXiv 2503.20783).  -> scalar"""
     return jnp.float32(1.0)
 
 
@@ -41,12 +40,17 @@ def group_advantages(rewards: ArrayLike, scale=group_std) -> Array:
     """How much better each completion is than its group.  QG -> QG, float32
 
     `scale` is `group_std` (GRPO), `batch_std` or `no_scale` (Dr. GRPO); 1e-4 is added to a spread, as in TRL. A group of equal
-    rewards gets exactly 0: it is centred on its first member before the mean is taken, so that no rounding is left over.
+    rewards gets exactly 0: it is centred on one of its members before the mean is taken, so that no rounding is left over.
+    A completion without a score (NaN) gets 0 and is in no mean and no spread.
     """
     rewards = jnp.asarray(rewards, jnp.float32)
-    centred = rewards - rewards[:, :1]
-    centred = centred - centred.mean(axis=1, keepdims=True)
-    return centred / (scale(centred) + (0.0 if scale is no_scale else 1e-4))
+    scored = ~jnp.isnan(rewards)
+    counts = scored.sum(axis=1, keepdims=True)
+    member = jnp.take_along_axis(rewards, scored.argmax(axis=1, keepdims=True), axis=1)  # the first that is scored
+    centred = jnp.where(scored, rewards - member, 0.0)
+    mean = centred.sum(axis=1, keepdims=True) / jnp.maximum(counts, 1)
+    centred = jnp.where(scored, centred - mean, 0.0)
+    return centred / (scale(centred, counts) + (0.0 if scale is no_scale else 1e-4))
 
 
 def kl_k3(logprobs: Array, ref_logprobs: Array, cap: float = 10.0) -> Array:

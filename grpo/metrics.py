@@ -44,9 +44,9 @@ class JsonLines:
         return kept, len(kept) == len(lines) - 1 and not lines[-1]
 
     def write(self, record: dict[str, Any]) -> None:
-        """Add one record, and remember it."""
+        """Add one record, and remember it as a resumed run would read it."""
         self.write_all([record])
-        self.records.append(record)
+        self.records.append(strict(record))
 
     def write_all(self, records: list[dict[str, Any]]) -> None:
         if is_first():
@@ -54,9 +54,11 @@ class JsonLines:
                 file.writelines(json.dumps(strict(record), ensure_ascii=False) + "\n" for record in records)
 
 
-def strict(record: dict[str, Any]) -> dict[str, Any]:
+def strict(value: Any) -> Any:
     """NaN and infinities become null: JSON has no others."""
-    return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in record.items()}
+    if isinstance(value, dict):
+        return {key: strict(x) for key, x in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class CompileCounter:
@@ -97,6 +99,9 @@ class Progress:
         )
         last = step == self.steps
         print("\r\x1b[K" + line if self.terminal else line, end="" if self.terminal and not last else "\n", flush=True)
+
+    def warn(self, line: str) -> None:
+        print("\n" * self.terminal + f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:

@@ -3,12 +3,9 @@
 Left out: which problems (data/batches.py), what the batch does to the policy (train.py).
 """
 
-import importlib.util
 import math
-import numbers
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import flax.struct
@@ -20,15 +17,16 @@ from data.batches import Packed, pack
 from data.problems import Problem
 from data.prompts import pad_prompts
 from data.tokenizer import Tokenizer
-from grpo.config import Config, ConfigError
+from grpo.config import Config
+from grpo.distributed import agree, is_first
 from grpo.loss import batch_std, group_advantages, group_std, no_scale
-from grpo.reward import WEIGHTS, accuracies, format_checks, score
+from grpo.reward import accuracies, format_checks, score
+from grpo.workers import UserRewards
 from models.gemma import Compute, GemmaConfig, Params
-from models.sampler import Samples, Sampling, decode, prefill, row_keys
+from models.sampler import Prefix, Samples, Sampling, decode, prefill, row_keys
 from models.sharding import fetch, put
 
 SCALES = {"group": group_std, "batch": batch_std, "none": no_scale}
-RewardFunction = Callable[[str, Problem], float]
 
 
 @flax.struct.dataclass
@@ -45,121 +43,157 @@ class Batch:
     ref_logprobs: Any = None  # BC, when beta > 0
 
 
-def load_rewards(names: str) -> dict[str, RewardFunction]:
-    """`my.py:brevity,other.py:f` -> {"brevity": <function>, "f": <function>}: the user's own rewards."""
-    rewards = {}
-    for name in filter(None, names.split(",")):
-        path, _, function = name.rpartition(":")
-        if not Path(path).is_file():
-            raise ConfigError(f"reward {name!r}: file {path!r} does not exist; give FILE.py:FUNCTION")
-        module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        assert module_spec and module_spec.loader
-        module = importlib.util.module_from_spec(module_spec)
-        module_spec.loader.exec_module(module)
-        if not callable(getattr(module, function, None)):
-            raise ConfigError(f"reward {name!r}: {path} has no function {function!r}")
-        if function in WEIGHTS or function in rewards:
-            raise ConfigError(f"reward {name!r}: the name {function!r} is taken; give the function another")
-        rewards[function] = getattr(module, function)
-    return rewards
+def rollout(
+    view: Params, problems: list[Problem], prompt_ids: list[list[int]], step: int, tokenizer: Tokenizer, model: GemmaConfig,
+    compute: Compute, config: Config, rewards: UserRewards,
+) -> tuple[Batch, list[dict[str, Any]], dict[str, float]]:  # fmt: skip
+    """A group of completions for each of Q problems, scored: the batch, a record of each completion, the step's metrics.
+
+    Groups that teach nothing are sampled again, up to `resample` times; the first attempt of a group that does is kept.
+    """
+    Q, G = len(problems), config.group_size
+    B = Q * G
+    asked = [problem for problem in problems for _ in range(G)]
+    limits = np.array(config.limits(step, B), np.int32)
+    prompts, lengths = pad_prompts(prompt_ids, config.max_prompt_tokens, tokenizer.pad_id)
+    start = time.perf_counter()
+    prefix = jax.block_until_ready(prefill(view, put(prompts, "QP"), put(lengths, "Q"), model, compute))
+    times = {"time/prefill": time.perf_counter() - start, "time/decode": 0.0, "time/reward": 0.0}
+
+    def attempt(number: int, rows: np.ndarray) -> tuple[Samples, list[dict[str, Any]]]:
+        """Samples of all rows, of which those not in `rows` stop at once; records of `rows`."""
+        start = time.perf_counter()
+        wanted = np.ones_like(limits)
+        wanted[rows] = limits[rows]
+        samples, texts = generate(view, prefix, number * B + np.arange(B), wanted, step, tokenizer, model, compute, config)
+        middle = time.perf_counter()
+        records = judge_all([texts[b] for b in rows], [asked[b] for b in rows], samples.truncated[rows], config, rewards)
+        times["time/decode"] += middle - start
+        times["time/reward"] += time.perf_counter() - middle
+        return samples, records
+
+    samples, records = attempt(0, np.arange(B))
+    dead = dead_groups(records, G)
+    resampled = int(dead.sum()) if config.resample else 0
+    for number in range(1, config.resample + 1):
+        if not dead.any():
+            break
+        rows = np.flatnonzero(np.repeat(dead, G))
+        others, other_records = attempt(number, rows)
+        kept = ~np.repeat(dead_groups(other_records, G), G)
+        samples = replace_rows(samples, others, rows[kept])
+        for b, record, keep in zip(rows, other_records, kept, strict=True):
+            records[b] = record if keep else records[b]
+        dead = dead_groups(records, G)
+
+    tokens, logprobs, sampled, truncated = map(
+        np.asarray, (samples.tokens, samples.logprobs, samples.lengths, samples.truncated)
+    )
+    totals = np.array([record["reward"] for record in records], np.float32).reshape(Q, G)
+    advantages = np.asarray(group_advantages(totals, SCALES[config.advantage_scale])).reshape(-1)
+    records = [
+        {"step": step, "problem": problem.id, "answer": problem.answer, **record}
+        | {"advantage": float(advantage), "length": int(length)}
+        for problem, record, advantage, length in zip(asked, records, advantages, sampled, strict=True)
+    ]
+    mask = (np.arange(config.max_new_tokens) < sampled[:, None]) & ~np.isnan(totals).reshape(-1, 1)
+    if config.mask_truncated:
+        mask &= ~truncated[:, None]
+    batch = Batch(
+        prompts=put(prompts, "QP"),
+        lengths=put(lengths, "Q"),
+        packed=Packed(*(put(x, "BC") for x in pack(tokens, sampled, lengths, config.packing))),
+        mask=put(mask.astype(np.float32), "BC"),
+        sampler_logprobs=put(logprobs, "BC"),
+        advantages=put(advantages, "B"),
+    )
+    return batch, records, summarise(records, G, mask, logprobs) | {"resampled_groups": resampled} | times
 
 
 def generate(
-    view: Params, prompts: np.ndarray, lengths: np.ndarray, step: int, tokenizer: Tokenizer, model: GemmaConfig,
+    view: Params, prefix: Prefix, rows: np.ndarray, limits: np.ndarray, step: int, tokenizer: Tokenizer, model: GemmaConfig,
     compute: Compute, config: Config,
-) -> tuple[Samples, list[str], dict[str, float]]:  # fmt: skip
-    """A group of completions for each of the prompts QP: samples B on the host, their text, seconds by phase."""
-    start = time.perf_counter()
-    prefix = prefill(view, put(prompts, "QP"), put(lengths, "Q"), model, compute)
-    jax.block_until_ready(prefix)
-    middle = time.perf_counter()
-    B = len(prompts) * config.group_size
-    keys = row_keys(config.seed, step, put(np.arange(B), "B"))
-    temperature = put(np.full(B, config.temperature, np.float32), "B")
-    limits = put(np.array(config.limits(step, B), np.int32), "B")
-    samples = fetch(decode(view, prefix, keys, temperature, limits, model, compute, sampling(tokenizer, config)))
-    times = {"time/prefill": middle - start, "time/decode": time.perf_counter() - middle}
-    texts = [tokenizer.decode(ids[:length]) for ids, length in zip(samples.tokens, samples.lengths, strict=True)]
-    return samples, texts, times
+) -> tuple[Samples, list[str]]:  # fmt: skip
+    """A completion of up to `limits` tokens for each of `rows`, which name random streams: samples on the host, and text."""
+    keys = row_keys(config.seed, step, put(rows, "B"))
+    temperature = np.full(len(rows), config.temperature, np.float32)
+    settings = put(temperature, "B"), put(limits, "B")
+    samples = fetch(decode(view, prefix, keys, *settings, model, compute, sampling(tokenizer, config)))
+    return samples, [tokenizer.decode(ids[:length]) for ids, length in zip(samples.tokens, samples.lengths, strict=True)]
 
 
 def sampling(tokenizer: Tokenizer, config: Config) -> Sampling:
     return Sampling(config.max_new_tokens, tokenizer.stop_ids, config.top_k, config.top_p, config.halvings)
 
 
-def judge(text: str, problem: Problem, truncated: bool, config: Config, rewards: dict[str, RewardFunction]) -> dict[str, Any]:
-    """One completion's record: its reward and components, its three accuracies, its format."""
-    components, total = score(text, problem, truncated, config.reward_weights)
-    for name, function in rewards.items():
-        value = function(text, problem)
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise ConfigError(f"reward {name} gave {value!r} for problem {problem.id}: must be a finite number")
-        components = {**components, name: float(value)}
-        total += float(value)
-    return {
-        "text": text,
-        "reward": total,
-        "components": components,
-        "accuracy": accuracies(text, problem.answer, truncated),
-        "format": format_checks(text, truncated),
-        "truncated": truncated,
-    }
+def judge_all(
+    texts: list[str], problems: list[Problem], truncated: Iterable[bool], config: Config, rewards: UserRewards
+) -> list[dict[str, Any]]:
+    """A record of each completion: its reward and components, its three accuracies, its format.
+
+    Plain Python values, process 0's on every process. The reward is NaN where one of the user's functions gave none.
+    """
+    if not is_first():
+        return agree(None)
+    theirs = rewards.score(texts, problems)
+    records = []
+    for b, (text, problem, cut) in enumerate(zip(texts, problems, map(bool, truncated), strict=True)):
+        components, total = score(text, problem, cut, config.reward_weights)
+        added = {name: values[b] for name, values in theirs.items()}
+        records.append({
+            "text": text,
+            "reward": total + sum(added.values()),
+            "components": components | added,
+            "accuracy": accuracies(text, problem.answer, cut),
+            "format": format_checks(text, cut),
+            "truncated": cut,
+        })  # fmt: skip
+    return agree(records)
 
 
-def rollout(
-    view: Params, problems: list[Problem], prompt_ids: list[list[int]], step: int, tokenizer: Tokenizer, model: GemmaConfig,
-    compute: Compute, config: Config, rewards: dict[str, RewardFunction],
-) -> tuple[Batch, list[dict[str, Any]], dict[str, float]]:  # fmt: skip
-    """A group of completions for each of Q problems, scored: the batch, a record of each completion, the step's metrics."""
-    Q, G = len(problems), config.group_size
-    prompts, lengths = pad_prompts(prompt_ids, config.max_prompt_tokens, tokenizer.pad_id)
-    samples, texts, times = generate(view, prompts, lengths, step, tokenizer, model, compute, config)
-    start = time.perf_counter()
-    truncated = np.asarray(samples.truncated)
-    records = [
-        {"step": step, "problem": problems[b // G].id, "answer": problems[b // G].answer}
-        | judge(texts[b], problems[b // G], bool(truncated[b]), config, rewards)
-        for b in range(Q * G)
-    ]
-    totals = np.array([record["reward"] for record in records], np.float32).reshape(Q, G)
-    times["time/reward"] = time.perf_counter() - start
-    advantages = np.asarray(group_advantages(totals, SCALES[config.advantage_scale]))
-    for record, advantage, length in zip(records, advantages.flat, samples.lengths, strict=True):
-        record |= {"advantage": float(advantage), "length": int(length)}
-    sampled = np.asarray(samples.lengths)
-    mask = np.arange(config.max_new_tokens) < sampled[:, None]
-    if config.mask_truncated:
-        mask &= ~truncated[:, None]
-    batch = Batch(
-        prompts=put(prompts, "QP"),
-        lengths=put(lengths, "Q"),
-        packed=Packed(*(put(x, "BC") for x in pack(np.asarray(samples.tokens), sampled, lengths, config.packing))),
-        mask=put(mask.astype(np.float32), "BC"),
-        sampler_logprobs=put(samples.logprobs, "BC"),
-        advantages=put(advantages.reshape(-1), "B"),
-    )
-    return batch, records, summarise(records, totals, mask, np.asarray(samples.logprobs)) | times
+def dead_groups(records: list[dict[str, Any]], G: int) -> np.ndarray:  # -> Q
+    """Whether the scored rewards of a group are all equal, or none: every advantage is then 0."""
+    totals = np.array([record["reward"] for record in records], np.float32).reshape(-1, G)
+    return np.array([len(set(group[~np.isnan(group)].tolist())) < 2 for group in totals], bool)
 
 
-def summarise(records: list[dict[str, Any]], totals: np.ndarray, mask: np.ndarray, logprobs: np.ndarray) -> dict[str, float]:
-    """The metrics of a rollout. `entropy` is the mean of -logπ over sampled tokens: an unbiased estimate, in nats."""
+def replace_rows(samples: Samples, others: Samples, rows: np.ndarray) -> Samples:
+    def choose(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+        old = old.copy()
+        old[rows] = new[rows]
+        return old
+
+    return jax.tree.map(choose, samples, others)
+
+
+def summarise(records: list[dict[str, Any]], G: int, mask: np.ndarray, logprobs: np.ndarray) -> dict[str, float]:
+    """The metrics of a rollout. Those of rewards are over the completions that have one, and NaN if none has.
+
+    `entropy` is the mean of -logπ over sampled tokens: an unbiased estimate, in nats.
+    """
 
     def mean(values) -> float:
-        return float(np.mean(list(values)))
+        values = list(values)
+        return float(np.mean(values)) if values else math.nan
 
     lengths = np.array([record["length"] for record in records])
     ended = lengths[[not record["truncated"] for record in records]]
     advantages = np.array([record["advantage"] for record in records])
+    scored = [record for record in records if not math.isnan(record["reward"])]
+    groups = np.array([record["reward"] for record in records]).reshape(-1, G)
+    spreads = [np.nanstd(group, ddof=1) for group in groups if np.isfinite(group).sum() > 1]
     metrics = {
-        "reward": float(totals.mean()),
-        "reward_std": float(totals.std(axis=1, ddof=1).mean()),
+        "reward": mean(r["reward"] for r in scored),
+        "reward_std": mean(spreads),
         "accuracy": mean(r["accuracy"]["tagged"] for r in records),
         "accuracy/strict": mean(r["accuracy"]["strict"] for r in records),
         "accuracy/flexible": mean(r["accuracy"]["flexible"] for r in records),
         "format/strict": mean(not r["format"]["violation"] for r in records),
         "format/reasoning": mean(r["format"]["reasoning_tags"] for r in records),
         "format/answer": mean(r["format"]["answer_tags"] for r in records),
-        "frac_reward_zero_std": mean(totals.max(axis=1) == totals.min(axis=1)),
+        "frac_reward_zero_std": mean(dead_groups(records, G)),
+        "frac_unscorable": 1 - len(scored) / len(records),
+        "skipped_update": int(not mask.any()),  # no completion says anything: the optimizer does not even see it
         "frac_truncated": mean(r["truncated"] for r in records),
         "completions/mean_length": float(lengths.mean()),
         "completions/max_length": float(lengths.max()),
@@ -167,10 +201,10 @@ def summarise(records: list[dict[str, Any]], totals: np.ndarray, mask: np.ndarra
         "completions/mean_words": mean(len(r["text"].split()) for r in records),
         "advantage/abs_mean": float(np.abs(advantages).mean()),
         "advantage/max": float(np.abs(advantages).max()),
-        "entropy": float(-(logprobs * mask).sum() / max(mask.sum(), 1)),
+        "entropy": float(-(logprobs * mask).sum() / mask.sum()) if mask.any() else math.nan,
     }
     for name in records[0]["components"]:
-        values = [r["components"][name] for r in records]
-        metrics[f"rewards/{name}/mean"] = float(np.mean(values))
-        metrics[f"rewards/{name}/std"] = float(np.std(values))
+        values = [r["components"][name] for r in scored]
+        metrics[f"rewards/{name}/mean"] = mean(values)
+        metrics[f"rewards/{name}/std"] = float(np.std(values)) if values else math.nan
     return metrics

@@ -24,8 +24,8 @@ from data.prompts import drop_long
 from data.tokenizer import Tokenizer, load_tokenizer
 from grpo.config import Config, ConfigError
 from grpo.distributed import agree, is_first
-from grpo.rollout import RewardFunction, load_rewards
 from grpo.session import Session, plan_sessions
+from grpo.workers import UserRewards
 from models import ModelError
 from models.convert import read_config
 from models.gemma import Compute, GemmaConfig, shapes
@@ -37,7 +37,7 @@ FREE_TO_CHANGE = {
     "run_dir", "relay_from", "model_path", "data", "session", "max_steps", "epochs", "max_hours", "eval_every",
     "retention_problems", "save_every", "save_minutes", "keep_checkpoints", "async_save", "allow_change", "coordinator",
     "processes", "process_id", "rollout_tp", "remat", "attention", "unroll", "packing", "halvings", "logprob_chunk",
-    "microbatches",
+    "microbatches", "reward_timeout", "strict_rewards", "max_dead_steps",
 }  # fmt: skip
 
 
@@ -54,7 +54,7 @@ class Run:
     eval_problems: list[Problem]
     eval_ids: list[list[int]]
     dropped: list[Problem]  # their prompts are too long
-    rewards: dict[str, RewardFunction]
+    rewards: UserRewards
     sessions: list[Session]
     train: Compute  # how the update and the reference run
     sample: Compute  # how the rollout runs
@@ -74,7 +74,7 @@ def prepare(config: Config) -> Run:
     check_shapes(config, model, mesh)
     tokenizer = load_tokenizer(config.model_path)
     check_tokenizer(tokenizer, model)
-    rewards = load_rewards(config.reward)
+    rewards = UserRewards(config.reward if is_first() else "", config.reward_timeout, config.strict_rewards)
     problems, eval_problems = choose_problems(config)
     problems, prompt_ids, dropped = drop_long(problems, tokenizer, config.system_prompt, config.max_prompt_tokens)
     eval_ids: list[list[int]] = []

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from grpo.alarms import alarms, dead_steps, diagnose
 from grpo.checkpoint import Checkpoints, Restored, differing, digest
 from grpo.config import Config, ConfigError, RunError
 from grpo.distributed import agree, is_first, join, say
@@ -168,10 +169,7 @@ class Trainer:
                 self.done = step
                 metrics["compiles"] = self.compiles.count - compiled
                 self.recompilations += metrics["compiles"] if step > first else 0
-                self.metrics.write({"step": step, "session": session.number, **metrics})
-                self.completions.write_all(records)
-                if is_first():
-                    self.progress.show(step, metrics)
+                self.record({"step": step, "session": session.number, **metrics}, records)
                 if metrics["bad_updates_in_a_row"] >= config.max_bad_updates:
                     count = metrics["bad_updates_in_a_row"]
                     raise RunError(f"step {step}: {count} non-finite updates in a row; try a lower learning_rate")
@@ -179,8 +177,22 @@ class Trainer:
                 self.save(wait=stopping or step == session.end)
                 if stopping:
                     self.interrupts.check()
+                if config.max_dead_steps and dead_steps(self.metrics.records) >= config.max_dead_steps:
+                    raise RunError(diagnose(self.metrics.records))
                 if config.eval_every and step % config.eval_every == 0 and step < session.end:
                     self.evaluate()
+
+    def record(self, metrics: dict[str, Any], completions: list[dict[str, Any]]) -> None:
+        """Write a step down, show it, and sound the alarms that it sets off."""
+        history = self.metrics.records
+        active = alarms([*history, metrics])
+        ringing = history[-1]["alarms"] if history else []
+        self.metrics.write(metrics | {"alarms": list(active)})
+        self.completions.write_all(completions)
+        if is_first():
+            self.progress.show(metrics["step"], metrics)
+            for name in [name for name in active if name not in ringing]:
+                self.progress.warn(f"{name}: {active[name]}")
 
     def session_start(self, session: Session) -> Params:
         """What the session starts from, as its frozen reference."""
@@ -262,7 +274,7 @@ def train(config: Config) -> dict[str, Any]:
     started, compiles = time.monotonic(), CompileCounter()
     join(config)
     run = prepare(config)
-    with open_run_dir(config) as folder, jax.set_mesh(run.mesh), Interrupts(config.max_hours) as interrupts:
+    with run.rewards, open_run_dir(config) as folder, jax.set_mesh(run.mesh), Interrupts(config.max_hours) as interrupts:
         say(describe(run))
         trainer = Trainer(run, folder, interrupts, compiles)
         with closing(trainer.checkpoints):
@@ -312,7 +324,8 @@ def one_step(
     began = time.perf_counter()
     stats: dict[str, Any] = {}
     compute = choose_remat(run.train, model, batch, config.microbatches, run.mesh.size, device_memory(run.mesh))
-    for rate in (rates := learning_rates(step, session, run)):
+    rates = learning_rates(step, session, run)
+    for rate in [] if metrics["skipped_update"] else rates:
         state, stats = train_step(state, batch, rate, model, compute, config)
     stats = {name: float(value) for name, value in jax.device_get(stats).items()}
     metrics["time/update"] = time.perf_counter() - began
@@ -361,7 +374,7 @@ def closing_table(result: dict[str, Any]) -> str:
             ("reward, sampled", "sampled_reward", ".2f"),
             ("length, sampled", "sampled_length", ".1f"),
         ):
-            lines.append(row(name, [format(c[key], form) for c in columns]))
+            lines.append(row(name, ["-" if c[key] is None else format(c[key], form) for c in columns]))
         for earlier in sessions:
             kept = [session["retention"].get(str(earlier["session"])) for session in sessions]
             if any(kept):

@@ -33,6 +33,7 @@ from grpo.run import Run
 from grpo.session import plan_sessions
 from grpo.train import one_step
 from grpo.update import choose_remat, completion_logprobs, device_memory, init_state, rollout_view, train_step
+from grpo.workers import UserRewards
 from grpo.workload import Workload
 from models import roofline
 from models.gemma import Compute, init_params
@@ -100,7 +101,7 @@ def make_run(config: BenchmarkConfig, mesh: Mesh) -> Run:
     problems = [Problem(str(i), "", str(i)) for i in range(Q)]
     sessions = plan_sessions(dataclasses.replace(config, epochs=10 * config.repeats), Q)
     return Run(
-        config, mesh, model, NumberTokens(), problems, prompt_ids, [], [], [], {}, sessions,  # type: ignore[arg-type]
+        config, mesh, model, NumberTokens(), problems, prompt_ids, [], [], [], UserRewards(), sessions,  # type: ignore[arg-type]
         Compute(TRAIN, dtype, config.remat, config.unroll, config.attention), Compute(ROLLOUT, dtype, unroll=config.unroll),
     )  # fmt: skip
 
@@ -119,7 +120,9 @@ def measure(run: Run, shapes: int) -> dict[str, list[float]]:
         rolled = []
 
         def roll(i: int):
-            rolled.append(rollout(view, run.problems, run.prompt_ids, i + 1, run.tokenizer, model, run.sample, config, {}))
+            rolled.append(
+                rollout(view, run.problems, run.prompt_ids, i + 1, run.tokenizer, model, run.sample, config, run.rewards)
+            )
             return rolled[-1][0]
 
         figures["sample"] = timed(roll, repeats, shapes)
@@ -177,7 +180,7 @@ def autotune(config: BenchmarkConfig) -> dict[int, float]:
             view = rollout_view(init_params(jax.random.key(0), run.model, STORE), run.model, run.sample)
 
             def roll(i: int, run: Run = run, view: Any = view):
-                arguments = run.problems, run.prompt_ids, i, run.tokenizer, run.model, run.sample, config, {}
+                arguments = run.problems, run.prompt_ids, i, run.tokenizer, run.model, run.sample, config, run.rewards
                 return rollout(view, *arguments)[0]
 
             seconds[k] = statistics.median(timed(roll, 3))

@@ -165,12 +165,13 @@ def test_a_flag_without_its_value_is_an_error(capsys, name):
 ABOVE_0 = [
     "prompts_per_step", "max_prompt_tokens", "max_new_tokens", "temperature", "epochs", "learning_rate", "max_grad_norm",
     "updates_per_rollout", "microbatches", "logprob_chunk", "save_every", "keep_checkpoints", "max_bad_updates",
-    "top_p", "sessions", "processes",
+    "top_p", "sessions", "processes", "reward_timeout",
 ]  # fmt: skip
 FROM_0 = [
     "new_problems", "max_steps", "seed", "top_k", "beta", "epsilon_low", "epsilon_high", "sampler_cap", "warmup_steps",
     "weight_decay", "eval_problems", "eval_every", "adam_b1", "adam_b2", "rollout_tp", "packing",
-    "halvings", "max_hours", "session", "review_ratio", "retention_problems", "save_minutes", "process_id",
+    "halvings", "max_hours", "session", "review_ratio", "retention_problems", "save_minutes", "process_id", "resample",
+    "max_dead_steps",
 ]  # fmt: skip
 ANY_NUMBER = ["reward_correct", "reward_reasoning_tags", "reward_answer_tags", "reward_operators", "reward_violation"]
 TOO_LARGE = {"top_p": 1.001, "adam_b1": 1.0, "adam_b2": 1.0, "seed": 2**32}

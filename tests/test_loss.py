@@ -273,6 +273,47 @@ def test_advantages_equal_float64(scale, shape):
     np.testing.assert_allclose(got, expected_advantages(rewards.astype(float), scale), rtol=2e-6, atol=5e-6)
 
 
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("share", [0.2, 0.6])
+def test_rewards_that_are_missing_are_in_no_mean_and_no_spread(scale, share):
+    """Against float64; groups with all, some, one and none of their rewards are met, and the first may be missing."""
+    rng = np.random.default_rng(8)
+    rewards = rng.normal(5, 10, (60, 5)).astype(np.float32)
+    rewards[rng.random(rewards.shape) < share] = np.nan
+    counts = np.isfinite(rewards).sum(axis=1)
+    assert set(counts) >= ({3, 4, 5} if share < 0.5 else {0, 1, 2, 3}) and np.isnan(rewards[counts > 1, 0]).any()
+    exact = np.zeros(rewards.shape)
+    for group, row in enumerate(rewards.astype(float)):
+        there = np.isfinite(row)
+        exact[group, there] = row[there] - (row[there].mean() if there.any() else 0)
+        if scale == "group" and there.sum() > 1:
+            exact[group, there] /= row[there].std(ddof=1) + 1e-4
+    if scale == "batch":
+        exact /= math.sqrt((exact**2).sum() / (counts.sum() - 1)) + 1e-4
+    got = np.asarray(group_advantages(jnp.asarray(rewards), SCALES[scale]))
+    np.testing.assert_allclose(got, exact, rtol=2e-6, atol=5e-6)
+    assert (got[np.isnan(rewards)] == 0).all() and (got[counts < 2] == 0).all()
+    assert (got[np.isfinite(rewards) & (counts[:, None] > 1)] != 0).all()
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e6])
+def test_equal_rewards_beside_missing_ones_get_exactly_zero(scale, value):
+    group = [value, np.nan, value, value, value, np.nan, value, value]
+    advantages = np.asarray(group_advantages(f32([group, [1, 2, 3, 4, 5, 6, 7, np.nan]]), SCALES[scale]))
+    assert (advantages[0] == 0).all() and (advantages[1] != 0).sum() == 6  # 4 is the mean of 1 to 7
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_missing_reward_is_as_a_smaller_group(scale):
+    """To the last bit, whichever of the group it is: sums of whole numbers are exact."""
+    want = np.asarray(group_advantages(WHOLE[:1, :7], SCALES[scale]))
+    for missing in range(8):
+        with_gap = np.insert(WHOLE[:1, :7], missing, np.nan, axis=1)
+        got = np.asarray(group_advantages(with_gap, SCALES[scale]))
+        np.testing.assert_array_equal(np.delete(got, missing, axis=1), want)
+
+
 # Whole rewards in groups of 8: every sum and mean below is exact in float32, so that laws hold to the last bit.
 WHOLE = f32(np.random.default_rng(4).choice([-15, 0, 5, 5, 30], (5, 8)))
 

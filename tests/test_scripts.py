@@ -1,6 +1,6 @@
 """Laws of scripts/train.py as a program: exit codes, one line on stderr for the user's mistakes, JSON as the last line.
 
-0 done, 2 the user's mistake, 1 our own or that of the user's code, with its traceback.
+0 done, 2 the user's mistake, 1 a run that cannot go on, or our own mistake, with its traceback.
 """
 
 import json
@@ -99,14 +99,28 @@ def test_the_users_mistake_is_one_line_and_exit_code_2(train, folder, name):
     assert not (folder / "never").exists()
 
 
-def test_a_reward_that_is_no_number_is_one_line_and_exit_code_2(done, train, folder):
-    ended = train("--run_dir", str(folder / "nan"), "--eval_problems", "0", "--reward", f"{folder / 'rewards.py'}:not_a_number")
-    assert ended.returncode == 2
-    assert ended.stderr.startswith("error: reward not_a_number gave nan for problem ") and ended.stderr.count("\n") == 1
-
-
-def test_a_fault_in_the_users_code_is_a_traceback_and_exit_code_1(done, train, folder):
-    ended = train("--run_dir", str(folder / "broken"), "--eval_problems", "0", "--reward", f"{folder / 'rewards.py'}:broken")
+def test_a_reward_that_is_no_number_is_one_line_and_exit_code_1(done, train, folder):
+    ended = train("--run_dir", str(folder / "text"), "--eval_problems", "0", "--reward", f"{folder / 'rewards.py'}:text")
     assert ended.returncode == 1
-    assert ended.stderr.startswith("Traceback") and "RuntimeError: a fault of the reward's own" in ended.stderr
-    assert "rewards.py" in ended.stderr  # where it happened
+    assert ended.stderr.startswith("error: reward text gave ") and ended.stderr.count("\n") == 1
+
+
+def test_a_reward_that_raises_is_a_traceback_and_the_run_goes_on(done, train, folder):
+    argv = ["--run_dir", str(folder / "broken"), "--reward", f"{folder / 'rewards.py'}:broken"]
+    ended = train(*argv)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.startswith("warning: reward broken raised RuntimeError: a fault of the reward's own for problem ")
+    assert ended.stderr.count("Traceback") == 1 and "rewards.py" in ended.stderr  # where it happened
+    result = json.loads(ended.stdout.splitlines()[-1], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert result["reward_first"] is None and result["accuracy_before"]["sampled_reward"] is None
+    again = train(*argv)
+    assert again.returncode == 0 and again.stderr == ""
+    assert json.loads(again.stdout.splitlines()[-1])["params_digest"] == result["params_digest"]
+
+
+def test_strict_rewards_end_the_run_in_one_line_and_exit_code_1(done, train, folder):
+    argv = ["--run_dir", str(folder / "strict"), "--reward", f"{folder / 'rewards.py'}:broken", "--strict_rewards"]
+    ended = train(*argv)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: reward broken raised RuntimeError: a fault of the reward's own for problem ")
+    assert ended.stderr.count("\n") == 1

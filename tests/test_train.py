@@ -26,7 +26,8 @@ from data.tokenizer import load_tokenizer
 from grpo.checkpoint import Checkpoints
 from grpo.config import Config, ConfigError, RunError
 from grpo.metrics import JsonLines, wilson
-from grpo.rollout import Batch, judge, load_rewards, put, rollout
+from grpo.rollout import Batch, generate, judge_all, put, rollout
+from grpo.workers import UserRewards
 from models import ModelError
 from models.convert import read_config, save_params
 from models.gemma import init_params
@@ -39,11 +40,17 @@ REWARDS = """
 def variety(completion, problem):
     return len(set(completion)) / 2
 
-def not_a_number(completion, problem):
-    return float("nan")
+def sometimes(completion, problem):
+    return float("nan") if len(completion) % 3 == 0 else len(set(completion)) / 2
+
+def rare(completion, problem):
+    return sum(map(ord, completion)) % 9 == 0
 
 def broken(completion, problem):
     raise RuntimeError("a fault of the reward's own")
+
+def text(completion, problem):
+    return completion
 """
 
 
@@ -245,19 +252,20 @@ def test_every_suggested_metric_is_there_and_finite(finished):
         "frac_truncated", "kl/k3", "kl/k1", "entropy", "clip/low", "clip/high", "logp_diff_sampler_trainer/mean",
         "logp_diff_sampler_trainer/max", "advantage/abs_mean", "advantage/max", "loss", "grad_norm", "bad_updates", "lr",
         "completions/mean_length", "completions/max_length", "completions/mean_terminated_length", "completions/mean_words",
-        "tokens_per_s/decode", "tokens_per_s/total", "hbm_peak", "compiles",
+        "tokens_per_s/decode", "tokens_per_s/total", "hbm_peak", "compiles", "frac_unscorable", "skipped_update",
+        "resampled_groups",
     }  # fmt: skip
     for record in finished.files["metrics.jsonl"]:
         assert names <= set(record)
-        assert all(math.isfinite(value) for value in record.values())
+        assert record["alarms"] == []
+        assert all(math.isfinite(value) for name, value in record.items() if name != "alarms")
         assert record["time/step"] >= record["time/prefill"] + record["time/decode"] + record["time/update"]
 
 
-def test_every_completion_is_recorded_with_its_reward_and_advantage(folder, finished):
-    variety = load_rewards(f"{folder / 'rewards.py'}:variety")["variety"]
+def test_every_completion_is_recorded_with_its_reward_and_advantage(finished):
     for record in finished.files["completions.jsonl"]:
         assert record["reward"] == pytest.approx(sum(record["components"].values()), abs=1e-6)
-        assert record["components"]["variety"] == variety(record["text"], None)  # type: ignore[arg-type]
+        assert record["components"]["variety"] == len(set(record["text"])) / 2
         assert record["components"]["violation"] == -15  # a random model writes no tags
         assert 1 <= record["length"] <= C
         assert record["length"] == C or not record["truncated"]
@@ -282,6 +290,7 @@ def test_metrics_are_means_over_the_recorded_completions(finished):
             "reward": rewards.mean(),
             "reward_std": rewards.std(axis=1, ddof=1).mean(),
             "frac_reward_zero_std": (np.ptp(rewards, axis=1) == 0).mean(),
+            "frac_unscorable": 0.0,
             "frac_truncated": 1 - ended.mean(),
             "completions/mean_length": lengths.mean(),
             "completions/max_length": lengths.max(),
@@ -418,6 +427,7 @@ def test_a_run_goes_from_eight_devices_to_one(config, finished):
     for record, expected in zip(files["completions.jsonl"][: Q * G], finished.files["completions.jsonl"], strict=False):
         assert record == expected
     first, expected = (without_times(f["metrics.jsonl"])[0] for f in (files, finished.files))
+    assert first.pop("alarms") == expected.pop("alarms")
     assert first == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert [m["reward"] for m in files["metrics.jsonl"]] == [m["reward"] for m in finished.files["metrics.jsonl"]]
     assert 0 < distance(final_state(config).params, finished.state.params) < 0.01 * way(config, finished)
@@ -496,15 +506,18 @@ class Bench:
             )
 
     def rollout(self, **changes) -> tuple[Batch, list[dict[str, Any]]]:
+        return self.rollout_and_metrics(**changes)[:2]
+
+    def rollout_and_metrics(self, **changes) -> tuple[Batch, list[dict[str, Any]], dict[str, float]]:
         prepared = self.prepared(**changes)
         with jax.set_mesh(prepared.mesh):
             state = initial(prepared)
             view = grpo.update.rollout_view(state.params, prepared.model, prepared.sample)
-            batch, records, _ = rollout(
+            batch, records, metrics = rollout(
                 view, prepared.problems[:Q], prepared.prompt_ids[:Q], 1, prepared.tokenizer, prepared.model, prepared.sample,
                 prepared.config, prepared.rewards,
             )  # fmt: skip
-        return jax.device_get(batch), records
+        return jax.device_get(batch), records, metrics
 
 
 def completions(batch: Batch) -> np.ndarray:
@@ -727,20 +740,143 @@ def test_top_k_and_top_p_leave_the_trainers_logprobs_alone(bench, options):
     assert 1 < max(choices) <= options.get("top_k", G)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, None, "5"])
-def test_a_reward_that_is_no_number_is_one_line(config, value):
-    problem = grpo.run.choose_problems(config)[0][0]
-    with pytest.raises(ConfigError, match=r"^reward mine gave .* must be a finite number$") as error:
-        judge("text", problem, False, config, {"mine": lambda completion, problem: value})
-    assert problem.id in str(error.value)
+# ------------------------------------------------------------------------------------------------- rewards that misbehave
 
 
-def test_a_reward_that_cannot_be_found_is_one_line(folder):
-    with pytest.raises(ConfigError, match="has no function 'vareity'"):
-        load_rewards(f"{folder / 'rewards.py'}:vareity")
-    for name in ("variety", "missing.py:variety", f"{folder}:variety"):
-        with pytest.raises(ConfigError, match=r"does not exist; give FILE.py:FUNCTION$"):
-            load_rewards(name)
+def test_rows_without_a_score_are_left_out(bench, folder):
+    """In a third of the rows; the others' rewards and advantages are as if these had never been there."""
+    batch, records, metrics = bench.rollout_and_metrics(reward=f"{folder / 'rewards.py'}:sometimes")
+    _, plain, _ = bench.rollout_and_metrics()
+    missing = np.array([len(record["text"]) % 3 == 0 for record in records])
+    assert 0.1 < missing.mean() < 0.6 and metrics["frac_unscorable"] == pytest.approx(missing.mean())
+    rewards = np.array([record["reward"] for record in records])
+    np.testing.assert_array_equal(rewards, np.where(missing, np.nan, [record["reward"] for record in plain]))
+    np.testing.assert_array_equal(np.isnan([record["components"]["sometimes"] for record in records]), missing)
+    np.testing.assert_array_equal(np.asarray(batch.mask).sum(axis=1) == 0, missing)
+    advantages = np.asarray(batch.advantages)
+    assert (advantages[missing] == 0).all()
+    for group in range(Q):
+        rows = [b for b in range(group * G, (group + 1) * G) if not missing[b]]
+        if len(rows) > 1:
+            of_group = rewards[rows]
+            expected = (of_group - of_group.mean()) / (of_group.std(ddof=1) + 1e-4)
+            np.testing.assert_allclose(advantages[rows], expected, atol=1e-5)
+    assert metrics["reward"] == pytest.approx(rewards[~missing].mean())
+    assert metrics["rewards/sometimes/mean"] == pytest.approx(rewards[~missing].mean() + 15)
+    assert metrics["rewards/violation/mean"] == -15 and metrics["skipped_update"] == 0
+
+
+@pytest.mark.usefixtures("free_run_dir")
+def test_a_step_of_which_no_row_has_a_score_changes_nothing_and_counts(config, monkeypatch, finished):
+    """Steps 2 and 3 of 4: parameters, moments and counters stay bit for bit, and the records are valid JSON."""
+    states, real_step = [], grpo.train.one_step
+
+    def spy(step, *rest):
+        with pytest.MonkeyPatch.context() as patch:
+            if step in (2, 3):
+                patch.setattr(UserRewards, "score", lambda self, texts, _: {"variety": [math.nan] * len(texts)})
+            out = real_step(step, *rest)
+        states.append(jax.device_get(out[0]))
+        return out
+
+    monkeypatch.setattr(grpo.train, "one_step", spy)
+    result = run(config)
+    for after in states[1:3]:
+        for leaf, before in zip(jax.tree.leaves(after), jax.tree.leaves(states[0]), strict=True):
+            np.testing.assert_array_equal(leaf, before)
+    assert not np.array_equal(states[3].params.embedding, states[2].params.embedding)
+    files = read_files(config)
+    metrics = files["metrics.jsonl"]
+    assert [record["skipped_update"] for record in metrics] == [0, 1, 1, 0]
+    assert [record["frac_unscorable"] for record in metrics] == [0, 1, 1, 0]
+    assert [record["frac_reward_zero_std"] == 1 for record in metrics] == [False, True, True, False]
+    assert [record["reward"] is None for record in metrics] == [False, True, True, False]
+    assert [record["reward"] is None for record in files["completions.jsonl"][:: Q * G]] == [False, True, True, False]
+    for record in files["completions.jsonl"][Q * G : 3 * Q * G]:
+        assert record["components"]["variety"] is None and record["components"]["violation"] == -15
+        assert record["advantage"] == 0
+    assert result["steps"] == STEPS and metrics[0]["reward"] == finished.files["metrics.jsonl"][0]["reward"]
+
+
+def test_groups_of_equal_rewards_are_sampled_again(bench, folder, monkeypatch):
+    """Of each group the first attempt with different rewards is kept, else the first of all; the keys are row + attempt * B."""
+    attempts, B, tries = [], Q * G, 2
+    real_generate = generate
+
+    def spy(view, prefix, rows, limits, *rest):
+        asked = np.asarray(limits).copy()
+        samples, texts = real_generate(view, prefix, rows, limits, *rest)
+        _, whole = real_generate(view, prefix, rows, np.full(B, C, np.int32), *rest)
+        attempts.append((rows, asked, whole))
+        return samples, texts
+
+    monkeypatch.setattr("grpo.rollout.generate", spy)
+    reward = f"{folder / 'rewards.py'}:rare"
+    batch, records, metrics = bench.rollout_and_metrics(reward=reward, resample=tries)
+
+    def alive(texts: list[str], group: int) -> bool:
+        return len({sum(map(ord, text)) % 9 == 0 for text in texts[group * G : (group + 1) * G]}) == 2
+
+    dead, kept = np.ones(Q, bool), np.zeros(Q, int)
+    for number, (rows, limits, texts) in enumerate(attempts):
+        np.testing.assert_array_equal(rows, number * B + np.arange(B))
+        np.testing.assert_array_equal(limits, np.where(np.repeat(dead, G), C, 1))
+        now = np.array([alive(texts, group) for group in range(Q)])
+        kept[dead & now] = number
+        dead &= ~now
+    assert set(kept) == {0, 1, 2} and dead.any() and len(attempts) == 1 + tries
+    texts = [attempts[kept[b // G]][2][b] for b in range(B)]
+    assert [record["text"] for record in records] == texts
+    tokenizer, tokens = load_tokenizer(bench.config.model_path), completions(batch)
+    sampled = np.asarray(batch.mask).sum(axis=1).astype(int)
+    assert [tokenizer.decode(ids[:length].tolist()) for ids, length in zip(tokens, sampled, strict=True)] == texts
+    np.testing.assert_array_equal((np.asarray(batch.advantages).reshape(Q, G) != 0).any(axis=1), ~dead)
+    assert metrics["frac_reward_zero_std"] == dead.mean()
+    assert metrics["resampled_groups"] == Q - sum(alive(attempts[0][2], group) for group in range(Q))
+    exact = Bench(bench.config, batch).logprobs()
+    counts = np.asarray(batch.mask) > 0
+    np.testing.assert_allclose(exact[counts], np.asarray(batch.sampler_logprobs)[counts], rtol=0, atol=1e-4)
+
+    attempts.clear()
+    _, records, metrics = bench.rollout_and_metrics(reward=reward)
+    assert len(attempts) == 1 and metrics["resampled_groups"] == 0
+    assert [record["text"] for record in records] == attempts[0][2]
+
+
+def test_records_are_judged_in_one_place_and_are_json(config, folder):
+    """What a rollout and an evaluation get for a completion, with the user's components beside ours."""
+    texts = ["<reasoning>5 + 13 = 18</reasoning><answer>18</answer>", "no tags"]
+    problem = replace(grpo.run.choose_problems(config)[0][0], answer="18")
+    with UserRewards(f"{folder / 'rewards.py'}:variety,{folder / 'rewards.py'}:broken") as rewards:
+        records = judge_all(texts, [problem] * 2, np.array([False, True]), config, rewards)
+    assert [record["components"]["variety"] for record in records] == [len(set(text)) / 2 for text in texts]
+    assert [record["components"]["correct"] for record in records] == [25, 0]
+    assert all(math.isnan(record["reward"]) and math.isnan(record["components"]["broken"]) for record in records)
+    assert [record["accuracy"]["tagged"] for record in records] == [True, False]
+    assert [record["truncated"] for record in records] == [False, True]
+    assert json.loads(json.dumps(records))[0]["format"] == records[0]["format"]
+
+
+def test_steps_in_a_row_that_teach_nothing_end_the_run(config, folder, tmp_path):
+    """Without the user's reward, every completion of a random model gets -15. The last checkpoint is that of the last step."""
+    dull = replace(config, run_dir=str(tmp_path / "run"), reward="", max_dead_steps=3, eval_problems=0)
+    with pytest.raises(RunError, match=r"^steps 1-3 had no group with two different rewards, .*: none has the format; "):
+        run(dull)
+    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 3
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps()[-1] == 3
+    assert run(replace(dull, max_dead_steps=0))["steps"] == STEPS
+
+
+@pytest.mark.usefixtures("free_run_dir")
+def test_an_alarm_is_printed_when_it_begins_and_recorded_while_it_rings(config, monkeypatch, capsys):
+    ringing = [set(), {"one"}, {"one", "two"}, {"two"}]
+    monkeypatch.setattr(grpo.train, "alarms", lambda history: {name: f"line of {name}" for name in ringing[len(history) - 1]})
+    with interrupted(4, "rollout"):
+        run(config)
+    run(config)  # a resumed run knows what rings
+    assert [set(record["alarms"]) for record in lines(Path(config.run_dir) / "metrics.jsonl")] == ringing
+    err = capsys.readouterr().err
+    assert sorted(line for line in err.splitlines() if line) == ["warning: one: line of one", "warning: two: line of two"]
 
 
 # --------------------------------------------------------------------------------------------------------------- problems

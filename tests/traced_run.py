@@ -21,7 +21,7 @@ def tell(owner, name: str, phase: str) -> None:
 
 if __name__ == "__main__":
     tell(grpo.rollout, "generate", "rollout")
-    tell(grpo.rollout, "judge", "reward")
+    tell(grpo.rollout, "judge_all", "reward")
     tell(grpo.train, "train_step", "update")
     tell(Checkpoints, "begin", "save")
     tell(Checkpoints, "give_up_old", "retention")
