@@ -248,9 +248,9 @@ def leaf_words(leaf: Array) -> Array:
 def digests(tree: Any) -> dict[str, str]:
     """The digest of each leaf by its name, which depends on its values alone, not on how they lie: 16 hex digits."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    words = jax.device_get([leaf_words(leaf) for _, leaf in flat])
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in flat]
-    return {name: hexadecimal(pair) for name, pair in zip(names, words, strict=True)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): hexadecimal(np.asarray(leaf_words(leaf))) for path, leaf in flat
+    }
 
 
 def hexadecimal(words: np.ndarray) -> str:

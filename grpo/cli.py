@@ -16,6 +16,7 @@ import jax
 
 from data import DataError
 from grpo.config import ConfigError, RunError, fail
+from grpo.distributed import leave, say
 from grpo.interrupts import Stopped
 from models import ModelError
 
@@ -25,15 +26,19 @@ def run_script(main: Callable[[list[str]], dict[str, Any]], argv: list[str]) -> 
         use_huge_pages()
     keep_compiled_programs()
     try:
-        with memory_explained():
-            result = main(argv)
-    except (ConfigError, DataError, ModelError) as error:
-        fail(str(error))
-    except RunError as error:
-        fail(str(error), code=1)
-    except Stopped as stopped:
-        raise SystemExit(stopped.code) from None
-    print(json.dumps(result), flush=True)
+        try:
+            with memory_explained():
+                result = main(argv)
+        except (ConfigError, DataError, ModelError) as error:
+            fail(str(error))
+        except RunError as error:
+            fail(str(error), code=1)
+        except Stopped as stopped:
+            raise SystemExit(stopped.code) from None
+    except BaseException as error:
+        leave(error)
+        raise
+    say(json.dumps(result))
 
 
 @contextmanager

@@ -5,6 +5,9 @@ is process 0's word, which `agree` hands to the others. Process 0 writes the rec
 """
 
 import json
+import os
+import sys
+import traceback
 from typing import Any
 
 import jax
@@ -13,7 +16,8 @@ from jax.experimental import multihost_utils
 
 from grpo.config import Config, ConfigError
 
-HEARTBEAT = 30  # seconds without a sign of life, after which a process is given up and the others stop
+# Seconds without a sign of life, after which a process is given up; seconds that those which are done wait for the others.
+HEARTBEAT, SHUTDOWN = 30, 60
 
 
 def join(config: Config) -> None:
@@ -23,14 +27,35 @@ def join(config: Config) -> None:
             raise ConfigError(f"processes {config.processes} need a coordinator: HOST:PORT of process 0, or auto")
         return
     if config.coordinator == "auto":
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=SHUTDOWN)
         return
     if config.process_id >= config.processes:
         raise ConfigError(f"process_id {config.process_id} must be below processes {config.processes}")
     try:
-        jax.distributed.initialize(config.coordinator, config.processes, config.process_id, heartbeat_timeout_seconds=HEARTBEAT)
+        jax.distributed.initialize(
+            config.coordinator,
+            config.processes,
+            config.process_id,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=SHUTDOWN,
+        )
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"coordinator {config.coordinator!r} cannot be reached: {str(error).splitlines()[0]}") from None
+
+
+def leave(error: BaseException) -> None:
+    """End this process with its error, if it is one of several, and do not wait for the others: they notice, and end too."""
+    if not jax.distributed.is_initialized():
+        return
+    if not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+        if "Gloo" in str(error):  # what a CPU says; elsewhere jax itself ends the process, and says why
+            print(
+                "error: another process of this run is gone; the same command goes on from the last checkpoint", file=sys.stderr
+            )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(int(error.code or 0) if isinstance(error, SystemExit) else 1)
 
 
 def is_first() -> bool:
@@ -50,9 +75,9 @@ def agree(value: Any) -> Any:
         return value
     text = json.dumps(value).encode() if is_first() else b""
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    buffer = np.zeros(size, np.uint8)
+    buffer = np.zeros(1 << (size - 1).bit_length(), np.uint8)  # few sizes: each is a program of its own
     buffer[: len(text)] = np.frombuffer(text, np.uint8)
-    return json.loads(bytes(multihost_utils.broadcast_one_to_all(buffer)).decode())
+    return json.loads(bytes(multihost_utils.broadcast_one_to_all(buffer))[:size])
 
 
 def everywhere(ok: bool) -> bool:

@@ -63,7 +63,7 @@ class Trainer:
         self.like = like(partial(init_state, config=config), base, mesh=run.mesh)
         self.reference = frozen(base, run.train.dtype) if config.beta else None
         self.checkpoints.clean()
-        found = self.checkpoints.restore(self.like, self.accept)
+        found = self.checkpoints.restore(self.like, partial(self.accept, self.folder))
         if found is not None:
             self.checkpoints.set_aside(found.damaged)
         elif config.relay_from:
@@ -86,12 +86,12 @@ class Trainer:
             for name in ("metrics", "completions", "evaluations")
         )
 
-    def accept(self, meta: dict[str, Any]) -> None:
-        """ConfigError unless a checkpoint belongs to this run."""
-        check_settings(meta["config"], self.config, self.folder)
+    def accept(self, folder: Path, meta: dict[str, Any]) -> None:
+        """ConfigError unless a checkpoint of the run in `folder` belongs to this run."""
+        check_settings(meta["config"], self.config, folder)
         number, step, sessions = meta["session"], meta["step"], self.run.sessions
         if number > len(sessions) or step > sessions[number - 1].end:
-            raise ConfigError(f"{self.folder} has {step} steps already; max_steps and epochs plan only {self.run.steps}")
+            raise ConfigError(f"{folder} has {step} steps already; max_steps and epochs plan only {self.run.steps}")
         session = sessions[number - 1]
         expected = self.fingerprints | {
             "data": fingerprint(self.run, session), "start": session.start, "review": session.review.tolist()
@@ -99,8 +99,8 @@ class Trainer:
         wrong = differing(expected, meta["belongs_to"])
         if wrong:
             raise ConfigError(
-                f"the checkpoint of step {step} belongs to another {', another '.join(wrong)}: give those of its run, "
-                f"or another --run_dir"
+                f"the checkpoint of step {step} in {folder} belongs to another {', another '.join(wrong)}: "
+                f"give those of its run, or another --run_dir"
             )
 
     def meta(self) -> dict[str, Any]:
@@ -120,14 +120,15 @@ class Trainer:
         """The last state of another run, which is only read; from here on it is this directory's own."""
         source = Path(self.config.relay_from)
         theirs = Checkpoints(source / "checkpoints")
-        found = theirs.restore(self.like, self.accept)
+        accept = partial(self.accept, source)
+        found = theirs.restore(self.like, accept)
         if found is None:
             raise ConfigError(f"relay_from {source} has no checkpoint: give the run_dir of a run that has saved one")
         session = self.session(max(found.step, 1))
         origin = {"run_dir": str(source.absolute()), "step": found.step, "params": digest(found.state.params)}
         found = replace(found, meta=found.meta | {"provenance": [*found.meta["provenance"], origin]})
         if self.config.reference == "session_start" and session.start < found.step < session.end and session.start:
-            start = theirs.restore(self.like, self.accept, only=session.start)
+            start = theirs.restore(self.like, accept, only=session.start)
             assert start is not None
             self.checkpoints.save(start.step, start.state, start.meta, wait=True)
         self.checkpoints.save(found.step, found.state, found.meta, wait=True)
@@ -198,7 +199,7 @@ class Trainer:
         """What the session starts from, as its frozen reference."""
         if self.done == session.start:
             return frozen(self.state.params, self.run.train.dtype)
-        start = self.checkpoints.restore(self.like, self.accept, only=session.start)
+        start = self.checkpoints.restore(self.like, partial(self.accept, self.folder), only=session.start)
         if start is None:
             raise RunError(
                 f"session {session.number} needs the checkpoint of step {session.start} as its reference: it is gone"
@@ -330,7 +331,7 @@ def one_step(
     stats = {name: float(value) for name, value in jax.device_get(stats).items()}
     metrics["time/update"] = time.perf_counter() - began
     metrics["bad_updates_in_a_row"] = int(state.bad_in_a_row)
-    memory = run.mesh.devices.flat[0].memory_stats() or {}
+    memory = run.mesh.local_devices[0].memory_stats() or {}
     metrics["hbm_peak"] = memory.get("peak_bytes_in_use", 0)
     metrics["lr"] = rates[-1]
     metrics["time/step"] = time.perf_counter() - start
