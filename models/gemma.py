@@ -417,7 +417,7 @@ def forward_cached(
     Their positions stand in the cache already. Layers, prefix and cache are stacked on L, or apart (`unroll`, `unroll_kv`).
     """
     positions = lax.dynamic_slice_in_dim(cache.positions, slot, 1, axis=1)
-    table = rope_table(positions, config)
+    table = lax.optimization_barrier(rope_table(positions, config))  # else a CPU computes sines anew for each head
     apart = isinstance(params.layers, tuple)
 
     def step(carry, layer, w, local, shared):

@@ -101,8 +101,10 @@ def decode(
     sampling: Sampling,
 ) -> Samples:  # fmt: skip
     """Up to `limits` <= C tokens a row; B = len(keys) rows in groups of B / Q. Ends as soon as every row has stopped."""
-    rows = start(prefix, keys, temperature, limits, config, compute, sampling)
-    return drain(unroll(params, config, compute), rows, jnp.int32(0), config, compute, sampling)
+    params, short = unroll(params, config, compute), replace(sampling, width=-(-sampling.width // 2))
+    rows = start(prefix, keys, temperature, limits, config, compute, short)  # half as many slots to read, until they are full
+    rows, count = advance(params, rows, 0, to_keep(rows, sampling), config, compute, short, short.width)
+    return drain(params, widen(rows, sampling.width), count, config, compute, sampling)
 
 
 def sample(
@@ -139,11 +141,10 @@ def drain(params: Params, rows: Rows, count: Array, config: GemmaConfig, compute
     Once no device has more than half of its rows alive, those go on in a batch of half the size, up to `halvings` times: on a
     device that computes, and does not only wait for memory, the last long completions then cost little.
     """
-    last = sampling.halvings == 0 or rows_a_device(rows) % 2 == 1
-    half = rows_a_device(rows) // 2
-    rows, count = advance(params, rows, count, 0 if last else half, config, compute, sampling)
+    half = to_keep(rows, sampling)
+    rows, count = advance(params, rows, count, half, config, compute, sampling)
     samples = Samples(rows.tokens, rows.logprobs, rows.lengths, rows.truncated)
-    if last:
+    if not half:
         return samples
     order = jnp.argsort(~by_device(rows.alive, compute), axis=1)  # of each device's rows, those alive first
     fewer = replace(sampling, halvings=sampling.halvings - 1)
@@ -158,28 +159,61 @@ def drain(params: Params, rows: Rows, count: Array, config: GemmaConfig, compute
     return jax.tree.map(merge, going, done)
 
 
+def to_keep(rows: Rows, sampling: Sampling) -> int:
+    """With no more rows alive on a device than these, the batch halves; 0 if it does not."""
+    count = rows_a_device(rows)
+    return 0 if sampling.halvings == 0 or count % 2 else count // 2
+
+
+def widen(rows: Rows, width: int) -> Rows:
+    """The same rows with `width` slots: those that are there, then empty ones."""
+
+    def pad(x, axis, value=0):
+        sides = [(0, 0)] * x.ndim
+        sides[axis] = (0, width - rows.tokens.shape[1])
+        return jnp.pad(x, sides, constant_values=value)
+
+    k, v = jax.tree.map(partial(pad, axis=3), rows.cache.k), jax.tree.map(partial(pad, axis=-2), rows.cache.v)
+    cache = KV(k, v, pad(rows.cache.positions, 1, FAR))
+    return replace(rows, tokens=pad(rows.tokens, 1), logprobs=pad(rows.logprobs, 1), cache=cache)
+
+
 def advance(
-    params: Params, rows: Rows, count: Array, keep: ArrayLike, config: GemmaConfig, compute: Compute, sampling: Sampling
-) -> tuple[Rows, Array]:
-    """Decode until no device has more than `keep` rows alive; `count` is of steps, and says which slot is written."""
+    params: Params, rows: Rows, count: ArrayLike, keep: ArrayLike, config: GemmaConfig, compute: Compute, sampling: Sampling,
+    until: int = FAR,
+) -> tuple[Rows, Array]:  # fmt: skip
+    """Decode until no device has more than `keep` rows alive; `count` is of steps, and says which slot is written.
+
+    It goes no further than to `until`, where a ring that may not close yet is full.
+    """
+    uniform = random_numbers(rows.keys, sampling.width, compute.at)
 
     def going(carry):
-        rows, _ = carry
-        return jnp.any(by_device(rows.alive, compute).sum(axis=1) > keep)
+        rows, count = carry
+        return jnp.any(by_device(rows.alive, compute).sum(axis=1) > keep) & (count < until)
 
     def step(carry):
         rows, count = carry
-        rows = next_token(params, rows, count % sampling.width, config, compute, sampling)
+        rows = next_token(params, rows, uniform, count % sampling.width, config, compute, sampling)
         return rows, count + 1
 
-    return lax.while_loop(going, step, (rows, count))
+    return lax.while_loop(going, step, (rows, jnp.int32(count)))
 
 
-def next_token(params: Params, rows: Rows, slot: Array, config: GemmaConfig, compute: Compute, sampling: Sampling) -> Rows:
-    """Draw a token for every row, and run it through the model."""
+def random_numbers(keys: Array, width: int, at) -> Array:  # B keys -> BC
+    """The uniform number of each token that a row may draw: all at once, as a CPU is slow to hash a few at a time."""
+    ages = jax.sharding.reshard(jnp.tile(jnp.arange(width), len(keys)), at("B"))
+    numbers = jax.vmap(lambda key, age: jax.random.uniform(jax.random.fold_in(key, age)))(repeat(keys, width, at), ages)
+    return lax.reshape(numbers, (len(keys), width), out_sharding=at("BC"))
+
+
+def next_token(
+    params: Params, rows: Rows, uniform: Array, slot: Array, config: GemmaConfig, compute: Compute, sampling: Sampling
+) -> Rows:
+    """Draw a token for every row, and run it through the model.  uniform BC: see `random_numbers`"""
     at = compute.at
     logits = vocab_logits(rows.hidden[:, None], params, config, compute)[:, 0]
-    uniform = jax.vmap(lambda key, age: jax.random.uniform(jax.random.fold_in(key, age)))(rows.keys, rows.lengths)
+    uniform = jnp.where(jnp.arange(sampling.width) == rows.lengths[:, None], uniform, 0.0).sum(axis=1)
     uniform, temperature = (jax.sharding.reshard(x, at("W")) for x in (uniform, rows.temperature))
     drawn = draw(logits, uniform, temperature, sampling, compute)
     tokens, logprobs = (jax.sharding.reshard(x, at("B")) for x in drawn)
@@ -249,7 +283,7 @@ def draw(logits: Array, uniform: Array, temperature: Array, sampling: Sampling, 
     weights = jnp.exp((logits - top) / heat)
     total = weights.sum(axis=-1)
     if sampling.top_k:
-        weights = keep_heaviest(weights, lambda kept: kept.astype(bool).sum(axis=-1), jnp.full_like(uniform, sampling.top_k))
+        weights = keep_heaviest(weights, count_entries, jnp.full_like(uniform, sampling.top_k))
     if sampling.top_p < 1:
         weights = keep_heaviest(weights, lambda kept: kept.sum(axis=-1), sampling.top_p * weights.sum(axis=-1))
     weights = jnp.where(greedy[:, None], logits == top, weights)
@@ -257,21 +291,31 @@ def draw(logits: Array, uniform: Array, temperature: Array, sampling: Sampling, 
     return tokens, jnp.log(weight / total)
 
 
+def count_entries(weights: Array) -> Array:  # WV -> W
+    return jnp.where(weights > 0, 1.0, 0.0).sum(axis=-1)  # a CPU adds floats faster than integers
+
+
 def keep_heaviest(weights: Array, measure, target: Array) -> Array:
     """Zero all but the smallest set of heaviest entries whose `measure` reaches `target`; ties stay together.  WV, W -> WV
 
-    Bisects the threshold over the bit patterns of float32, which order non-negative numbers: exact, 31 passes, no sort.
+    Bisects the threshold over the bit patterns of float32, which order non-negative numbers: exact, no sort. Ends after 31
+    passes, or as soon as every row meets its target exactly: what lies between the bounds then adds nothing to the measure.
     """
 
-    def halve(_, bounds):
-        low, high = bounds  # measure(weights >= low) reaches the target, measure(weights >= high) does not
+    def going(bounds):
+        low, high, reached = bounds
+        return jnp.any((high - low > 1) & (reached != target))
+
+    def halve(bounds):
+        low, high, reached = bounds  # measure(weights >= low) reaches the target, measure(weights >= high) does not
         middle = low + (high - low) // 2
-        enough = measure(jnp.where(bits >= middle[:, None], weights, 0.0)) >= target
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+        measured = measure(jnp.where(bits >= middle[:, None], weights, 0.0))
+        enough = measured >= target
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle), jnp.where(enough, measured, reached)
 
     bits = lax.bitcast_convert_type(weights, jnp.int32)
     low = jnp.zeros_like(target, jnp.int32)
-    low, _ = lax.fori_loop(0, 31, halve, (low, low + 0x7F800000))
+    low, _, _ = lax.while_loop(going, halve, (low, low + 0x7F800000, jnp.full_like(target, -1)))
     return jnp.where(bits >= low[:, None], weights, 0.0)
 
 

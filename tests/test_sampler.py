@@ -199,14 +199,15 @@ def test_a_row_ends_at_its_own_limit_and_is_truncated_unless_it_stopped(model, e
         assert (samples.lengths < limits).any() and samples.truncated.any()
 
 
-def watch_steps(monkeypatch) -> list[tuple[int, int]]:
-    """Each step that any decoding compiled from now on takes: its slot, and the rows that it computes."""
+def watch_steps(monkeypatch, slots=False) -> list[tuple[int, int]]:
+    """Each step that any decoding compiled from now on takes: its slot, and the rows it computes or the slots it reads."""
     steps = []
     forward_cached = models.sampler.forward_cached
 
-    def counted(params, tokens, slot, *rest):
-        jax.debug.callback(lambda slot: steps.append((int(slot), len(tokens))), slot)
-        return forward_cached(params, tokens, slot, *rest)
+    def counted(params, tokens, slot, prefix, cache, *rest):
+        size = cache.positions.shape[1] if slots else len(tokens)
+        jax.debug.callback(lambda slot: steps.append((int(slot), size)), slot)
+        return forward_cached(params, tokens, slot, prefix, cache, *rest)
 
     monkeypatch.setattr(models.sampler, "forward_cached", counted)
     return steps
@@ -220,6 +221,16 @@ def test_the_loop_ends_as_soon_as_all_rows_have_stopped(model, endless, monkeypa
     expect_stopped(samples, endless, stop_ids)
     assert not samples.truncated.any() and samples.lengths.max() < C
     assert sorted(steps) == [(step, B) for step in range(samples.lengths.max())]
+
+
+def test_a_step_reads_half_of_the_slots_while_they_hold_all_tokens(model, monkeypatch):
+    steps = watch_steps(monkeypatch, slots=True)
+    for unroll in (False, True):
+        for width, stages in ((1, [1]), (2, [1, 2]), (7, [4, 7]), (16, [8, 16])):
+            run(model, width=width, compute=replace(COMPUTE, unroll=unroll))
+            jax.effects_barrier()
+            assert sorted(steps) == [(step, min(size for size in stages if step < size)) for step in range(width)]
+            steps.clear()
 
 
 # The batch halves as rows stop.
@@ -443,6 +454,20 @@ def test_the_threshold_is_exact_to_the_last_bit():
     for k in range(1, 6):
         cut = keep_heaviest(jnp.asarray(weights[None]), lambda kept: (kept > 0).sum(axis=-1), jnp.full(1, k))
         assert sorted(np.flatnonzero(np.asarray(cut)[0])) == sorted(heaviest[:k])
+
+
+def test_the_search_for_a_threshold_ends_when_the_count_is_met_and_ties_take_all_31_passes():
+    for weights, least, most in (([1.0, 0.5, 0.25, 0.125], 2, 12), ([1.0, 0.5, 0.5, 0.125], 31, 31)):
+        passes = []
+
+        def count(kept, passes=passes):
+            jax.debug.callback(lambda: passes.append(1))
+            return (kept > 0).sum(axis=-1)
+
+        cut = keep_heaviest(jnp.array([weights]), count, jnp.full(1, 2))
+        jax.effects_barrier()
+        assert np.asarray(cut)[0].tolist() == [w if w >= 0.5 else 0 for w in weights]
+        assert least <= len(passes) <= most
 
 
 def primitives(jaxpr) -> set[str]:
