@@ -134,7 +134,7 @@ def test_what_a_function_prints_goes_to_stderr_and_it_reads_nothing(file, capfd)
 
 
 @pytest.mark.parametrize("value", ["None", "float('nan')", "float('inf')", "-float('inf')", "10**400"])
-def test_a_value_that_is_not_finite_is_no_score(file, value, capfd):
+def test_fault_15_a_value_that_is_not_finite_is_no_score(file, value, capfd):
     with UserRewards(f"{file}:obeys") as rewards:
         values = score(rewards, "four", "value", "three", "value", problem=Problem("p7", "", value))
     assert values == pytest.approx([4, math.nan, 5, math.nan], nan_ok=True)
@@ -142,7 +142,7 @@ def test_a_value_that_is_not_finite_is_no_score(file, value, capfd):
     assert capfd.readouterr().err.count("warning: reward obeys ") == 1
 
 
-def test_what_a_function_raises_is_printed_once_a_kind_and_counted(file, capfd):
+def test_fault_16_what_a_function_raises_is_printed_once_a_kind_and_counted(file, capfd):
     texts = ["raise", "four", "raise", "raise another", "sys.exit", "raise", "four"]
     with UserRewards(f"{file}:obeys") as rewards:
         pid = rewards.process.pid
@@ -157,7 +157,7 @@ def test_what_a_function_raises_is_printed_once_a_kind_and_counted(file, capfd):
 
 
 @pytest.mark.parametrize("value", ["'5'", "[1.0]", "1j", "print"])
-def test_a_value_that_is_no_number_ends_the_run(file, value):
+def test_fault_16_a_value_that_is_no_number_ends_the_run(file, value):
     with UserRewards(f"{file}:obeys") as rewards:
         with pytest.raises(RunError, match=r"^reward obeys gave .+ for problem p7: must be a number$") as error:
             score(rewards, "four", "value", problem=Problem("p7", "", value))
@@ -166,7 +166,7 @@ def test_a_value_that_is_no_number_ends_the_run(file, value):
 
 
 @pytest.mark.parametrize("hang", ["loop", "sleep", "C call"])
-def test_a_function_that_hangs_is_killed_and_the_rest_goes_on(file, hang, capfd):
+def test_fault_17_a_function_that_hangs_is_killed_and_the_rest_goes_on(file, hang, capfd):
     with UserRewards(f"{file}:obeys", timeout=1.0) as rewards:
         first, start = rewards.process.pid, time.monotonic()
         assert score(rewards, "four", hang, "three") == pytest.approx([4, math.nan, 5], nan_ok=True)
@@ -280,7 +280,7 @@ def test_a_worker_and_what_it_started_end_with_their_owner(file, how):
 
 @linux
 @pytest.mark.parametrize("doing", ["nothing", "loop", "C call"])
-def test_a_worker_dies_with_a_parent_that_is_killed(file, doing):
+def test_fault_2_a_worker_dies_with_a_parent_that_is_killed(file, doing):
     with parent(file, f"print(rewards.process.pid, flush=True); score({doing!r}); time.sleep(1000)") as process:
         assert process.stdout
         pid = int(process.stdout.readline())
