@@ -26,9 +26,10 @@ import tensorstore
 from jax import Array
 
 from grpo.config import RunError
-from grpo.distributed import everywhere, is_first
+from grpo.distributed import agree, everywhere, is_first
 
 SPARE = 2**26  # bytes that a save leaves free
+LEFTOVER = ".orbax-checkpoint-tmp"  # in the name of what is half written, or half deleted
 PIECE = 2**22  # elements digested at a time on the host
 
 
@@ -50,7 +51,7 @@ class Checkpoints:
 
     def clean(self) -> None:
         """Remove what killed processes have left half written."""
-        for path in self.folder.glob("*.orbax-checkpoint-tmp*") if is_first() else ():
+        for path in self.folder.glob(f"*{LEFTOVER}*") if is_first() else ():
             shutil.rmtree(path, ignore_errors=True)
 
     # ------------------------------------------------------------------------------------------------------------- saving
@@ -61,10 +62,10 @@ class Checkpoints:
         A step that is there already is left alone. One failure is a warning, the second in a row a RunError.
         """
         self.settle()
-        while step not in self.steps():
+        while step not in agree(self.steps()):
             self.begin(step, state, meta)
             self.settle(wait or not self.background)
-            if self.background and not wait:
+            if not wait:
                 return
 
     def begin(self, step: int, state: Any, meta: dict[str, Any]) -> None:
@@ -73,7 +74,7 @@ class Checkpoints:
         failed: Exception | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.folder).free
+            free = agree(shutil.disk_usage(self.folder).free)
             if free < needed:
                 raise OSError(f"{needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free")
             args = ocp.args.Composite(
@@ -110,14 +111,14 @@ class Checkpoints:
             self.give_up_old(step)
             return
         self.failures += 1
-        shutil.rmtree(self.folder / str(step), ignore_errors=True)
+        self.delete(step)
         self.clean()
         reason = " ".join(str(error).split())[:300] if error else "another process failed"
         message = f"checkpoint {self.folder / str(step)} could not be saved: {reason}"
         if self.failures > 1:
             raise RunError(f"{message}; twice in a row, so the run stops; older checkpoints are as they were")
         if is_first():
-            print(f"warning: {message}; training goes on until the next one", file=sys.stderr, flush=True)
+            print(f"warning: {message}; one more failure ends the run", file=sys.stderr, flush=True)
 
     def give_up_old(self, newest: int) -> None:
         """Delete older checkpoints, now that `newest` is known to be good."""
@@ -128,7 +129,13 @@ class Checkpoints:
             except Exception:
                 continue  # not ours to judge
             if not final:
-                shutil.rmtree(self.folder / str(step), ignore_errors=True)
+                self.delete(step)
+
+    def delete(self, step: int) -> None:
+        """Remove a step, under a name that `clean` removes if this process is killed meanwhile."""
+        folder = self.folder / str(step)
+        if is_first() and folder.exists():
+            shutil.rmtree(folder.rename(self.folder / f"{step}{LEFTOVER}"), ignore_errors=True)
 
     def close(self) -> None:
         """Wait for the save under way."""
@@ -146,12 +153,14 @@ class Checkpoints:
         `accept` sees the meta before any array is read, and raises ConfigError when the state belongs to something else. What
         is damaged is passed over, loudly; when nothing else is there, RunError. `only` looks at no other step.
         """
-        steps = [step for step in self.steps() if only in (None, step)]
+        steps = [step for step in agree(self.steps()) if only in (None, step)]
         damaged: dict[int, str] = {}
         for step in reversed(steps):
             folder, fault, meta, state = self.folder / str(step), "", {}, None
             try:
                 meta = read_meta(folder)
+            except PermissionError as error:
+                raise RunError(f"checkpoint {folder} cannot be read: {error.strerror}") from None
             except Exception as error:
                 fault = f"its meta cannot be read ({type(error).__name__}: {error})"
             if everywhere(not fault):
@@ -159,8 +168,8 @@ class Checkpoints:
                 try:
                     state = self.read_state(folder, like)
                 except Exception as error:
-                    if "RESOURCE_EXHAUSTED" in str(error):
-                        raise
+                    if isinstance(error, MemoryError | PermissionError) or "RESOURCE_EXHAUSTED" in str(error):
+                        raise  # not the checkpoint's fault
                     fault = f"its arrays cannot be read ({type(error).__name__}: {error})"
                 if everywhere(not fault):
                     wrong = differing(digests(state), meta["digests"])
@@ -204,8 +213,8 @@ def sealed(meta: dict[str, Any]) -> dict[str, Any]:
 def read_meta(folder: Path) -> dict[str, Any]:
     """What was saved beside a state. Any exception means that it cannot be trusted."""
     meta = json.loads((folder / "meta" / "metadata").read_text("utf-8"))
-    if sealed(meta) != meta:
-        raise ValueError("its hash is wrong")
+    if sealed(meta) != meta or folder.name != str(meta["step"]):
+        raise ValueError("its hash or its step is wrong")
     return meta
 
 

@@ -166,6 +166,10 @@ class Config:
             raise ConfigError(f"top_p {self.top_p} must be above 0 and at most 1")
         if self.prompts_per_step % self.microbatches:
             raise ConfigError(f"prompts_per_step {self.prompts_per_step} must divide into microbatches {self.microbatches}")
+        if self.schedule == "run" and self.session > self.sessions:
+            raise ConfigError(
+                f"sessions {self.sessions} must be all there will be, with schedule run and session {self.session}"
+            )
         fields = {field.name for field in dataclasses.fields(self)}
         for name in filter(None, self.allow_change.split(",")):
             if name not in fields:

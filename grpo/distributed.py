@@ -7,6 +7,7 @@ is process 0's word, which `agree` hands to the others. Process 0 writes the rec
 import json
 import os
 import sys
+import time
 import traceback
 from typing import Any
 
@@ -55,6 +56,8 @@ def leave(error: BaseException) -> None:
             )
     sys.stdout.flush()
     sys.stderr.flush()
+    if is_first():
+        time.sleep(1)  # process 0 is what the others would find missing: the last one to go
     os._exit(int(error.code or 0) if isinstance(error, SystemExit) else 1)
 
 

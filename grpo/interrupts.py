@@ -19,8 +19,11 @@ from grpo.distributed import agree
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Stopped(Exception):
-    """The run was asked to stop; nothing is lost. `code` is the exit code: 130 or 143, or 0 when its hours are over."""
+class Stopped(BaseException):
+    """The run was asked to stop; nothing is lost. `code` is the exit code: 130 or 143, or 0 when its hours are over.
+
+    As a KeyboardInterrupt: it may be raised anywhere, and no `except Exception` takes it for a fault of what it interrupts.
+    """
 
     def __init__(self, reason: str, code: int):
         super().__init__(reason)

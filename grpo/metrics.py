@@ -12,35 +12,36 @@ from typing import Any
 
 import jax
 
+from grpo.config import RunError
 from grpo.distributed import agree, is_first
 
 
 class JsonLines:
     """A file of one JSON object a line, each with a `step`. Opening it for a resumed run drops what lies after `step`.
 
-    Process 0 writes; every process remembers the records that `write` adds, and those that were there before.
+    Process 0 writes; every process remembers the records that were there before, and those that `write` adds.
     """
 
-    def __init__(self, path: Path, step: int):
+    def __init__(self, path: Path, step: int, remember: bool = True):
         self.path = path
         kept, whole = self.read(step) if is_first() else ([], True)
         if is_first() and not (whole and path.exists()):
             part = path.with_suffix(".part")
             part.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), "utf-8")
             part.replace(path)
-        self.records: list[dict[str, Any]] = agree(kept)
+        self.records: list[dict[str, Any]] = agree(kept if remember else [])
 
     def read(self, step: int) -> tuple[list[dict[str, Any]], bool]:
-        """The records up to `step`, and whether the file holds nothing else. What is no JSON ends it: a torn last line."""
-        records: list[dict[str, Any]] = []
+        """The records up to `step`, and whether the file holds nothing else, such as a torn last line."""
+        kept: list[dict[str, Any]] = []
         text = self.path.read_text("utf-8", errors="replace") if self.path.is_file() else ""
         lines = text.split("\n")  # not splitlines: a completion may hold U+2028
-        for line in lines[:-1]:
+        for number, line in enumerate(lines[:-1], start=1):
             try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
-        kept = [record for record in records if record["step"] <= step]
+                record = json.loads(line)
+                kept += [record] if record["step"] <= step else []
+            except (ValueError, KeyError, TypeError):
+                print(f"warning: {self.path}:{number} is no record, and is left out", file=sys.stderr, flush=True)
         return kept, len(kept) == len(lines) - 1 and not lines[-1]
 
     def write(self, record: dict[str, Any]) -> None:
@@ -50,8 +51,11 @@ class JsonLines:
 
     def write_all(self, records: list[dict[str, Any]]) -> None:
         if is_first():
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(strict(record), ensure_ascii=False) + "\n" for record in records)
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(strict(record), ensure_ascii=False) + "\n" for record in records)
+            except OSError as error:
+                raise RunError(f"{self.path} cannot be written: {error.strerror}") from None
 
 
 def strict(value: Any) -> Any:

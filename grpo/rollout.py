@@ -1,6 +1,6 @@
 """From problems to a scored batch: prompts -> samples -> text -> rewards -> advantages. Text and tensors meet here only.
 
-Left out: which problems (data/batches.py), what the batch does to the policy (train.py).
+Left out: which problems (session.py), what the batch does to the policy (update.py).
 """
 
 import math
@@ -17,7 +17,7 @@ from data.batches import Packed, pack
 from data.problems import Problem
 from data.prompts import pad_prompts
 from data.tokenizer import Tokenizer
-from grpo.config import Config
+from grpo.config import Config, RunError
 from grpo.distributed import agree, is_first
 from grpo.loss import batch_std, group_advantages, group_std, no_scale
 from grpo.reward import accuracies, format_checks, score
@@ -133,8 +133,21 @@ def judge_all(
 
     Plain Python values, process 0's on every process. The reward is NaN where one of the user's functions gave none.
     """
-    if not is_first():
-        return agree(None)
+    fault, records = "", []
+    if is_first():
+        try:
+            records = judge_here(texts, problems, truncated, config, rewards)
+        except RunError as error:
+            fault = str(error)  # it ends the run on every process
+    fault, records = agree([fault, records])
+    if fault:
+        raise RunError(fault)
+    return records
+
+
+def judge_here(
+    texts: list[str], problems: list[Problem], truncated: Iterable[bool], config: Config, rewards: UserRewards
+) -> list[dict[str, Any]]:
     theirs = rewards.score(texts, problems)
     records = []
     for b, (text, problem, cut) in enumerate(zip(texts, problems, map(bool, truncated), strict=True)):
@@ -148,7 +161,7 @@ def judge_all(
             "format": format_checks(text, cut),
             "truncated": cut,
         })  # fmt: skip
-    return agree(records)
+    return records
 
 
 def dead_groups(records: list[dict[str, Any]], G: int) -> np.ndarray:  # -> Q

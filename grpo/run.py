@@ -206,10 +206,10 @@ def open_run_dir(config: Config) -> Iterator[Path]:
             folder.mkdir(parents=True, exist_ok=True)
             lock = take_lock(folder)
             if (folder / "config.json").exists():
-                check_settings(json.loads((folder / "config.json").read_text("utf-8")), config, folder)
+                check_settings(dict(json.loads((folder / "config.json").read_text("utf-8"))), config, folder)
         except ConfigError as error:
             fault = str(error)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             reason = (isinstance(error, OSError) and error.strerror) or str(error)
             fault = f"run_dir {folder} cannot be used: {reason}; give another --run_dir"
     fault = agree(fault)
@@ -241,7 +241,9 @@ def take_lock(folder: Path) -> int:
 def check_settings(saved: dict[str, Any], config: Config, where: Path) -> None:
     """ConfigError, naming them, when settings that touch the result are not those of the run in `where`."""
     now, allowed = asdict(config), FREE_TO_CHANGE | {*config.allow_change.split(",")}
-    if config.schedule == "session":
+    if config.schedule == "run":
+        allowed -= {"max_steps", "epochs"}  # they, and the number of sessions, say how long the cosine is
+    else:
         allowed |= {"sessions"}
     defaults = {field.name: field.default for field in fields(Config)}
     differing = [name for name in now if name not in allowed and saved.get(name, defaults[name]) != now[name]]

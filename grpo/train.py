@@ -7,7 +7,6 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -52,56 +51,83 @@ class Trainer:
     def __init__(self, run: Run, folder: Path, interrupts: Interrupts, compiles: CompileCounter):
         self.run, self.config, self.folder, self.interrupts, self.compiles = run, run.config, folder, interrupts, compiles
         self.checkpoints = Checkpoints(folder / "checkpoints", run.config.keep_checkpoints, run.config.async_save)
-        self.provenance: list[dict[str, Any]] = []  # the runs that it goes on from
+        self.done, self.provenance = 0, []  # the runs that it goes on from
         self.progress, self.recompilations, self.saved_at = Progress(run.steps), 0, time.monotonic()
 
     def open(self) -> None:
         """Load the weights, or what a checkpoint holds."""
         config, run = self.config, self.run
         base = load_base(run)
-        self.fingerprints = {"model": digest(base), "tokenizer": run.tokenizer.fingerprint}
+        files = {"model": digest(base), "tokenizer": run.tokenizer.fingerprint, "reward": run.rewards.fingerprint}
+        self.fingerprints = agree(files)
         self.like = like(partial(init_state, config=config), base, mesh=run.mesh)
         self.reference = frozen(base, run.train.dtype) if config.beta else None
         self.checkpoints.clean()
         found = self.checkpoints.restore(self.like, partial(self.accept, self.folder))
-        if found is not None:
+        if found is None and config.relay_from:
+            found = self.relay(Path(config.relay_from))
+        elif found is not None:
+            self.check_start(found.step, found.meta["provenance"])
             self.checkpoints.set_aside(found.damaged)
-        elif config.relay_from:
-            found = self.relay()
+        else:
+            self.check_start(0, [])
         self.done, self.state = (0, init_state(base, config)) if found is None else (found.step, found.state)
         del base
         if found is not None:
             self.provenance = found.meta["provenance"]
             say(f"resumed     after step {self.done}")
-        if config.session and self.done < (start := run.sessions[config.session - 1].start):
-            raise ConfigError(
-                f"session {config.session} goes on after step {start}; {self.folder} is at step {self.done}: "
-                f"run session {config.session - 1} first, or give --relay_from"
-            )
+        elif (self.folder / "metrics.jsonl").exists():
+            say("restarted   from the beginning: there was no checkpoint yet")
         if is_first():
             write(self.folder / "config.json", asdict(config))
             write(self.folder / "sessions.json", [self.roll(session) for session in run.sessions])
-        self.metrics, self.completions, self.evaluations = (
-            JsonLines(self.folder / f"{name}.jsonl", self.done if found else -1)
-            for name in ("metrics", "completions", "evaluations")
+        self.metrics, self.evaluations, self.completions = (
+            JsonLines(self.folder / f"{name}.jsonl", self.done if found else -1, remember=name != "completions")
+            for name in ("metrics", "evaluations", "completions")
         )
+
+    def check_start(self, done: int, provenance: list[dict[str, Any]]) -> None:
+        """ConfigError unless the run can go on after step `done`, and from where it was told to."""
+        config, source = self.config, str(Path(self.config.relay_from).absolute())
+        if config.relay_from and source not in [origin["run_dir"] for origin in provenance]:
+            raise ConfigError(f"{self.folder} holds a run that is not relayed from {config.relay_from}; give another --run_dir")
+        if config.session and done < (start := self.run.sessions[config.session - 1].start):
+            raise ConfigError(
+                f"session {config.session} goes on after step {start}, the end of session {config.session - 1}; "
+                f"{config.relay_from or self.folder} is at step {done}: finish that first, or give another --relay_from"
+            )
 
     def accept(self, folder: Path, meta: dict[str, Any]) -> None:
         """ConfigError unless a checkpoint of the run in `folder` belongs to this run."""
+        if not {"config", "session", "belongs_to", "provenance"} <= set(meta):
+            raise ConfigError(
+                f"the checkpoint of step {meta['step']} in {folder} was written by another version of this program"
+            )
         check_settings(meta["config"], self.config, folder)
         number, step, sessions = meta["session"], meta["step"], self.run.sessions
         if number > len(sessions) or step > sessions[number - 1].end:
-            raise ConfigError(f"{folder} has {step} steps already; max_steps and epochs plan only {self.run.steps}")
-        session = sessions[number - 1]
-        expected = self.fingerprints | {
-            "data": fingerprint(self.run, session), "start": session.start, "review": session.review.tolist()
-        }  # fmt: skip
-        wrong = differing(expected, meta["belongs_to"])
+            raise ConfigError(
+                f"{folder} has {step} steps already, in session {number}; sessions, max_steps and epochs plan only "
+                f"{self.run.steps}"
+            )
+        session, found = sessions[number - 1], meta["belongs_to"]
+        if found["start"] != session.start:
+            raise ConfigError(
+                f"session {number} in {folder} began after step {found['start']}, not {session.start}: give the new_problems, "
+                f"max_steps and epochs of the sessions before it"
+            )
+        allowed = self.config.allow_change.split(",")
+        wrong = [name for name in differing(self.belongs_to(session), found) if name not in allowed]
         if wrong:
             raise ConfigError(
                 f"the checkpoint of step {step} in {folder} belongs to another {', another '.join(wrong)}: "
                 f"give those of its run, or another --run_dir"
             )
+
+    def belongs_to(self, session: Session) -> dict[str, Any]:
+        """What a checkpoint of a session must have been made from."""
+        met = {"data": fingerprint(self.run, session), "review": session.review.tolist(), "start": session.start}
+        return self.fingerprints | met
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint says of its state. All else that a run needs to go on is a function of it."""
@@ -110,31 +136,30 @@ class Trainer:
             "step": self.done,
             "session": session.number,
             "final": self.done == session.end,
-            "belongs_to": self.fingerprints
-            | {"data": fingerprint(self.run, session), "start": session.start, "review": session.review.tolist()},
+            "belongs_to": self.belongs_to(session),
             "config": asdict(self.config),
             "provenance": self.provenance,
         }
 
-    def relay(self) -> Restored:
+    def relay(self, source: Path) -> Restored:
         """The last state of another run, which is only read; from here on it is this directory's own."""
-        source = Path(self.config.relay_from)
-        theirs = Checkpoints(source / "checkpoints")
-        accept = partial(self.accept, source)
+        theirs, accept = Checkpoints(source / "checkpoints"), partial(self.accept, source)
         found = theirs.restore(self.like, accept)
         if found is None:
             raise ConfigError(f"relay_from {source} has no checkpoint: give the run_dir of a run that has saved one")
-        session = self.session(max(found.step, 1))
         origin = {"run_dir": str(source.absolute()), "step": found.step, "params": digest(found.state.params)}
         found = replace(found, meta=found.meta | {"provenance": [*found.meta["provenance"], origin]})
-        if self.config.reference == "session_start" and session.start < found.step < session.end and session.start:
-            start = theirs.restore(self.like, accept, only=session.start)
-            assert start is not None
-            self.checkpoints.save(start.step, start.state, start.meta, wait=True)
-        self.checkpoints.save(found.step, found.state, found.meta, wait=True)
-        for name in ("metrics.jsonl", "evaluations.jsonl") if is_first() else ():
+        self.check_start(found.step, found.meta["provenance"])
+        for name in ("metrics.jsonl", "evaluations.jsonl") if is_first() else ():  # before the checkpoint, which completes it
             if (source / name).is_file():
                 shutil.copyfile(source / name, self.folder / name)
+        start = self.session(max(found.step, 1)).start
+        if self.reference is not None and self.config.reference == "session_start" and 0 < start < found.step:
+            first = theirs.restore(self.like, accept, only=start)
+            if first is None:
+                raise ConfigError(f"relay_from {source} lacks the checkpoint of step {start}, the reference of its session")
+            self.checkpoints.save(start, first.state, first.meta | {"provenance": found.meta["provenance"]}, wait=True)
+        self.checkpoints.save(found.step, found.state, found.meta, wait=True)
         say(f"relayed     from {source}, step {found.step}")
         return found
 
@@ -165,6 +190,8 @@ class Trainer:
             self.reference = self.session_start(session)
         with self.interrupts.held():
             for step in range(first, session.end + 1):
+                if config.eval_every and self.done > session.start and self.done % config.eval_every == 0:
+                    self.evaluate()  # measured once: also when a resumed run comes by again
                 compiled = self.compiles.count
                 self.state, metrics, records = one_step(step, session, self.state, self.reference, self.run)
                 self.done = step
@@ -180,8 +207,6 @@ class Trainer:
                     self.interrupts.check()
                 if config.max_dead_steps and dead_steps(self.metrics.records) >= config.max_dead_steps:
                     raise RunError(diagnose(self.metrics.records))
-                if config.eval_every and step % config.eval_every == 0 and step < session.end:
-                    self.evaluate()
 
     def record(self, metrics: dict[str, Any], completions: list[dict[str, Any]]) -> None:
         """Write a step down, show it, and sound the alarms that it sets off."""
@@ -229,7 +254,7 @@ class Trainer:
         record: dict[str, Any] = {"step": self.done}
         if run.eval_problems:
             record["accuracy"] = measure(run.eval_problems, run.eval_ids)
-        if len(run.sessions) > 1 and config.retention_problems:
+        if sessions and config.retention_problems:
             record["retention"] = {}
             for session in sessions:
                 of = session.new[: config.retention_problems]
@@ -278,14 +303,19 @@ def train(config: Config) -> dict[str, Any]:
     with run.rewards, open_run_dir(config) as folder, jax.set_mesh(run.mesh), Interrupts(config.max_hours) as interrupts:
         say(describe(run))
         trainer = Trainer(run, folder, interrupts, compiles)
-        with closing(trainer.checkpoints):
+        try:
             trainer.open()
-            try:
-                trainer.train()
-            except Stopped as stopped:
-                say(f"stopped     by {stopped} after step {trainer.done}; the same command goes on from there")
-                if stopped.code:
-                    raise
+            trainer.train()
+            trainer.checkpoints.close()
+        except Stopped as stopped:
+            trainer.checkpoints.close()
+            say(f"stopped     by {stopped} after step {trainer.done}; the same command goes on from there")
+            if stopped.code:
+                raise
+        except BaseException:
+            if jax.process_count() == 1:  # of several, one may fail alone, and must not wait for the others
+                trainer.checkpoints.close()
+            raise
         result = trainer.result() | {"seconds": round(time.monotonic() - started, 1)}
         if is_first():
             write(folder / "result.json", result)

@@ -9,6 +9,7 @@ takes too long is killed and started again. This file is both sides: `main` is t
 
 import contextlib
 import ctypes
+import hashlib
 import importlib.util
 import json
 import math
@@ -54,6 +55,12 @@ class UserRewards:
     def close(self) -> None:
         if self.stop:
             self.stop()
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the files: 16 hex digits."""
+        content = [(name, Path(path).read_bytes()) for name, path in self.files.items()]
+        return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
     def start(self) -> None:
         """Start the worker and wait until it has imported the user's files."""

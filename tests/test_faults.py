@@ -15,12 +15,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from test_train import REWARDS, lines, without_times, write_model
+
+import grpo.checkpoint
+from grpo.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 120  # seconds that any wait may take
@@ -252,6 +257,20 @@ def test_fault_8_no_room_for_a_checkpoint(launch, small_disk):
     assert [record["step"] for record in lines(small_disk / "run" / "metrics.jsonl")] == [1, 2]
 
 
+def test_fault_8_the_disk_fills_while_a_checkpoint_is_written(small_disk, monkeypatch, capsys):
+    """orbax meets the end of the disk: its half-written files go, the older checkpoint stays and can be restored."""
+    monkeypatch.setattr(grpo.checkpoint, "SPARE", -(10**12))  # as if something else took the room meanwhile
+    state = {"leaf": jax.random.normal(jax.random.key(0), (4, 2**20))}  # 16 MB that do not compress
+    with closing(Checkpoints(small_disk / "checkpoints")) as checkpoints:
+        checkpoints.save(1, state, {"step": 1}, wait=True)
+        checkpoints.save(2, state, {"step": 2})
+        checkpoints.settle()
+        assert "checkpoints/2 could not be saved: " in capsys.readouterr().err
+        assert [path.name for path in checkpoints.folder.iterdir()] == ["1"]
+        restored = checkpoints.restore(state, lambda meta: None)
+        assert restored is not None and (restored.state["leaf"] == state["leaf"]).all()
+
+
 def test_fault_14_a_relay_from_a_directory_that_is_only_read(launch, whole, tmp_path):
     """Session 1 in one directory, session 2 in another: the same run. Where it came from is on record."""
     first, second = tmp_path / "first", tmp_path / "second"
@@ -306,6 +325,10 @@ def test_fault_12_a_checkpoint_of_something_else_is_refused(launch, whole, tmp_p
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     (renamed / "tokenizer.json").write_text(json.dumps(pieces))
     assert "belongs to another tokenizer: " in refused(launch, whole, "--model_path", str(renamed))
+    rewards = launch.folder / "rewards.py"
+    rewards.write_text(REWARDS + "# edited")
+    assert "belongs to another reward: " in refused(launch, whole)
+    rewards.write_text(REWARDS)
     assert "system_prompt" in refused(launch, whole, "--system_prompt", "Count.")
     assert f"has {3 * launch.steps} steps already" in refused(launch, whole, "--max_steps", "9")
 
@@ -315,17 +338,17 @@ def test_fault_12_another_data_file_under_the_same_name(launch, tmp_path):
     data, run = tmp_path / "data.jsonl", tmp_path / "run"
     questions = [json.dumps({"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"}) for n in range(40)]
     data.write_text("\n".join(questions) + "\n")
-    flags = "--new_problems", "8", "--sessions", "1", "--run_dir", str(run)
+    flags = "--new_problems", "16", "--sessions", "1", "--run_dir", str(run)
     assert launch("--data", str(data), *flags, "--max_steps", "2").result()["steps"] == 2
     moved = data.rename(tmp_path / "moved.jsonl")
     assert launch("--data", str(moved), *flags, "--max_steps", "3").result()["steps"] == 3
     moved.write_text("\n".join(line.replace("What", "How much") for line in questions) + "\n")
     process = launch("--data", str(moved), *flags, "--max_steps", "4")
     assert process.end() == 2 and "belongs to another data: " in process.errors()
-    allowed = launch(
-        "--data", str(moved), *flags, "--max_steps", "4", "--learning_rate", "1e-3", "--allow_change", "learning_rate"
-    )
-    assert allowed.end() == 2
+    assert launch("--data", str(moved), *flags, "--max_steps", "4", "--allow_change", "data").result()["steps"] == 4
+    faster = ["--data", str(moved), *flags, "--max_steps", "5", "--learning_rate", "1e-3"]
+    assert launch(*faster).end() == 2
+    assert launch(*faster, "--allow_change", "data,learning_rate").result()["steps"] == 5
 
 
 @pytest.mark.parametrize("how", ["flipped bits", "emptied"])
@@ -385,10 +408,18 @@ def test_fault_35_two_processes_are_one_run_and_the_death_of_one_ends_the_other(
     assert "another process of this run is gone" in errors or "another task died" in errors
 
     first, second = start()
+    first.wait_for("step 8/")
+    second.popen.terminate()  # noticed by both, which save after the same step
+    assert [first.end(), second.end()] == [143, 143], first.errors() + second.errors()
+    stopped = next(line for line in first.output if line.startswith("stopped     by SIGTERM after step "))
+    saved = max(int(path.name) for path in (double / "checkpoints").iterdir() if path.name.isdigit())
+    assert int(stopped.split()[5].rstrip(";")) == saved >= 8
+
+    first, second = start()
     result = first.result()
     assert second.end() == 0 and not any(line.startswith(("{", "step", "model")) for line in second.output)
     steps = [int(line.split("after step ")[1]) for line in first.output if line.startswith("resumed")]
-    assert steps and steps[0] in (4, 5, 6) and result["finished"]
+    assert steps == [saved] and result["finished"]
 
     found, expected = records(double), records(single)
     assert found["completions"] == expected["completions"]

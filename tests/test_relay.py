@@ -1,5 +1,6 @@
 """Laws of relay sessions in grpo/train.py: what carries over, what does not, what is measured at each end."""
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from test_train import devices, final_state, folder, interrupted, lines, quick_t
 
 import grpo.run
 import grpo.train
+from grpo.checkpoint import Checkpoints
 from grpo.config import Config, ConfigError
+from grpo.interrupts import Interrupts, Stopped
 from grpo.session import plan_sessions
 
 Q = 8
@@ -66,7 +69,7 @@ def test_each_end_measures_held_out_problems_and_those_of_every_session_so_far(c
     result, files = in_a_row
     evaluations = files["evaluations.jsonl"]
     assert [record["step"] for record in evaluations] == [0, 2, 6]
-    assert [list(record["retention"]) for record in evaluations] == [[], ["1"], ["1", "2"]]
+    assert [list(record.get("retention", {})) for record in evaluations] == [[], ["1"], ["1", "2"]]
     assert [session["retention"] for session in result["sessions"]] == [record["retention"] for record in evaluations[1:]]
     with devices(1):
         prepared = grpo.run.prepare(config)
@@ -124,10 +127,67 @@ def test_the_reference_is_the_base_or_what_the_session_starts_from(config, in_a_
         assert without_times(read_files(again)["metrics.jsonl"]) == without_times(metrics)
 
 
+def test_a_session_run_alone_measures_its_problems_for_those_that_follow(config, in_a_row, tmp_path):
+    """Nothing was known of a second session when the first one ended."""
+    alone = replace(config, run_dir=str(tmp_path / "alone"), sessions=1)
+    run(alone)
+    assert run(replace(alone, session=2))["sessions"] == in_a_row[0]["sessions"]
+
+
+def test_evaluations_on_the_way_are_not_lost_when_a_run_stops_there(config, tmp_path, monkeypatch):
+    """Every two steps; stopped after step 4, saved but not measured yet."""
+    often = replace(config, run_dir=str(tmp_path / "often"), eval_every=2, retention_problems=0)
+    run(often)
+    stopped = replace(often, run_dir=str(tmp_path / "stopped"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Interrupts, "due", lambda self, step: step == 4)
+        patch.setattr(Interrupts, "check", lambda self: self.handle(signal.SIGTERM, None) or self.stop())
+        with pytest.raises(Stopped) as ended:
+            run(stopped)
+    assert ended.value.code == 143
+    assert [record["step"] for record in read_files(stopped)["evaluations.jsonl"]] == [0, 2]
+    run(stopped)
+    evaluations = [without_times(read_files(c)["evaluations.jsonl"]) for c in (often, stopped)]
+    assert evaluations[0] == evaluations[1] and [record["step"] for record in evaluations[0]] == [0, 2, 4, 6]
+
+
+def test_a_signal_while_a_checkpoint_is_read_is_no_damage(config, in_a_row, monkeypatch):
+    real, asked = Checkpoints.read_state, []
+
+    def interrupted_read(self, *args):
+        asked.append(signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None))  # type: ignore[misc, operator]
+        return real(self, *args)
+
+    monkeypatch.setattr(Checkpoints, "read_state", interrupted_read)
+    with pytest.raises(Stopped) as ended:
+        run(config)
+    assert ended.value.code == 143 and asked == []
+    assert not list(Path(config.run_dir).rglob("*.damaged"))
+
+
+@pytest.mark.parametrize(
+    "change", [{"relay_from": "elsewhere"}, {"max_steps": 1}, {"schedule": "run", "sessions": 1, "session": 2}]
+)
+def test_what_would_make_another_run_of_it_is_refused(config, in_a_row, change):
+    reasons = {"relay_from": "is not relayed from elsewhere", "max_steps": "has 6 steps already, in session 2",
+               "schedule": "sessions 1 must be all there will be"}  # fmt: skip
+    with pytest.raises(ConfigError, match=reasons[next(iter(change))]):
+        run(replace(config, **change))
+    assert read_files(config) == in_a_row[1]
+
+
+def test_a_session_that_began_elsewhere_is_refused(config, in_a_row):
+    """With other epochs session 1 would have ended at another step."""
+    with pytest.raises(
+        ConfigError, match=r"^session 2 in .* began after step 2, not 6: give the new_problems, max_steps and epochs"
+    ):
+        run(replace(config, epochs=3))
+
+
 def test_a_session_needs_the_one_before_it(config, tmp_path):
     late = replace(config, run_dir=str(tmp_path / "late"), session=2)
     with pytest.raises(
-        ConfigError, match=r"^session 2 goes on after step 2; .*late is at step 0: run session 1 first, or give --re"
+        ConfigError, match=r"^session 2 goes on after step 2, the end of session 1; .*late is at step 0: finish that"
     ):
         run(late)
     with pytest.raises(

@@ -407,7 +407,7 @@ def test_a_run_directory_belongs_to_its_settings(config, folder):
     with interrupted(3, "rollout"):
         run(replace(config, save_every=7, eval_every=3))
     assert read_files(config)["config.json"] == {**before["config.json"], "save_every": 7, "eval_every": 3}
-    with pytest.raises(ConfigError, match=r"has 2 steps already; .* plan only 1$"):
+    with pytest.raises(ConfigError, match=r"has 2 steps already, in session 1; .* plan only 1$"):
         run(replace(config, max_steps=1))
 
 
@@ -950,6 +950,15 @@ def test_records_survive_reopening_up_to_a_step(tmp_path):
     path.write_text(torn, "utf-8")
     assert JsonLines(path, 2).records == records[:3] == lines(path)
     assert JsonLines(path, 0).records == records[:1] == lines(path)
+
+
+def test_a_line_that_is_no_record_is_left_out_by_name_and_the_rest_stays(tmp_path, capsys):
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"step": 1}\n{"step": \n[]\n{"stop": 3}\n{"step": 4}\n')
+    assert JsonLines(path, 9).records == [{"step": 1}, {"step": 4}] == lines(path)
+    assert [line.split(":")[2] for line in capsys.readouterr().err.splitlines()] == [
+        f"{n} is no record, and is left out" for n in (2, 3, 4)
+    ]
 
 
 def test_a_config_is_its_record(config):
