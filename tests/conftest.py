@@ -1,7 +1,9 @@
 """Eight fake CPU devices for every test, and fixtures that several test files share."""
 
+import gc
 import os
 import string
+import sys
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -14,6 +16,15 @@ import pytest
 
 def pytest_addoption(parser):
     parser.addoption("--all_faults", action="store_true", help="kill runs ten times in each phase: minutes")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Each compiled program holds memory maps, of which Linux allows a process 65,530: a file's go when it is done."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="module")
