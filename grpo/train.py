@@ -265,25 +265,27 @@ class Trainer:
 
     def result(self) -> dict[str, Any]:
         """What `scripts/train.py` prints as JSON."""
-        run, records = self.run, {record["step"]: record for record in self.evaluations.records}
-        last = {"session": None, "step": 0, "accuracy": records.get(0, {}).get("accuracy"), "retention": {}}
-        table = [last]
-        for session in run.sessions[: self.config.session or None]:
-            if session.end <= self.done:
-                record = records.get(session.end, {})
-                table.append({
-                    "session": session.number, "step": session.end, "new": len(session.new), "reviewed": len(session.review),
-                    "accuracy": record.get("accuracy"), "retention": record.get("retention", {}),
-                })  # fmt: skip
+        records = {record["step"]: record for record in self.evaluations.records}
+        ended = [session for session in self.run.sessions[: self.config.session or None] if session.end <= self.done]
         return {
             "run_dir": str(self.folder),
             "preset": self.config.preset,
             "seed": self.config.seed,
             "steps": self.done,
-            "finished": self.done >= run.steps,
-            "accuracy_before": table[0]["accuracy"],
+            "finished": self.done >= self.run.steps,
+            "accuracy_before": records.get(0, {}).get("accuracy"),
             "accuracy_after": records.get(self.done, {}).get("accuracy"),
-            "sessions": table[1:],
+            "sessions": [
+                {
+                    "session": session.number,
+                    "step": session.end,
+                    "new": len(session.new),
+                    "reviewed": len(session.review),
+                    "accuracy": records.get(session.end, {}).get("accuracy"),
+                    "retention": records.get(session.end, {}).get("retention", {}),
+                }
+                for session in ended
+            ],
             "reward_first": self.metrics.records[0]["reward"] if self.metrics.records else None,
             "reward_last": self.metrics.records[-1]["reward"] if self.metrics.records else None,
             "recompilations": self.recompilations,
