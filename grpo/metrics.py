@@ -26,9 +26,7 @@ class JsonLines:
         self.path = path
         kept, whole = self.read(step) if is_first() else ([], True)
         if is_first() and not (whole and path.exists()):
-            part = path.with_suffix(".part")
-            part.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), "utf-8")
-            part.replace(path)
+            rewrite(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
         self.records: list[dict[str, Any]] = agree(kept if remember else [])
 
     def read(self, step: int) -> tuple[list[dict[str, Any]], bool]:
@@ -56,6 +54,13 @@ class JsonLines:
                     file.writelines(json.dumps(strict(record), ensure_ascii=False) + "\n" for record in records)
             except OSError as error:
                 raise RunError(f"{self.path} cannot be written: {error.strerror}") from None
+
+
+def rewrite(path: Path, text: str) -> None:
+    """Replace a file as a whole: there is always the old one or the new one."""
+    part = path.with_suffix(".part")
+    part.write_text(text, "utf-8")
+    part.replace(path)
 
 
 def strict(value: Any) -> Any:

@@ -136,7 +136,7 @@ def judge_all(
     fault, records = "", []
     if is_first():
         try:
-            records = judge_here(texts, problems, truncated, config, rewards)
+            records = judge(texts, problems, truncated, config, rewards)
         except RunError as error:
             fault = str(error)  # it ends the run on every process
     fault, records = agree([fault, records])
@@ -145,9 +145,10 @@ def judge_all(
     return records
 
 
-def judge_here(
+def judge(
     texts: list[str], problems: list[Problem], truncated: Iterable[bool], config: Config, rewards: UserRewards
 ) -> list[dict[str, Any]]:
+    """`judge_all` on this process alone."""
     theirs = rewards.score(texts, problems)
     records = []
     for b, (text, problem, cut) in enumerate(zip(texts, problems, map(bool, truncated), strict=True)):

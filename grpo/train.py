@@ -20,7 +20,7 @@ from grpo.config import Config, ConfigError, RunError
 from grpo.distributed import agree, is_first, join, say
 from grpo.evaluate import evaluate
 from grpo.interrupts import Interrupts, Stopped
-from grpo.metrics import CompileCounter, JsonLines, Progress, clock
+from grpo.metrics import CompileCounter, JsonLines, Progress, clock, rewrite
 from grpo.rollout import rollout
 from grpo.run import Run, check_settings, describe, fingerprint, open_run_dir, prepare
 from grpo.session import Session
@@ -326,10 +326,7 @@ def train(config: Config) -> dict[str, Any]:
 
 
 def write(path: Path, value: Any) -> None:
-    """A JSON file, replaced as a whole."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
-    part.replace(path)
+    rewrite(path, json.dumps(value, indent=1) + "\n")
 
 
 def one_step(

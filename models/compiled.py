@@ -171,9 +171,9 @@ def loops(module: Module, computation: str | None = None) -> list[Loop]:
     return [as_loop(module, where, operation) for operation, where, _ in found if operation.kind == "while"]
 
 
-def open_loop(module: Module) -> Loop | None:
-    """The first loop that ends when the data say so: in a sampler, decoding with all its rows."""
-    return next((loop for loop in loops(module) if loop.trips is None), None)
+def open_loops(module: Module) -> list[Loop]:
+    """The loops that end when the data say so: in a sampler, decoding, one for each size of its batch and its cache."""
+    return [loop for loop in loops(module) if loop.trips is None]
 
 
 def as_loop(module: Module, computation: str, operation: Operation) -> Loop:

@@ -232,7 +232,7 @@ def weight_shapes(plan: Plan) -> set[tuple[int, ...]]:
 
 
 def examine(program: Program, plan: Plan) -> dict[str, Any]:
-    """Compile a program: its memory a device, and what it receives and copies; of a loop until all rows stop, in one trip.
+    """Compile a program: its memory a device, and what it receives and copies; of loops until rows stop, in one trip, the most.
 
     `peak_gib` is the most that lives at a time, arguments included, and None when the compiler finds no way to make it fit.
     """
@@ -245,20 +245,28 @@ def examine(program: Program, plan: Plan) -> dict[str, Any]:
             raise
         return {"peak_gib": None, "beside_gib": beside / GIB, "error": str(error).splitlines()[0]}
     module = compiled.parse(built.as_text())
-    loop = compiled.open_loop(module)
-    parts = (loop.condition, loop.body) if loop else (module.entry,)
-    moved = compiled.collectives(module, *parts)
-    gathered, reduced = weight_traffic(moved, plan)
-    copied = compiled.copies(module, parts[-1], LARGE)
+    trips = [(loop.condition, loop.body) for loop in compiled.open_loops(module)] or [(module.entry,)]
+    moved = [traffic(module, parts, plan) for parts in trips]
+    heaviest = max(moved, key=lambda figures: figures["collective_bytes_per_step"])
     return {
         "peak_gib": built.memory_analysis().peak_memory_in_bytes / GIB,
         "beside_gib": beside / GIB,
+        **{name: max(figures[name] for figures in moved) for name in heaviest if name != "collectives"},
+        "aliased_inputs": len(module.aliases),
+        "compile_seconds": time.monotonic() - start,
+        "collectives": heaviest["collectives"],
+    }
+
+
+def traffic(module: compiled.Module, parts: tuple[str, ...], plan: Plan) -> dict[str, Any]:
+    """What a device receives and copies while `parts` of a program run once."""
+    moved = compiled.collectives(module, *parts)
+    gathered, reduced = weight_traffic(moved, plan)
+    return {
         "collective_bytes_per_step": sum(collective.bytes for collective in moved),
         "weight_bytes_gathered_per_step": gathered,
         "gradient_bytes_reduced_per_step": reduced,
-        "copied_bytes_per_step": compiled.copied_bytes(copied),
-        "aliased_inputs": len(module.aliases),
-        "compile_seconds": time.monotonic() - start,
+        "copied_bytes_per_step": compiled.copied_bytes(compiled.copies(module, parts[-1], LARGE)),
         "collectives": grouped(moved),
     }
 

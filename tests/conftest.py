@@ -28,17 +28,25 @@ def forget_programs():
 
 
 @pytest.fixture(scope="module")
-def mesh():
-    """One device as the mesh of a whole test file, whose programs compile in half the time."""
+def quick_to_compile():
+    """Programs of a test file compile in half the time, without most optimizations."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def mesh(quick_to_compile):
+    """One device as the mesh of a whole test file."""
     import jax
 
     from models.sharding import make_mesh
 
     mesh = make_mesh(devices=jax.devices()[:1])
-    jax.config.update("jax_disable_most_optimizations", True)
     with jax.set_mesh(mesh):
         yield mesh
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ def test_a_collective_in_a_loop_counts_once_a_trip():
 
     module = compile_module(function, (16, 16))
     (loop,) = compiled.loops(module)
-    assert loop.trips == 5 and compiled.open_loop(module) is None
+    assert loop.trips == 5 and compiled.open_loops(module) == []
     (collective,) = compiled.collectives(module)
     assert (collective.kind, collective.group, collective.times) == ("all-gather", 8, 5)
     assert collective.shapes == (Shape("f32", (16, 16)),)
@@ -49,7 +49,7 @@ def test_an_open_loop_counts_as_one_trip_and_its_inner_loop_as_all_of_its_own():
     module = compile_module(function, (16, 16))
     outer, within = compiled.loops(module)
     assert (outer.trips, within.trips) == (None, 3)
-    assert compiled.open_loop(module) == outer
+    assert compiled.open_loops(module) == [outer]
     assert compiled.loops(module, outer.body) == [within]
     (gathered,) = compiled.collectives(module, outer.body)
     assert (gathered.kind, gathered.times) == ("all-gather", 3)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from test_train import devices, final_state, folder, interrupted, lines, quick_to_compile, read_files, run, without_times  # noqa: F401
+from test_train import devices, final_state, folder, interrupted, lines, read_files, run, without_times  # noqa: F401
 
 import grpo.run
 import grpo.train
@@ -16,6 +16,8 @@ from grpo.checkpoint import Checkpoints
 from grpo.config import Config, ConfigError
 from grpo.interrupts import Interrupts, Stopped
 from grpo.session import plan_sessions
+
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 Q = 8
 

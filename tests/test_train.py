@@ -33,6 +33,8 @@ from models.convert import read_config, save_params
 from models.gemma import init_params
 from models.sharding import STORE, make_mesh
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 CONTROL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 Q, G, C, STEPS = 8, 4, 16, 4
 
@@ -78,13 +80,6 @@ def write_model(folder: Path) -> None:
     embedding = np.array(params.embedding)
     embedding[vocab["<end_of_turn>"]] *= 30  # about half the completions end within 8 tokens
     save_params(folder, replace(params, embedding=embedding), config, values)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
