@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import grpo.run
 import grpo.load
+import grpo.run
 import grpo.train
 import grpo.update
 from data.batches import Packed, pack
