@@ -237,7 +237,7 @@ def take_lock(folder: Path) -> int:
     except BlockingIOError:
         owner = os.read(lock, 200).decode(errors="replace")
         os.close(lock)
-        raise ConfigError(f"run_dir {folder} is in use by {owner or 'another process'}; wait, or give another") from None
+        raise ConfigError(f"{folder} is in use by {owner or 'another process'}; wait, or give another") from None
     os.ftruncate(lock, 0)
     os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
     return lock

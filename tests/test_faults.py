@@ -213,7 +213,7 @@ def test_fault_13_a_run_directory_has_one_process(launch):
     second = launch("--run_dir", str(folder), traced=False)
     assert second.end() == 2
     owner = f"process {first.popen.pid} on {socket.gethostname()}"
-    assert second.errors() == f"error: run_dir {folder} is in use by {owner}; wait, or give another\n"
+    assert second.errors() == f"error: {folder} is in use by {owner}; wait, or give another\n"
     first.popen.kill()
     first.end()
     third = launch("--run_dir", str(folder))
