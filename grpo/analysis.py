@@ -54,8 +54,10 @@ def proportion(samples: Sequence[tuple[str, bool]]) -> dict[str, Any]:
     """The share of (problem, right) that are right: Wilson's interval at the number of independent samples worth as much.
 
     That number comes from how much problems differ from each other (the linearised variance of a ratio); it lies between the
-    number of problems and that of samples.
+    number of problems and that of samples. Of no samples, None.
     """
+    if not samples:
+        return {"n": 0, "problems": 0, "accuracy": None, "ci_low": None, "ci_high": None}
     groups: dict[str, list[bool]] = defaultdict(list)
     for problem, right in samples:
         groups[problem].append(right)
@@ -79,7 +81,7 @@ def measure(sample: Mapping[str, Any], unit: str) -> int:
 
 def by_length(samples: Records, problems: Records, unit: str) -> list[dict[str, Any]]:
     """Accuracy by length: bins of a round width, the last one open. `gold`: the share of the problems' own solutions that
-    fall into a bin, in words; None in tokens, or without solutions.
+    fall into a bin, in words; None in tokens, or without solutions. A bin may hold solutions alone.
 
     Length and difficulty go together: a bin says which lengths are right, not which would be. See `within_problem`.
     """
@@ -102,7 +104,7 @@ def by_length(samples: Records, problems: Records, unit: str) -> list[dict[str, 
         {"low": i * width, "high": (i + 1) * width if i < last else max(*lengths, *gold, i * width) + 1}
         | proportion(found[i])
         | {"gold": of_gold[i] / len(gold) if gold else None}
-        for i in sorted(found)
+        for i in sorted({*found, *of_gold})
     ]
 
 

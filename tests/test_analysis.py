@@ -112,11 +112,13 @@ def test_accuracy_by_length():
     samples += [sample(name, 1, "1", "1", words=words, length=70) for name, words in (("b", 12), ("c", 14), ("d", 31))]
     samples += [sample(f"e{i}", 1, "1", "1", words=22) for i in range(100)] + [sample("f", 1, "2", "1", words=500)]
     problems = [problem("a", 13), problem("b", 22), problem("c", 24), problem("d", 90), problem("e")]
+    problems += [problem("g", 7)]
     bins = by_length(samples, problems, "words")
     assert [(b["low"], b["high"], b["n"], b["problems"], b["accuracy"], b["gold"]) for b in bins] == [
-        (0, 5, 2, 1, 0.0, 0.0), (10, 15, 2, 2, 1.0, 0.25), (20, 25, 100, 100, 1.0, 0.5), (30, 501, 2, 2, 0.5, 0.25),
+        (0, 5, 2, 1, 0.0, 0.0), (5, 10, 0, 0, None, 0.2), (10, 15, 2, 2, 1.0, 0.2), (20, 25, 100, 100, 1.0, 0.4),
+        (30, 501, 2, 2, 0.5, 0.2),
     ]  # fmt: skip
-    assert (bins[1]["ci_low"], bins[1]["ci_high"]) == wilson(2, 2)
+    assert (bins[2]["ci_low"], bins[2]["ci_high"]) == wilson(2, 2)
     tokens = by_length(samples, problems, "tokens")
     assert [(b["low"], b["high"], b["n"], b["gold"]) for b in tokens] == [(0, 10, 103, None), (70, 71, 3, None)]
     assert by_length([], problems, "words") == []
