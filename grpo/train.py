@@ -25,6 +25,7 @@ from grpo.metrics import CompileCounter, JsonLines, Progress, clock, rewrite
 from grpo.rollout import rollout
 from grpo.run import Run, check_settings, describe, fingerprint, open_run_dir, prepare
 from grpo.session import Session
+from grpo.trackers import Trackers
 from grpo.update import (
     TrainState,
     choose_remat,
@@ -53,6 +54,8 @@ class Trainer:
         self.checkpoints = Checkpoints(folder / "checkpoints", run.config.keep_checkpoints, run.config.async_save)
         self.done, self.provenance = 0, []  # the runs that it goes on from
         self.progress, self.recompilations, self.saved_at = Progress(run.steps), 0, time.monotonic()
+        names = run.config.track if is_first() else ""
+        self.trackers = Trackers(names, folder, asdict(run.config), self.progress.warn)
 
     def open(self) -> None:
         """Load the weights, or what a checkpoint holds."""
@@ -86,6 +89,7 @@ class Trainer:
             JsonLines(self.folder / f"{name}.jsonl", self.done if found else -1, remember=name != "completions")
             for name in ("metrics", "evaluations", "completions")
         )
+        self.trackers.open(self.done)
 
     def check_start(self, done: int, provenance: list[dict[str, Any]]) -> None:
         """ConfigError unless the run can go on after step `done`, and from where it was told to."""
@@ -216,6 +220,7 @@ class Trainer:
         ringing = history[-1]["alarms"] if history else []
         self.metrics.write(metrics | {"alarms": list(active)})
         self.completions.write_all(completions)
+        self.trackers.write(metrics["step"], metrics)
         if is_first():
             self.progress.show(metrics["step"], metrics)
             for name in [name for name in active if name not in ringing]:
@@ -262,6 +267,10 @@ class Trainer:
                 figures = measure([run.problems[i] for i in of], [run.prompt_ids[i] for i in of], sampled=False)
                 record["retention"][str(session.number)] = figures
         self.evaluations.write(record | {"time/eval": time.perf_counter() - began})
+        retained = {f"session_{number}": figures["greedy"] for number, figures in record.get("retention", {}).items()}
+        self.trackers.write(
+            self.done, {f"eval/{name}": figure for name, figure in (record.get("accuracy", {}) | retained).items()}
+        )
         return record
 
     def result(self) -> dict[str, Any]:
@@ -319,6 +328,8 @@ def train(config: Config) -> dict[str, Any]:
             if jax.process_count() == 1:  # of several, one may fail alone, and must not wait for the others
                 trainer.checkpoints.close()
             raise
+        finally:
+            trainer.trackers.close()
         result = trainer.result() | {"seconds": round(time.monotonic() - started, 1)}
         if is_first():
             write(folder / "result.json", result)
