@@ -41,7 +41,9 @@ class Config:
 
     preset: str = flag("custom", "name of the preset these values started from")
     # what
-    model_path: str = flag("", "Hugging Face folder: config.json, *.safetensors, tokenizer")
+    model_path: str = flag(
+        "", "Hugging Face folder (config.json, *.safetensors, tokenizer), or RUN_DIR[/checkpoints/STEP] of a run"
+    )
     data: str = flag("openai/gsm8k", "arithmetic, a .jsonl or .parquet file in GSM8K form, or openai/gsm8k")
     eval_data: str = flag("", "problems to evaluate on; arithmetic:tune to choose settings; default: held out from --data")
     run_dir: str = flag("", "where everything is written; default runs/PRESET-seedSEED")

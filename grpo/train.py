@@ -20,6 +20,7 @@ from grpo.config import Config, ConfigError, RunError
 from grpo.distributed import agree, is_first, join, say
 from grpo.evaluate import evaluate
 from grpo.interrupts import Interrupts, Stopped
+from grpo.load import copy_description
 from grpo.metrics import CompileCounter, JsonLines, Progress, clock, rewrite
 from grpo.rollout import rollout
 from grpo.run import Run, check_settings, describe, fingerprint, open_run_dir, prepare
@@ -35,14 +36,13 @@ from grpo.update import (
     rollout_view,
     train_step,
 )
-from models.convert import load_params
 from models.gemma import Params
 from models.sharding import STORE, like
 
 
 def load_base(run: Run) -> Params:
     """The weights before the first step."""
-    return load_params(run.config.model_path, run.model, run.mesh, STORE)
+    return run.base.load(run.mesh, STORE, "float32")
 
 
 class Trainer:
@@ -80,6 +80,7 @@ class Trainer:
             say("restarted   from the beginning: there was no checkpoint yet")
         if is_first():
             write(self.folder / "config.json", asdict(config))
+            copy_description(run.base, self.folder / "model")
             write(self.folder / "sessions.json", [self.roll(session) for session in run.sessions])
         self.metrics, self.evaluations, self.completions = (
             JsonLines(self.folder / f"{name}.jsonl", self.done if found else -1, remember=name != "completions")

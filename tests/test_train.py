@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import grpo.load
 import grpo.run
 import grpo.train
 import grpo.update
@@ -679,8 +680,8 @@ def bare(config, folder) -> Config:
 
 def test_without_a_kl_no_reference_is_loaded_and_the_reward_rises(bare, monkeypatch):
     """The mean of the last ten steps lies more than four standard errors above that of the first, untrained one."""
-    loads, real_load = [], grpo.train.load_params
-    monkeypatch.setattr(grpo.train, "load_params", lambda *args: loads.append(args) or real_load(*args))
+    loads, real_load = [], grpo.load.load_params
+    monkeypatch.setattr(grpo.load, "load_params", lambda *args: loads.append(args) or real_load(*args))
     result = run(bare)
     assert len(loads) == 1
     files = read_files(bare)
