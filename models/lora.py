@@ -39,18 +39,25 @@ def adapter_axes(config: GemmaConfig, targets: Iterable[str]) -> Adapters:
     return {name: Adapter(a=f"L{rows}J", b=f"LJ{columns}") for name, (_, rows, columns) in letters.items()}
 
 
+def adapter_shapes(config: GemmaConfig, targets: Iterable[str], rank: int) -> Adapters:
+    """The tree of `jax.ShapeDtypeStruct` that adapters are."""
+    sizes = config.sizes | {"J": rank}
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct([sizes[c] for c in a], jnp.float32), adapter_axes(config, targets))
+
+
 def init_adapters(key: Array, config: GemmaConfig, targets: Iterable[str], rank: int, rules: Rules) -> Adapters:
     """Fresh adapters, which change nothing: B is 0, A uniform within 1 / sqrt(in), as peft makes it (Kaiming, a = sqrt 5)."""
-    letters, sizes = adapter_axes(config, targets), config.sizes | {"J": rank}
+    wanted = adapter_shapes(config, targets, rank)
 
-    def init(key: Array, name: str) -> Adapter:
-        a, b = ([sizes[letter] for letter in part] for part in (letters[name].a, letters[name].b))
-        bound = a[1] ** -0.5
-        return Adapter(
-            jax.random.uniform(jax.random.fold_in(key, PROJECTIONS.index(name)), a, minval=-bound, maxval=bound), jnp.zeros(b)
-        )
+    def init(name: str, key: Array) -> Adapter:
+        a, bound = wanted[name].a.shape, wanted[name].a.shape[1] ** -0.5
+        return Adapter(jax.random.uniform(key, a, minval=-bound, maxval=bound), jnp.zeros(wanted[name].b.shape))
 
-    return jax.jit(lambda key: reshard({name: init(key, name) for name in letters}, letters, rules))(key)
+    def init_all(key: Array) -> Adapters:
+        made = {name: init(name, jax.random.fold_in(key, PROJECTIONS.index(name))) for name in wanted}
+        return reshard(made, adapter_axes(config, wanted), rules)
+
+    return jax.jit(init_all)(key)
 
 
 def attach(params: Params, adapters: Adapters, scale: float) -> Params:
