@@ -30,7 +30,7 @@ from grpo.update import resting_bytes
 from grpo.workers import UserRewards
 from models import ModelError
 from models.gemma import Compute, GemmaConfig, shapes
-from models.lora import adapter_shapes
+from models.lora import adapter_shapes, count_adapters
 from models.sharding import ROLLOUT, TRAIN, activation_dtype, check_divides, make_mesh
 
 # What a resumed run may change: how long it goes on, what it looks at, and how it uses the machine. A path may change, not what
@@ -184,7 +184,7 @@ def trained(run: Run) -> str:
     config = run.config
     if not config.lora_rank:
         return "all weights"
-    count = sum(leaf.size for leaf in jax.tree.leaves(adapter_shapes(run.model, config.lora_names, config.lora_rank)))
+    count = count_adapters(run.model, config.lora_names, config.lora_rank)
     return (
         f"adapters of rank {config.lora_rank} on {config.lora_targets}, alpha {config.lora_alpha:g} "
         f"({count / 1e6:.1f}M parameters, {12 * count / 1e6:.0f} MB a checkpoint)"

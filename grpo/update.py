@@ -20,7 +20,7 @@ from grpo.config import Config
 from grpo.loss import dapo_weights, dr_grpo_weights, grpo_loss, grpo_weights
 from grpo.rollout import Batch
 from models.gemma import Compute, GemmaConfig, Params, axes, forward_group, shapes, token_logprobs
-from models.lora import Adapters, adapter_shapes, attach, init_adapters, merged
+from models.lora import Adapters, attach, count_adapters, init_adapters, merged
 from models.sharding import STORE
 
 AGGREGATIONS = {"grpo": grpo_weights, "dapo": dapo_weights, "dr_grpo": dr_grpo_weights}
@@ -189,19 +189,18 @@ def summarise(terms: dict[str, Array], batch: Batch) -> dict[str, Array]:
 
 
 def resting_bytes(model: GemmaConfig, dtype: str, config: Config) -> float:
-    """What all devices hold for good: float32 weights, moments, gradients, the reference; with LoRA those of adapters, the base."""
+    """Of float32 weights, moments and gradients, and of the frozen weights; of all devices together."""
     weights, width = sum(leaf.size for leaf in jax.tree.leaves(shapes(model))), jnp.dtype(dtype).itemsize
     if config.lora_rank:
-        adapters = adapter_shapes(model, config.lora_names, config.lora_rank)
-        return width * weights + 16 * sum(leaf.size for leaf in jax.tree.leaves(adapters))
+        return width * weights + 16 * count_adapters(model, config.lora_names, config.lora_rank)
     return (16 + width * (config.beta > 0)) * weights
 
 
 def choose_remat(compute: Compute, model: GemmaConfig, batch: Batch, config: Config, devices: int, memory: float) -> Compute:
     """`auto` becomes `dots`, which keeps the results of products, where `memory`, bytes a device, has room; else `full`.
 
-    Counted: what rests, what `dots` keeps for each slot of the packed rows, and a fifth of the memory for the rest. Compiled for
-    v5e, Gemma 2 2B at 4,352 slots a chip needs 7.4 GiB by `full` and 12.9 by `dots`; this counts 14.3 for the latter.
+    Counted: what rests, what `dots` keeps for each slot of the packed rows, and a fifth of the memory for the rest. Compiled
+    for v5e, Gemma 2 2B at 4,352 slots a chip needs 7.4 GiB by `full` and 12.9 by `dots`; this counts 14.3 for the latter.
     """
     if compute.remat != "auto":
         return compute

@@ -45,6 +45,11 @@ def adapter_shapes(config: GemmaConfig, targets: Iterable[str], rank: int) -> Ad
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct([sizes[c] for c in a], jnp.float32), adapter_axes(config, targets))
 
 
+def count_adapters(config: GemmaConfig, targets: Iterable[str], rank: int) -> int:
+    """Numbers in all of them; none of rank 0."""
+    return sum(leaf.size for leaf in jax.tree.leaves(adapter_shapes(config, targets, rank)))
+
+
 def init_adapters(key: Array, config: GemmaConfig, targets: Iterable[str], rank: int, rules: Rules) -> Adapters:
     """Fresh adapters, which change nothing: B is 0, A uniform within 1 / sqrt(in), as peft makes it (Kaiming, a = sqrt 5)."""
     wanted = adapter_shapes(config, targets, rank)
