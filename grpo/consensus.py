@@ -83,7 +83,7 @@ def product(a: list[int], b: list[int]) -> list[int]:
     return result
 
 
-def wilson(right: int, n: int) -> tuple[float, float]:
+def wilson(right: float, n: float) -> tuple[float, float]:
     """95% interval of a proportion (Wilson 1927): sensible at 0 and at n, where the normal one is not."""
     if n == 0:
         return 0.0, 1.0

@@ -67,6 +67,8 @@ def strict(value: Any) -> Any:
     """NaN and infinities become null: JSON has no others."""
     if isinstance(value, dict):
         return {key: strict(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [strict(x) for x in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -38,7 +38,7 @@ FREE_TO_CHANGE = {
     "run_dir", "relay_from", "model_path", "data", "session", "max_steps", "epochs", "max_hours", "eval_every",
     "retention_problems", "save_every", "save_minutes", "keep_checkpoints", "async_save", "allow_change", "coordinator",
     "processes", "process_id", "rollout_tp", "remat", "attention", "unroll", "packing", "halvings", "logprob_chunk",
-    "microbatches", "track", "reward_timeout", "strict_rewards", "max_dead_steps",
+    "microbatches", "track", "reward_timeout", "strict_rewards", "max_dead_steps", "inspect_groups",
 }  # fmt: skip
 
 
