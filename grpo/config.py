@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeVar
 from data.prompts import SYSTEM
 
 PROJECTIONS = "q,k,v,o,gate,up,down"
+TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # and the packages that they need
 TINY_MODEL = str(Path(__file__).parents[1] / "models" / "tiny")
 
 
@@ -112,10 +113,14 @@ class Config:
     eval_problems: int = flag(200, "problems of each evaluation; 0: none")
     eval_every: int = flag(0, "evaluate every N steps too, not only before and after; 0: no")
     retention_problems: int = flag(200, "of each session's new problems, evaluated after it and after later ones; 0: none")
+    inspect_groups: int = flag(
+        100, "groups of the run whose every token is written to tokens.jsonl, spread over its steps; 0: none"
+    )
     save_every: int = flag(50, "checkpoint every N steps, and at the end of a session")
     save_minutes: float = flag(10.0, "checkpoint after so many minutes too; 0: by steps only")
     keep_checkpoints: int = flag(2, "how many to keep, beside the last of each session")
     async_save: bool = flag(True, "train on while a checkpoint is written")
+    track: str = flag("", f"show metrics there too: {' or '.join(TRACKERS)}, or several with commas between")
     # machine
     coordinator: str = flag("", "several processes: HOST:PORT of process 0; auto where the cluster tells, as on a TPU pod")
     processes: int = flag(1, "how many, with coordinator HOST:PORT: each runs this command")
@@ -156,7 +161,7 @@ class Config:
                 raise ConfigError(f"{name} {getattr(self, name)} must be above 0")
         zero = "new_problems max_steps seed top_k beta epsilon_low epsilon_high sampler_cap warmup_steps weight_decay"
         zero += " rollout_tp packing halvings eval_problems eval_every adam_b1 adam_b2 max_hours session review_ratio"
-        zero += " retention_problems save_minutes process_id resample max_dead_steps lora_rank"
+        zero += " retention_problems save_minutes process_id resample max_dead_steps inspect_groups lora_rank"
         for name in zero.split():
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} {getattr(self, name)} must not be negative")
@@ -176,6 +181,9 @@ class Config:
             raise ConfigError(
                 f"sessions {self.sessions} must be all there will be, with schedule run and session {self.session}"
             )
+        for name in filter(None, self.track.split(",")):
+            if name not in TRACKERS:
+                raise ConfigError(f"track {name!r} must be one of {', '.join(TRACKERS)}")
         for name in self.lora_names:
             if name not in PROJECTIONS.split(",") or self.lora_names.count(name) > 1:
                 raise ConfigError(f"lora_targets {name!r} must be one of {PROJECTIONS}, named once")

@@ -26,6 +26,7 @@ from grpo.config import Config, ConfigError
 from grpo.distributed import agree, is_first
 from grpo.load import Model, find_model
 from grpo.session import Session, plan_sessions
+from grpo.trackers import check_installed
 from grpo.update import resting_bytes
 from grpo.workers import UserRewards
 from models import ModelError
@@ -39,7 +40,7 @@ FREE_TO_CHANGE = {
     "run_dir", "relay_from", "model_path", "data", "session", "max_steps", "epochs", "max_hours", "eval_every",
     "retention_problems", "save_every", "save_minutes", "keep_checkpoints", "async_save", "allow_change", "coordinator",
     "processes", "process_id", "rollout_tp", "remat", "attention", "unroll", "packing", "halvings", "logprob_chunk",
-    "microbatches", "reward_timeout", "strict_rewards", "max_dead_steps",
+    "microbatches", "track", "reward_timeout", "strict_rewards", "max_dead_steps", "inspect_groups",
 }  # fmt: skip
 
 
@@ -72,6 +73,7 @@ def prepare(config: Config) -> Run:
     """Load and check everything but the weights. Raises ConfigError, DataError or ModelError."""
     if not config.model_path:
         raise ConfigError(f"model_path is needed: preset {config.preset} brings no weights; give a Hugging Face folder")
+    check_installed(config.track)
     mesh = make_mesh(config.rollout_tp)
     base = find_model(config.model_path)
     model = base.config
@@ -253,7 +255,7 @@ def take_lock(folder: Path) -> int:
     except BlockingIOError:
         owner = os.read(lock, 200).decode(errors="replace")
         os.close(lock)
-        raise ConfigError(f"run_dir {folder} is in use by {owner or 'another process'}; wait, or give another") from None
+        raise ConfigError(f"{folder} is in use by {owner or 'another process'}; wait, or give another") from None
     os.ftruncate(lock, 0)
     os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
     return lock

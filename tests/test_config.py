@@ -10,7 +10,10 @@ from grpo.config import PRESETS, Config, ConfigError, flag, parse
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 TYPES = typing.get_type_hints(Config)
-OTHER_VALUES = {"allow_change": "beta", "top_p": 0.5, "microbatches": 4, "adam_b1": 0.5, "adam_b2": 0.5, "preset": "gemma3-1b"}
+OTHER_VALUES = {
+    "allow_change": "beta", "track": "wandb", "top_p": 0.5, "microbatches": 4, "adam_b1": 0.5, "adam_b2": 0.5,
+    "preset": "gemma3-1b",
+}  # fmt: skip
 
 
 def parsed(*argv: str) -> Config:
@@ -171,7 +174,7 @@ FROM_0 = [
     "new_problems", "max_steps", "seed", "top_k", "beta", "epsilon_low", "epsilon_high", "sampler_cap", "warmup_steps",
     "weight_decay", "eval_problems", "eval_every", "adam_b1", "adam_b2", "rollout_tp", "packing",
     "halvings", "max_hours", "session", "review_ratio", "retention_problems", "save_minutes", "process_id", "resample",
-    "max_dead_steps",
+    "max_dead_steps", "inspect_groups",
 ]  # fmt: skip
 ANY_NUMBER = ["reward_correct", "reward_reasoning_tags", "reward_answer_tags", "reward_operators", "reward_violation"]
 TOO_LARGE = {"top_p": 1.001, "adam_b1": 1.0, "adam_b2": 1.0, "seed": 2**32}
