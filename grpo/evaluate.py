@@ -12,7 +12,7 @@ from data.problems import Problem
 from data.prompts import pad_prompts
 from data.tokenizer import Tokenizer
 from grpo.config import Config
-from grpo.metrics import wilson
+from grpo.consensus import wilson
 from grpo.rollout import judge_all, sampling
 from grpo.workers import UserRewards
 from models.gemma import Compute, GemmaConfig, Params

@@ -118,13 +118,3 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """95% interval of a proportion (Wilson 1927): sensible at 0 and at n, where the normal one is not."""
-    if n == 0:
-        return 0.0, 1.0
-    z, p = 1.959964, right / n
-    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
-    return max(low, 0.0), min(high, 1.0)  # rounding may leave -1e-17

@@ -27,7 +27,7 @@ from data.prompts import encode_prompt, render_prompt
 from data.tokenizer import load_tokenizer
 from grpo.checkpoint import Checkpoints
 from grpo.config import Config, ConfigError, RunError
-from grpo.metrics import JsonLines, wilson
+from grpo.metrics import JsonLines
 from grpo.rollout import Batch, generate, judge_all, put, rollout
 from grpo.workers import UserRewards
 from models import ModelError
@@ -345,15 +345,6 @@ def test_an_evaluation_does_not_depend_on_the_batch_it_is_computed_in(config, fi
                 view, run.eval_problems, run.eval_ids, run.tokenizer, run.model, run.sample, run.config, run.rewards
             )
         assert figures == finished.files["evaluations.jsonl"][0]["accuracy"]
-
-
-def test_the_interval_of_a_proportion_is_wilsons():
-    """The two p at which (p - share)^2 = z^2 p (1 - p) / n; never below 0 nor above 1."""
-    for right, n in ((0, 7), (7, 7), (3, 7), (60, 100), (1, 1)):
-        for p in wilson(right, n):
-            assert 0 <= p <= 1
-            assert (p - right / n) ** 2 == pytest.approx(1.959964**2 * p * (1 - p) / n, abs=1e-12)
-    assert wilson(0, 0) == (0, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------- resume
