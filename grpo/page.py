@@ -49,8 +49,8 @@ def read_page(run_dirs: list[Path], evaluation: Path | None, megabytes: float) -
 def render(page: dict[str, Any]) -> str:
     """The page. Its policy allows the script and the style that are in it, by their digests, and no connection anywhere."""
     text = TEMPLATE.read_text("utf-8")
-    data = json.dumps(page, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    packed = base64.b64encode(gzip.compress(data.encode("utf-8", "replace"), mtime=0)).decode()
+    data = json.dumps(page, allow_nan=False, separators=(",", ":"))
+    packed = base64.b64encode(gzip.compress(data.encode(), 6, mtime=0)).decode()
     script, style = (digest(re.search(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)[1]) for tag in ("script", "style"))  # type: ignore[index]
     policy = f"default-src 'none'; script-src {script}; style-src {style}; base-uri 'none'; form-action 'none'"
     return text.replace("{{policy}}", policy).replace("{{data}}", packed)
