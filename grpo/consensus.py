@@ -83,7 +83,7 @@ def product(a: list[int], b: list[int]) -> list[int]:
     return result
 
 
-def wilson(right: int, n: int) -> tuple[float, float]:
+def wilson(right: float, n: float) -> tuple[float, float]:
     """95% interval of a proportion (Wilson 1927): sensible at 0 and at n, where the normal one is not."""
     if n == 0:
         return 0.0, 1.0
@@ -133,7 +133,8 @@ def figures(
     by_problem: dict[str, list[dict[str, Any]]] = {problem["id"]: [] for problem in problems}
     for sample in sorted(samples, key=lambda sample: sample["sample"]):
         by_problem[sample["problem"]].append(sample)
-    n, none = len(temperatures), [None] * len(temperatures)
+    n = len(temperatures)
+    none: list[Answer] = [None] * n
     right: dict[str, list[bool]] = {f"{way} {reading}": [] for way in ("greedy", "consensus") for reading in READINGS}
     agreed, passes, majorities = [], [], []
     for problem in problems:
@@ -149,7 +150,7 @@ def figures(
         majorities.append(maj_at_k(votes, temperatures, gold))
 
     def mean(values: Sequence[float]) -> float:
-        return sum(values) / len(problems)
+        return math.fsum(values) / len(problems)
 
     def accuracy(way: str) -> dict[str, float]:
         low, high = wilson(sum(right[f"{way} tagged"]), len(problems))
