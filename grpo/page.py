@@ -21,6 +21,7 @@ from typing import Any
 
 from data import DataError
 from data.problems import Problem
+from grpo.analysis import by_length, calibration, gain_by_difficulty, within_problem
 from grpo.config import Config, ConfigError
 from grpo.consensus import majority_vote, plain
 from grpo.run import choose_problems
@@ -65,16 +66,16 @@ def digest(source: str) -> str:
 
 def read_run(folder: Path, notes: list[str]) -> dict[str, Any]:
     """Settings, metrics as columns, alarms, evaluations, sessions and result of a run."""
-    steps = list(records(folder / "metrics.jsonl", notes))
-    numbers = [name for name in dict.fromkeys(name for step in steps for name in step) if name not in ("step", "alarms")]
+    steps = list(records(folder / "metrics.jsonl", notes, "step"))
+    names = dict.fromkeys(name for step in steps for name, value in step.items() if isinstance(value, (int, float)))
     sessions = read_object(folder / "sessions.json", [], notes)
     return {
         "name": folder.resolve().name,
         "config": read_object(folder / "config.json", {}, notes),
-        "step": [step.get("step") for step in steps],
-        "metrics": {name: [rounded(step.get(name)) for step in steps] for name in numbers},
+        "step": [step["step"] for step in steps],
+        "metrics": {name: [rounded(step.get(name)) for step in steps] for name in names if name != "step"},
         "alarms": [[step["step"], name] for step in steps for name in step.get("alarms") or []],
-        "evaluations": rounded(list(records(folder / "evaluations.jsonl", notes))),
+        "evaluations": rounded(list(records(folder / "evaluations.jsonl", notes, "step"))),
         "sessions": [{key: len(x) if isinstance(x, list) else x for key, x in session.items()} for session in sessions],
         "result": rounded(read_object(folder / "result.json", {}, notes)),
     }
@@ -85,7 +86,8 @@ def read_completions(folder: Path, config: dict[str, Any], wanted: set[int], lim
     sizes: Counter[int] = Counter()
     counts: Counter[int] = Counter()
     path = folder / "completions.jsonl"
-    for record in records(path, notes):
+    keys = "step", "problem", "text"
+    for record in records(path, notes, *keys):
         sizes[record["step"]] += len(record["text"]) + 100
         counts[record["step"]] += 1
     first = {step: size for step, size in sizes.items() if step in wanted}
@@ -103,7 +105,7 @@ def read_completions(folder: Path, config: dict[str, Any], wanted: set[int], lim
     columns: dict[str, list] = {name: [] for name in ("text", "reward", "advantage", "length", "flags")}
     components: dict[str, list] = {}
     before, group_size = None, config.get("group_size")
-    for record in records(path, []):
+    for record in records(path, [], *keys):
         if record["step"] not in kept:
             continue
         if (record["step"], record["problem"]) != before or groups["size"][-1] == group_size:
@@ -149,12 +151,14 @@ def read_questions(config: dict[str, Any], notes: list[str]) -> dict[str, Proble
 
 def read_tokens(path: Path, limit: float, notes: list[str]) -> list[dict[str, Any]]:
     """The groups whose tokens were saved, as they are, a column of equal values as one value."""
-    sizes = {number: len(json.dumps(group)) for number, group in enumerate(records(path, notes))}
+    sizes = {
+        number: len(json.dumps(group)) for number, group in enumerate(records(path, notes, "step", "problem", "completions"))
+    }
     kept = set(spread(sizes, limit))
     if len(kept) < len(sizes):
         notes.append(f"Tokens of {len(sizes) - len(kept):,} of {len(sizes):,} groups are not in this page (--megabytes)")
     groups = []
-    for number, group in enumerate(records(path, [])):
+    for number, group in enumerate(records(path, [], "step", "problem", "completions")):
         if number in kept:
             rows = [
                 {"row": row["row"], "pieces": row["pieces"]}
@@ -176,12 +180,13 @@ def constant(column: list) -> Any:
 def read_evaluation(folder: Path, limit: float, notes: list[str]) -> dict[str, Any]:
     """Figures, and of each problem what every sample answered, the vote, and the texts: sample 0 is greedy, the others vote."""
     settings = read_object(folder / "config.json", {}, notes)
-    problems = {problem["id"]: problem for problem in records(folder / "problems.jsonl", notes)}
-    samples = list(records(folder / "samples.jsonl", notes))
+    problems = {problem["id"]: problem for problem in records(folder / "problems.jsonl", notes, "id", "question", "answer")}
+    samples = list(records(folder / "samples.jsonl", notes, "model", "problem", "sample", "text", "answer"))
     if not problems or "temperatures" not in settings:
         raise ConfigError(f"evaluation {str(folder)!r} holds none: no config.json with temperatures, or no problems.jsonl")
     heat = settings["temperatures"]
     names = [name for name in ("base", "trained") if any(sample["model"] == name for sample in samples)]
+    of_model = {name: [sample for sample in samples if sample["model"] == name] for name in names}
     missing = len(names) * len(problems) * (1 + len(heat)) - len(samples)
     if missing:
         notes.append(f"Evaluation: {missing:,} samples are missing, and count as wrong")
@@ -196,7 +201,18 @@ def read_evaluation(folder: Path, limit: float, notes: list[str]) -> dict[str, A
         "result": rounded(read_object(folder / "result.json", {}, notes)),
         "problems": {key: [problem.get(key) for problem in problems.values()] for key in ("id", "question", "solution")}
         | {"gold": [plain(problem["answer"]) for problem in problems.values()]},
-        "models": {name: read_votes([s for s in samples if s["model"] == name], list(problems), heat, kept) for name in names},
+        "models": {name: read_votes(of_model[name], list(problems), heat, kept) for name in names},
+        "charts": {name: rounded(analyse(of_model[name], list(problems.values()))) for name in names},
+    }
+
+
+def analyse(samples: list[dict[str, Any]], problems: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the page draws of one model."""
+    return {
+        "by_length": by_length(samples, problems, "words"),
+        "within_problem": within_problem(samples, "words"),
+        "calibration": calibration(samples),
+        "gain_by_difficulty": gain_by_difficulty(samples),
     }
 
 
@@ -215,8 +231,8 @@ def read_votes(samples: list[dict[str, Any]], ids: list[str], heat: list[float],
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-def records(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """The records of a file of one JSON object a line; none without a file. What is no record is noted, and left out."""
+def records(path: Path, notes: list[str], *keys: str) -> Iterator[dict[str, Any]]:
+    """The records of a file of one JSON object a line; none without a file. What is none, or lacks one of `keys`, is noted."""
     broken = 0
     if path.is_file():
         with path.open(encoding="utf-8", errors="replace", newline="\n") as file:  # a completion may hold U+2028
@@ -224,9 +240,11 @@ def records(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
                 try:
                     record = json.loads(line)
                 except ValueError:
-                    broken += line.endswith("\n")  # a run that goes on may be writing its last line
-                else:
+                    record = None
+                if isinstance(record, dict) and all(key in record for key in keys):
                     yield record
+                else:
+                    broken += line.endswith("\n")  # a run that goes on may be writing its last line
     if broken:
         notes.append(f"{broken} lines of {path.name} are no records, and are left out")
 

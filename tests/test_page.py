@@ -34,7 +34,7 @@ def completion(step: int, problem: str, row: int, reward: float | None, advantag
         "step": step, "problem": problem, "answer": "7", "text": text, "reward": reward,
         "components": {"correct": 25.0 * right, "violation": 0.0, "brevity": None if reward is None else -0.25},
         "accuracy": {"tagged": right, "strict": right, "flexible": right},
-        "format": {"reasoning_tags": True, "answer_tags": True, "violation": row == 2}, "truncated": row == 3,
+        "format": {"reasoning_tags": True, "answer_tags": True, "violation": row > 1}, "truncated": row == 3,
         "advantage": advantage, "length": C,
     }  # fmt: skip
 
@@ -118,10 +118,10 @@ def make_evaluation(folder: Path) -> Path:
     questions = [f"Question {i}? {MARKUP * (i == 3)}" for i in range(4)]
     problems = [{"id": f"e{i}", "question": questions[i], "answer": "7.0", "solution": "3 + 4"} for i in range(4)]
     write(folder / "problems.jsonl", problems)
-    answers = {"base": ["777", "888", "778", "88-"], "trained": ["777", "778", "887", "8--"]}
+    answers = {"base": ["777", "878", "778", "88-"], "trained": ["777", "778", "887", "8--"]}
     write(folder / "samples.jsonl", [
         {"model": model, "problem": f"e{i}", "sample": j, "temperature": [0, 0.5, 1.0][j], "text": f"<answer>{answer}</answer>",
-         "length": 3, "truncated": False, "answer": None if answer == "-" else answer}
+         "length": 3, "truncated": False, "answer": None if answer == "-" else answer, "accuracy": {"tagged": answer == "7"}}
         for model, of_problems in answers.items() for i, of_problem in enumerate(of_problems)
         for j, answer in enumerate(of_problem)
     ])  # fmt: skip
@@ -195,9 +195,9 @@ def test_what_is_left_out_is_said(run):
 def test_lines_that_are_no_records_are_counted_but_not_a_last_one_under_way(run, tmp_path):
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     with (copy / "metrics.jsonl").open("a") as file:
-        file.write('broken\n{"step": 41, "rew')
+        file.write('broken\n[1]\n{"reward": 1.0}\n{"step": 41, "rew')
     page = read_page([copy], None, 64)
-    assert "1 lines of metrics.jsonl are no records, and are left out" in page["notes"]
+    assert "3 lines of metrics.jsonl are no records, and are left out" in page["notes"]
     assert len(page["runs"][0]["step"]) == STEPS
 
 
@@ -215,7 +215,7 @@ def test_an_unfinished_run_needs_no_other_file(run, tmp_path):
 def test_answers_and_votes_of_an_evaluation(run, evaluation):
     found = read_page([run], evaluation, 64)["evaluation"]
     assert found["problems"]["gold"] == ["7"] * 4 and found["result"] == {}
-    assert found["models"]["base"]["answers"] == [list("777"), list("888"), list("778"), ["8", "8", None]]
+    assert found["models"]["base"]["answers"] == [list("777"), list("878"), list("778"), ["8", "8", None]]
     assert found["models"]["trained"]["winner"] == ["7", "7", "8", None]
     assert found["models"]["base"]["texts"][0] == ["<answer>7</answer>"] * 3
 
@@ -418,7 +418,7 @@ def test_filters_search_and_order_of_all_completions(shown):
 
     assert counted() == n and len(shown.texts("#list .row")) < 40  # of 320, only those in sight
     right = int((rewards > 20).sum())
-    expected = {"right": right, "wrong": n - right, "format violated": n // G, "truncated": n // G, "no score": 1}
+    expected = {"right": right, "wrong": n - right, "format violated": n // 2, "truncated": n // G, "no score": 1}
     for name, count in expected.items():
         shown.press("#all", name)
         assert counted() == count, name
