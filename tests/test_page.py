@@ -383,6 +383,9 @@ def test_tokens_show_what_the_loss_had(shown):
                           "log π sampler": "sampler_logprobs", "k3": "kl", "weight w": "weight"}.items():  # fmt: skip
             assert value(numbers[name]) == pytest.approx(row[key][t], rel=1e-3), name
         total += value(numbers["w (β k3 − ν S)"])
+        filled = shown.texts("#formulas b")  # d, k3, ρ, ν, S and the term, each from the others
+        named = [numbers["k3"], numbers["ratio ρ"], numbers["ν"], numbers["S = min(ρA, clip(ρ)A)"], numbers["w (β k3 − ν S)"]]
+        assert filled[1:] == named and value(filled[0]) == pytest.approx(row["ref_logprobs"][t] - row["logprobs"][t], rel=1e-3)
     assert total == pytest.approx(losses[row["row"]], rel=2e-3, abs=1e-6)
     for colouring in ("ratio", "KL", "clipped", "sampler − trainer", "loss term"):
         shown.press(".tokens-card", colouring)
