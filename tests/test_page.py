@@ -342,6 +342,9 @@ def test_the_numbers_of_a_group_are_the_saved_ones(shown):
         totals = [math.nan if text == "no score" else value(text) for text in shown.texts(".completion .head b")]
         np.testing.assert_allclose(totals, rewards[step - 1, problem], rtol=1e-3)
         assert shown.text("#agrees").endswith("the same.") and "not the same" not in shown.text("#agrees")
+    shown.go(5)
+    shown.click("#problems button", 1)
+    assert shown.texts(".completion .advantage") == ["A 0"] * G and shown.text("#maths").endswith("=0")  # not 1e-13
     shown.go(2)
     shown.click(".completion", 1)
     assert "no score" in shown.text("#maths") and "the same" in shown.text("#agrees")
