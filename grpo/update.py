@@ -142,10 +142,10 @@ def train_step(
     state: TrainState, batch: Batch, rate: ArrayLike, model: GemmaConfig, compute: Compute, config: Config,
     base: Params | None = None,
 ) -> tuple[TrainState, dict[str, Array], dict[str, Array]]:  # fmt: skip
-    """One update at the learning rate `rate`, of the weights, or with LoRA of the adapters on a `base`: the state after it,
-    figures of the batch, and the loss's terms of each token, BC.
+    """One update at the learning rate `rate`, of the weights, or with LoRA of the adapters on a `base`.
 
-    A non-finite loss or gradient leaves the state as it was, and is counted.
+    Gives the state after it, figures of the batch, and the loss's terms of each token, BC. A non-finite loss or gradient leaves
+    the state as it was, and is counted.
     """
     weights = AGGREGATIONS[config.aggregation](batch.mask)  # over the whole batch: parts only sum
 
