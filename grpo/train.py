@@ -203,8 +203,9 @@ class Trainer:
                 if config.eval_every and self.done > session.start and self.done % config.eval_every == 0:
                     self.evaluate()  # measured once: also when a resumed run comes by again
                 compiled = self.compiles.count
-                found = one_step(step, session, self.state, self.base, self.reference, self.run)
-                self.state, metrics, completions, tokens = found
+                self.state, metrics, completions, tokens = one_step(
+                    step, session, self.state, self.base, self.reference, self.run
+                )
                 self.done = step
                 metrics["compiles"] = self.compiles.count - compiled
                 self.recompilations += metrics["compiles"] if step > first else 0
