@@ -109,6 +109,9 @@ class Config:
     eval_problems: int = flag(200, "problems of each evaluation; 0: none")
     eval_every: int = flag(0, "evaluate every N steps too, not only before and after; 0: no")
     retention_problems: int = flag(200, "of each session's new problems, evaluated after it and after later ones; 0: none")
+    inspect_groups: int = flag(
+        100, "groups of the run whose every token is written to tokens.jsonl, spread over its steps; 0: none"
+    )
     save_every: int = flag(50, "checkpoint every N steps, and at the end of a session")
     save_minutes: float = flag(10.0, "checkpoint after so many minutes too; 0: by steps only")
     keep_checkpoints: int = flag(2, "how many to keep, beside the last of each session")
@@ -154,7 +157,7 @@ class Config:
                 raise ConfigError(f"{name} {getattr(self, name)} must be above 0")
         zero = "new_problems max_steps seed top_k beta epsilon_low epsilon_high sampler_cap warmup_steps weight_decay"
         zero += " rollout_tp packing halvings eval_problems eval_every adam_b1 adam_b2 max_hours session review_ratio"
-        zero += " retention_problems save_minutes process_id resample max_dead_steps"
+        zero += " retention_problems save_minutes process_id resample max_dead_steps inspect_groups"
         for name in zero.split():
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} {getattr(self, name)} must not be negative")

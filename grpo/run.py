@@ -38,7 +38,7 @@ FREE_TO_CHANGE = {
     "run_dir", "relay_from", "model_path", "data", "session", "max_steps", "epochs", "max_hours", "eval_every",
     "retention_problems", "save_every", "save_minutes", "keep_checkpoints", "async_save", "allow_change", "coordinator",
     "processes", "process_id", "rollout_tp", "remat", "attention", "unroll", "packing", "halvings", "logprob_chunk",
-    "microbatches", "track", "reward_timeout", "strict_rewards", "max_dead_steps",
+    "microbatches", "track", "reward_timeout", "strict_rewards", "max_dead_steps", "inspect_groups",
 }  # fmt: skip
 
 
@@ -237,7 +237,7 @@ def take_lock(folder: Path) -> int:
     except BlockingIOError:
         owner = os.read(lock, 200).decode(errors="replace")
         os.close(lock)
-        raise ConfigError(f"run_dir {folder} is in use by {owner or 'another process'}; wait, or give another") from None
+        raise ConfigError(f"{folder} is in use by {owner or 'another process'}; wait, or give another") from None
     os.ftruncate(lock, 0)
     os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
     return lock

@@ -25,6 +25,7 @@ from grpo.metrics import CompileCounter, JsonLines, Progress, clock, rewrite
 from grpo.rollout import rollout
 from grpo.run import Run, check_settings, describe, fingerprint, open_run_dir, prepare
 from grpo.session import Session
+from grpo.tokens import groups_due, token_records
 from grpo.trackers import Trackers
 from grpo.update import (
     TrainState,
@@ -85,9 +86,9 @@ class Trainer:
             write(self.folder / "config.json", asdict(config))
             copy_description(run.base, self.folder / "model")
             write(self.folder / "sessions.json", [self.roll(session) for session in run.sessions])
-        self.metrics, self.evaluations, self.completions = (
-            JsonLines(self.folder / f"{name}.jsonl", self.done if found else -1, remember=name != "completions")
-            for name in ("metrics", "evaluations", "completions")
+        self.metrics, self.evaluations, self.completions, self.tokens = (
+            JsonLines(self.folder / f"{name}.jsonl", self.done if found else -1, remember=name in ("metrics", "evaluations"))
+            for name in ("metrics", "evaluations", "completions", "tokens")
         )
         self.trackers.open(self.done)
 
@@ -198,11 +199,11 @@ class Trainer:
                 if config.eval_every and self.done > session.start and self.done % config.eval_every == 0:
                     self.evaluate()  # measured once: also when a resumed run comes by again
                 compiled = self.compiles.count
-                self.state, metrics, records = one_step(step, session, self.state, self.reference, self.run)
+                self.state, metrics, completions, tokens = one_step(step, session, self.state, self.reference, self.run)
                 self.done = step
                 metrics["compiles"] = self.compiles.count - compiled
                 self.recompilations += metrics["compiles"] if step > first else 0
-                self.record({"step": step, "session": session.number, **metrics}, records)
+                self.record({"step": step, "session": session.number, **metrics}, completions, tokens)
                 if metrics["bad_updates_in_a_row"] >= config.max_bad_updates:
                     count = metrics["bad_updates_in_a_row"]
                     raise RunError(f"step {step}: {count} non-finite updates in a row; try a lower learning_rate")
@@ -213,13 +214,14 @@ class Trainer:
                 if config.max_dead_steps and dead_steps(self.metrics.records) >= config.max_dead_steps:
                     raise RunError(diagnose(self.metrics.records))
 
-    def record(self, metrics: dict[str, Any], completions: list[dict[str, Any]]) -> None:
+    def record(self, metrics: dict[str, Any], completions: list[dict[str, Any]], tokens: list[dict[str, Any]]) -> None:
         """Write a step down, show it, and sound the alarms that it sets off."""
         history = self.metrics.records
         active = alarms([*history, metrics])
         ringing = history[-1]["alarms"] if history else []
         self.metrics.write(metrics | {"alarms": list(active)})
         self.completions.write_all(completions)
+        self.tokens.write_all(tokens)
         self.trackers.write(metrics["step"], metrics)
         if is_first():
             self.progress.show(metrics["step"], metrics)
@@ -343,14 +345,16 @@ def write(path: Path, value: Any) -> None:
 
 def one_step(
     step: int, session: Session, state: TrainState, reference: Params | None, run: Run
-) -> tuple[TrainState, dict[str, Any], list[dict[str, Any]]]:
-    """Rollout and updates: the state after them, the step's metrics, a record of each completion."""
+) -> tuple[TrainState, dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rollout and updates: the state after them, the step's metrics, a record of each completion, and of each token of the
+    groups that are to be inspected.
+    """
     config, model, start = run.config, run.model, time.perf_counter()
     chosen = session.problems_of(step)
+    problems = [run.problems[i] for i in chosen]
     view = rollout_view(state.params, model, run.sample)
     batch, records, metrics = rollout(
-        view, [run.problems[i] for i in chosen], [run.prompt_ids[i] for i in chosen], step, run.tokenizer, model, run.sample,
-        config, run.rewards,
+        view, problems, [run.prompt_ids[i] for i in chosen], step, run.tokenizer, model, run.sample, config, run.rewards,
     )  # fmt: skip
     del view  # its memory is the update's
     metrics["tokens_per_s/decode"] = sum(record["length"] for record in records) / metrics["time/decode"]
@@ -364,20 +368,25 @@ def one_step(
     metrics["time/reference"] = time.perf_counter() - began
 
     began = time.perf_counter()
-    stats: dict[str, Any] = {}
+    stats, terms = {}, {}
     compute = choose_remat(run.train, model, batch, config.microbatches, run.mesh.size, device_memory(run.mesh))
     rates = learning_rates(step, session, run)
     for rate in [] if metrics["skipped_update"] else rates:
-        state, stats = train_step(state, batch, rate, model, compute, config)
+        state, stats, terms = train_step(state, batch, rate, model, compute, config)
     stats = {name: float(value) for name, value in jax.device_get(stats).items()}
     metrics["time/update"] = time.perf_counter() - began
     metrics["bad_updates_in_a_row"] = int(state.bad_in_a_row)
     memory = run.mesh.local_devices[0].memory_stats() or {}
     metrics["hbm_peak"] = memory.get("peak_bytes_in_use", 0)
     metrics["lr"] = rates[-1]
+    tokens: list[dict[str, Any]] = []
+    if terms and (due := groups_due(step, run.sessions[-1].end, config)):
+        lengths = [record["length"] for record in records]
+        inspected = token_records(problems[:due], lengths, batch, terms, run.tokenizer, config)
+        tokens = [{"step": step, "session": session.number, **record} for record in inspected]
     metrics["time/step"] = time.perf_counter() - start
     metrics["tokens_per_s/total"] = sum(record["length"] for record in records) / metrics["time/step"]
-    return state, metrics | stats, records
+    return state, metrics | stats, records, tokens
 
 
 def learning_rates(step: int, session: Session, run: Run) -> list[float]:
@@ -429,7 +438,7 @@ def closing_table(result: dict[str, Any]) -> str:
     example = tiny if result["preset"] == "tiny" else f"the same with --seed {seed} --run_dir ANOTHER"
     lines += [
         f"\n{result['steps']} steps, {result['recompilations']} recompilations, {clock(result['seconds'])}",
-        f"files  {result['run_dir']}: metrics, completions, evaluations, config, sessions, result, checkpoints/",
+        f"files  {result['run_dir']}: metrics, completions, tokens, evaluations, config, sessions, result, checkpoints/",
         f"next   {example}      another seed: how far does luck go?",
     ]
     return "\n".join(lines)

@@ -86,26 +86,36 @@ def split(tree: Any, Q: int, parts: int, at) -> Any:
     return jax.tree.map(cut, tree)
 
 
+def unsplit(x: Array, Q: int, at) -> Array:
+    """[parts, B/parts, C] -> [B, C]: rows as they were before `split`."""
+    parts, rows, C = x.shape
+    x = lax.reshape(x, (parts, Q // parts, parts * rows // Q, C), out_sharding=at(".Q.."))
+    return lax.reshape(jnp.moveaxis(x, 0, 1), (parts * rows, C), out_sharding=at("BC"))
+
+
 @partial(jax.jit, static_argnames=("model", "compute", "config"))
 def completion_logprobs(params: Params, batch: Batch, model: GemmaConfig, compute: Compute, config: Config) -> Array:
     """log π of every completion token under `params`, at the sampling temperature: the reference's, or the old policy's.  BC"""
     compute = replace(compute, remat="none")  # there is no backward pass
     if config.microbatches == 1:
         return logprobs_of(params, batch, model, compute, config)
-    at, (B, C) = compute.at, batch.mask.shape
-    Q, n = batch.prompts.shape[0], config.microbatches
+    Q, at = len(batch.prompts), compute.at
     _, picked = lax.scan(
-        lambda _, part: (None, logprobs_of(params, part, model, compute, config)), None, split(batch, Q, n, at)
+        lambda _, part: (None, logprobs_of(params, part, model, compute, config)),
+        None,
+        split(batch, Q, config.microbatches, at),
     )
-    picked = lax.reshape(picked, (n, Q // n, B // Q, C), out_sharding=at(".Q.."))  # undo split
-    return lax.reshape(jnp.moveaxis(picked, 0, 1), (B, C), out_sharding=at("BC"))
+    return unsplit(picked, Q, at)
 
 
 @partial(jax.jit, static_argnames=("model", "compute", "config"), donate_argnames="state")
 def train_step(
     state: TrainState, batch: Batch, rate: ArrayLike, model: GemmaConfig, compute: Compute, config: Config
-) -> tuple[TrainState, dict[str, Array]]:
-    """One update at the learning rate `rate`. A non-finite loss or gradient leaves the state as it was, and is counted."""
+) -> tuple[TrainState, dict[str, Array], dict[str, Array]]:
+    """One update at the learning rate `rate`: the state after it, figures of the batch, and the loss's terms of each token, BC.
+
+    A non-finite loss or gradient leaves the state as it was, and is counted.
+    """
     weights = AGGREGATIONS[config.aggregation](batch.mask)  # over the whole batch: parts only sum
 
     def part_loss(params: Params, part: Batch, weights: Array):
@@ -125,9 +135,10 @@ def train_step(
     if config.microbatches == 1:
         (loss, terms), grads = jax.value_and_grad(part_loss, has_aux=True)(state.params, batch, weights)
     else:
-        batch, weights = split((batch, weights), len(batch.prompts), config.microbatches, compute.at)
+        Q, at = len(batch.prompts), compute.at
         zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params)
-        (loss, grads), terms = lax.scan(accumulate, zero, (batch, weights))
+        (loss, grads), terms = lax.scan(accumulate, zero, split((batch, weights), Q, config.microbatches, at))
+        terms = {name: unsplit(term, Q, at) for name, term in terms.items()}
 
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -139,7 +150,7 @@ def train_step(
     )
     new = TrainState(params, opt_state, state.bad_updates + ~finite, jnp.where(finite, 0, state.bad_in_a_row + 1))
     stats = summarise(terms, batch) | {"loss": loss, "grad_norm": grad_norm, "bad_updates": new.bad_updates}
-    return new, stats
+    return new, stats, terms | {"weight": weights}
 
 
 def summarise(terms: dict[str, Array], batch: Batch) -> dict[str, Array]:

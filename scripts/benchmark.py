@@ -67,6 +67,9 @@ class NumberTokens:
     def decode(self, ids: Any) -> str:
         return " ".join(map(str, ids))
 
+    def pieces(self, ids: Any) -> list[str]:
+        return list(map(str, ids))
+
 
 def timed(function: Callable[[int], Any], repeats: int, shapes: int = 1) -> list[float]:
     """Seconds of function(0), ... function(repeats - 1), after `shapes` of them have run uncounted to compile."""
@@ -147,7 +150,7 @@ def measure(run: Run, shapes: int) -> dict[str, list[float]]:
         def update(i: int):
             nonlocal state
             compute = choose_remat(run.train, model, batches[i], config.microbatches, run.mesh.size, device_memory(run.mesh))
-            state, stats = train_step(state, batches[i], config.learning_rate, model, compute, config)
+            state, stats, _ = train_step(state, batches[i], config.learning_rate, model, compute, config)
             return stats
 
         figures["update"] = timed(update, repeats, shapes)
