@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from configparser import ConfigParser
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +85,14 @@ def words(line: str) -> list[str]:
 def commands(text: str) -> Iterator[tuple[str, list[str]]]:
     """(script, arguments) of every `python scripts/NAME.py ...`, in blocks, in the text and inside quotes."""
     blocks = [block for kind, block in BLOCK.findall(text) if kind != "python"]
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines() + CODE.findall(BLOCK.sub("", text))
+    lines = re.sub(r" *\\\n *", " ", "\n".join(blocks)).splitlines() + CODE.findall(BLOCK.sub("", text))
     for line in lines:
         while quoted := re.search(r"""--command=(["'])(.*?python scripts/.*?)\1""", line):  # what runs on another machine
             yield from commands("```\n" + quoted[2] + "\n```")
             line = line.replace(quoted[0], "")
-        line = line.removeprefix("!")
         if "python scripts/" not in line:
             continue
-        rest = words(line)
+        rest = words(re.split(" {3,}", line)[0].removeprefix("!"))
         while "python" in rest:
             script, *rest = rest[rest.index("python") + 1 :]
             end = next((i for i, word in enumerate(rest) if set(word) <= set("();<>|&")), len(rest))
@@ -127,16 +127,35 @@ def test_a_wrong_command_line_is_noticed(line, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------- what is named
 
 
+@cache
+def flags(script: str) -> set[str]:
+    """The flags that a script names in its help."""
+    with pytest.MonkeyPatch.context() as patch:
+        seen: list[str] = []
+
+        def look(parser: argparse.ArgumentParser, *_) -> None:
+            seen.append(parser.format_help())
+            raise Parsed
+
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", look)
+        parse_only(script, [], patch)
+    return set(re.findall(r"^ +(?:-h, )?(--\w+)", seen[0], re.MULTILINE))
+
+
 def known_flag(code: str, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether some script takes these flags."""
+    """Whether some script has the flags in `--remat full`, and takes their values."""
+    given = words(code)
+    names = {word for word in given if word.startswith("--")}
     for script in SCRIPTS:
-        try:
-            parse_only(script, words(code), monkeypatch)
-        except SystemExit:
-            continue
-        except settings.ConfigError:  # it knows them, and misses others
-            pass
-        return True
+        if names <= flags(script):
+            try:
+                if len(given) > 1:
+                    parse_only(script, given, monkeypatch)
+            except SystemExit:
+                continue
+            except settings.ConfigError:  # it knows them, and misses others
+                pass
+            return True
     return False
 
 
