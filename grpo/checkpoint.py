@@ -28,7 +28,6 @@ from jax.sharding import Mesh, NamedSharding
 
 from grpo.config import RunError
 from grpo.distributed import agree, everywhere, is_first
-from models.gemma import GemmaConfig, Params, axes
 from models.sharding import Rules, spec
 
 SPARE = 2**26  # bytes that a save leaves free
@@ -225,13 +224,13 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def read_params(folder: Path, config: GemmaConfig, mesh: Mesh, rules: Rules, dtype: str) -> Params:
-    """The weights of a checkpoint alone, each leaf laid out by `rules` on `mesh` and cast to `dtype`. Raises RunError."""
+def read_params(folder: Path, letters: Any, sizes: dict[str, int], mesh: Mesh, rules: Rules, dtype: str) -> Any:
+    """What a checkpoint has trained, alone: a tree like `letters`, cast to `dtype` and laid out by `rules`. Raises RunError."""
     expected = read_meta(folder)["digests"]
 
     def read(path: Any, letters: str) -> Array:
         name = "params." + leaf_name(path)
-        shape = tuple(config.sizes[letter] for letter in letters)
+        shape = tuple(sizes[letter] for letter in letters)
         try:
             stored = open_leaf(folder, name)
             if stored.shape != shape:
@@ -245,7 +244,7 @@ def read_params(folder: Path, config: GemmaConfig, mesh: Mesh, rules: Rules, dty
         return leaf.astype(dtype)
 
     with jax.set_mesh(mesh):
-        return jax.tree_util.tree_map_with_path(read, axes(config))
+        return jax.tree_util.tree_map_with_path(read, letters)
 
 
 def open_leaf(folder: Path, name: str) -> Any:

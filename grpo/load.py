@@ -1,6 +1,7 @@
 """A model from wherever it lies: a Hugging Face folder, or a checkpoint of a run.
 
-    RUN_DIR, RUN_DIR/checkpoints/STEP      the run's newest checkpoint, or one of them; RUN_DIR/model says how to read it
+    RUN_DIR, RUN_DIR/checkpoints/STEP      the run's newest checkpoint, or one of them; RUN_DIR/model says how to read it;
+                                           one of LoRA holds adapters, and needs its base model too, to be merged with them
     anything else                          a Hugging Face folder
 
 What is found is known before any weight is read. Left out: optimizer states (checkpoint.py).
@@ -13,13 +14,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
-from grpo.checkpoint import read_meta, read_params, saved_steps
+from grpo.checkpoint import digest, read_meta, read_params, saved_steps
 from grpo.config import ConfigError
+from grpo.update import narrow
 from models.convert import load_params, read_config
-from models.gemma import GemmaConfig, Params
-from models.sharding import Rules
+from models.gemma import GemmaConfig, Params, axes
+from models.lora import adapter_axes, merge
+from models.sharding import STORE, Rules, reshard
 
 # What a model folder holds beside its weights.
 DESCRIPTION = (
@@ -75,8 +79,27 @@ def find_checkpoint(folder: Path, run_dir: Path, base_path: str | Path) -> Model
     except Exception as error:
         raise ConfigError(f"checkpoint {folder} cannot be read ({type(error).__name__}: {error}); give another step") from None
     config = read_config(described)
-    found = f"step {meta['step']} of the run {run_dir}"
-    return Model(folder, found, described, config, partial(read_params, folder, config), run_dir, meta)
+    found, load = f"step {meta['step']} of the run {run_dir}", partial(read_params, folder, axes(config), config.sizes)
+    if meta["config"].get("lora_rank"):
+        where = Path(base_path or meta["config"]["model_path"])
+        if not where.is_dir():
+            raise ConfigError(f"{run_dir} has adapters for the model in {where}, which is not there; give --base_path DIR")
+        load = partial(load_merged, find_model(where), folder, meta)
+    return Model(folder, found, described, config, load, run_dir, meta)
+
+
+def load_merged(base: Model, folder: Path, meta: dict[str, Any], mesh: Mesh, rules: Rules, dtype: str) -> Params:
+    """The base model with the adapters of a checkpoint merged, as training samples from it."""
+    settings, config = meta["config"], base.config
+    rank, targets = settings["lora_rank"], settings["lora_targets"].split(",")
+    with jax.set_mesh(mesh):
+        weights = base.load(mesh, STORE, "float32")
+        if digest(weights) != meta["belongs_to"]["model"]:
+            raise ConfigError(f"{base.path} is not the model that {folder} has adapters for; give --base_path DIR")
+        sizes = config.sizes | {"J": rank}
+        adapters = read_params(folder, adapter_axes(config, targets), sizes, mesh, STORE, "float32")
+        merging = jax.jit(merge, static_argnums=2, donate_argnums=0)
+        return reshard(merging(narrow(weights, dtype), adapters, settings["lora_alpha"] / rank), axes(config), rules)
 
 
 def copy_description(model: Model, folder: Path) -> None:

@@ -5,8 +5,8 @@
     samples.jsonl    a line a sample, written as it ends; sample 0 of a problem is greedy, the others are in temperature's order
     result.json      the figures
 
-Stopped in whatever way, it goes on with the samples that are missing. A sample is drawn from a key of its own number, so what
-is sampled later is what would have been sampled then. Left out: votes and figures (consensus.py).
+Stopped in whatever way, it goes on with the samples that are missing. A sample is drawn from a key of its own number, so that
+it is the same whenever it is drawn and beside whatever others, to rounding. Left out: votes and figures (consensus.py).
 """
 
 import hashlib
@@ -80,29 +80,20 @@ class Evaluation:
         there = {(sample["problem"], sample["sample"]) for sample in self.of(name)}
         numbers = [(problem, j) for problem in asked for j in range(len(heat))]
         wanted = np.array([i for i, (problem, j) in enumerate(numbers) if (problem.id, j) not in there], int)
-        compute, start = Compute(ROLLOUT, activation_dtype(config.dtype), unroll=config.unroll), time.perf_counter()
+        compute = Compute(ROLLOUT, activation_dtype(config.dtype), unroll=config.unroll)
+        start = time.perf_counter()
         for ended in complete(view, prompt_ids, heat, tokenizer, model.config, compute, config, wanted):
             pairs = [numbers[completion.index] for completion in ended]
             texts, cut = [completion.text for completion in ended], [completion.truncated for completion in ended]
             judged = judge(texts, [problem for problem, _ in pairs], cut, config, UserRewards())
-            now = time.perf_counter()
-            for (problem, j), completion, record in zip(pairs, ended, judged, strict=True):
-                self.file.records.append({
-                    "model": name,
-                    "problem": problem.id,
-                    "sample": j,
-                    "temperature": heat[j],
-                    "text": completion.text,
-                    "length": len(completion.tokens),
-                    "truncated": completion.truncated,
-                    "answer": plain(extract_answer(completion.text)),
-                    "flexible_answer": plain(flexible_answer(completion.text)),
-                    "accuracy": record["accuracy"],
-                    "format": record["format"],
-                    "seconds": (now - start) / len(ended),  # its share of what those that end together took
-                })  # fmt: skip
-            self.file.write_all(self.file.records[-len(ended) :])
-            start = now
+            seconds = (time.perf_counter() - start) / len(ended)
+            lines = [
+                record(name, problem.id, j, heat[j], completion, judgement, seconds)
+                for (problem, j), completion, judgement in zip(pairs, ended, judged, strict=True)
+            ]
+            self.file.write_all(lines)
+            self.file.records += lines
+            start = time.perf_counter()
             show(ended)
 
     def result(self, names: list[str]) -> dict[str, Any]:
@@ -129,6 +120,26 @@ class Evaluation:
         }
         rewrite(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
         return result
+
+
+def record(
+    model: str, problem: str, number: int, temperature: float, completion: Completion, judged: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    """A line of samples.jsonl. `seconds` is the sample's share of what those that ended together took."""
+    return {
+        "model": model,
+        "problem": problem,
+        "sample": number,
+        "temperature": temperature,
+        "text": completion.text,
+        "length": len(completion.tokens),
+        "truncated": completion.truncated,
+        "answer": plain(extract_answer(completion.text)),
+        "flexible_answer": plain(flexible_answer(completion.text)),
+        "accuracy": judged["accuracy"],
+        "format": judged["format"],
+        "seconds": seconds,
+    }
 
 
 def read_settings(path: Path) -> dict[str, Any]:

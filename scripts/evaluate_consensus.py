@@ -32,7 +32,7 @@ from data.problems import Problem, load_problems
 from grpo.cli import run_script
 from grpo.config import Config, ConfigError, flag, parse, parse_float
 from grpo.evaluate import Completion
-from grpo.interrupts import Interrupts
+from grpo.interrupts import Interrupts, Stopped
 from grpo.load import Model, find_model
 from grpo.metrics import clock
 from grpo.run import choose_problems
@@ -106,56 +106,65 @@ class Progress:
     """A line after a while: how many samples there are, how fast they come, how long it takes yet."""
 
     def __init__(self, done: int, total: int):
-        self.done, self.total, self.tokens, self.first = done, total, 0, done
-        self.start, self.shown, self.terminal = time.monotonic(), 0.0, sys.stdout.isatty()
+        self.done, self.total, self.first, self.tokens = done, total, 0, 0
+        self.start, self.shown, self.terminal = 0.0, 0.0, sys.stdout.isatty()
 
     def add(self, ended: list[Completion]) -> None:
-        self.done += len(ended)
-        self.tokens += sum(len(completion.tokens) for completion in ended)
         now = time.monotonic()
-        if now - self.shown < (0.2 if self.terminal else 10) and self.done < self.total:
-            return
-        self.shown, seconds = now, now - self.start
-        left = clock((self.total - self.done) * seconds / (self.done - self.first))
-        line = f"{self.done}/{self.total} samples  {self.tokens / seconds:.0f} tokens/s  {left} left"
-        print(
-            "\r\x1b[K" + line if self.terminal else line,
-            end="" if self.terminal and self.done < self.total else "\n",
-            flush=True,
-        )
+        self.done += len(ended)
+        line = f"{self.done}/{self.total} samples"
+        if not self.first:  # the first ones waited for the compiler: the time left is judged by the others
+            self.first, self.start = self.done, now
+        else:
+            self.tokens += sum(len(completion.tokens) for completion in ended)
+            seconds = now - self.start
+            left = clock((self.total - self.done) * seconds / (self.done - self.first))
+            line += f"  {self.tokens / seconds:.0f} tokens/s  {left} left"
+        last = self.done == self.total
+        if last or now - self.shown > (0.2 if self.terminal else 10):
+            self.shown = now
+            print("\r\x1b[K" + line if self.terminal else line, end="" if self.terminal and not last else "\n", flush=True)
 
 
-def main(argv: list[str]) -> dict[str, Any]:
-    config = parse(ConsensusConfig, argv, __doc__ or "")
-    model = find_model(config.model_path, config.base_path)
-    base_path, temperatures = config.base_path or model.base, read_temperatures(config)
-    models = ({"base": find_model(base_path)} if base_path else {}) | {"trained": model}
-    run = training_config(model)
-    problems, mesh, group = choose(config, run, model), make_mesh(config.rollout_tp), 1 + len(temperatures)
-    if config.batch_size:
-        check_divides("batch_size", config.batch_size, mesh)
-    run = replace(
+def sampling_config(config: ConsensusConfig, run: Config, voters: int, devices: int) -> Config:
+    """The run's settings with those of the command line in their place. A group is a problem's completions."""
+    group = 1 + voters
+    return replace(
         run,
         system_prompt=run.system_prompt if config.system_prompt == "auto" else config.system_prompt,
         max_new_tokens=config.max_new_tokens or run.max_new_tokens,
         max_prompt_tokens=config.max_prompt_tokens or 2**31 - 1,
-        top_k=config.top_k, top_p=config.top_p, seed=config.seed, microbatches=1, group_size=group,
-        prompts_per_step=config.batch_size or max(run.rows // group // mesh.size, 1) * mesh.size,
-        dtype=activation_dtype(run.dtype if config.dtype == "auto" else config.dtype), unroll=config.unroll or run.unroll,
+        prompts_per_step=config.batch_size or max(run.rows // group // devices, 1) * devices, group_size=group, microbatches=1,
+        dtype=activation_dtype(run.dtype if config.dtype == "auto" else config.dtype),
+        top_k=config.top_k, top_p=config.top_p, seed=config.seed, unroll=config.unroll or run.unroll,
     )  # fmt: skip
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    config = parse(ConsensusConfig, argv, __doc__ or "")
+    model, temperatures = find_model(config.model_path, config.base_path), read_temperatures(config)
+    base_path = config.base_path or model.base
+    models = ({"base": find_model(base_path)} if base_path else {}) | {"trained": model}
+    run, mesh = training_config(model), make_mesh(config.rollout_tp)
+    if config.batch_size:
+        check_divides("batch_size", config.batch_size, mesh)
+    problems, run = choose(config, run, model), sampling_config(config, run, len(temperatures), mesh.size)
+    default = model.run_dir / "consensus" if model.run_dir else Path(f"runs/{model.path.resolve().name}-consensus")
+    folder = Path(config.out or default)
     touching = ("system_prompt", "max_new_tokens", "max_prompt_tokens", "top_k", "top_p", "seed", "dtype")
     settings = {"models": list(models)} | {name: getattr(run, name) for name in touching}
-    folder = Path(
-        config.out or (model.run_dir / "consensus" if model.run_dir else f"runs/{model.path.resolve().name}-consensus")
-    )
     with open_evaluation(folder, problems, temperatures, settings) as evaluation, jax.set_mesh(mesh), Interrupts(0):
         for name, one in models.items():
             print(f"{name:12}{one.found}")
-        print(f"{'problems':12}{len(problems)}, {group} completions each, {run.rows} rows at a time")
-        print(f"{'evaluation':12}{folder}", flush=True)
-        progress = Progress(len(evaluation.file.records), len(models) * len(problems) * group)
-        for name, one in models.items():
-            evaluation.answer(name, one, mesh, run, progress.add)
+        print(f"{'problems':12}{len(problems)}, {run.group_size} completions each, {run.rows} rows at a time")
+        print(f"{'evaluation':12}{folder}, {len(evaluation.file.records)} samples are there", flush=True)
+        progress = Progress(len(evaluation.file.records), len(models) * len(problems) * run.group_size)
+        try:
+            for name, one in models.items():
+                evaluation.answer(name, one, mesh, run, progress.add)
+        except Stopped as stopped:
+            print(f"stopped by {stopped}; the same command goes on from there")
+            raise
         result = evaluation.result(list(models))
     print(table(result, len(temperatures)))
     return result

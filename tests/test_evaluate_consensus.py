@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from grpo.checkpoint import Checkpoints
 from grpo.config import PRESETS, TINY_MODEL, ConfigError
 from grpo.consensus import figures, plain, wilson
 from grpo.evaluate import complete
+from grpo.interrupts import Stopped
 from grpo.load import copy_description, find_model
 from grpo.run import choose_problems
 from grpo.update import init_state
@@ -162,6 +164,26 @@ def test_kill_9_loses_no_sample_and_what_is_sampled_later_is_the_same(folder, wh
     result = json.loads(out.splitlines()[-1])
     timed = ("seconds", "tokens_per_s")
     assert drop(result, timed) == drop(whole, timed)
+
+
+def test_ctrl_c_stops_at_once_and_says_how_to_go_on(folder, whole, monkeypatch, capsys):
+    """After the first samples: they are kept, and the others follow."""
+    progress = sys.modules["evaluate_consensus"].Progress
+    real = progress.add
+
+    def interrupt(progress, ended):
+        real(progress, ended)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(progress, "add", interrupt)
+    with pytest.raises(Stopped) as stopped:
+        evaluate(flags(folder, "stopped"))
+    monkeypatch.undo()
+    assert stopped.value.code == 130 and "stopped by SIGINT; the same command goes on" in capsys.readouterr().out
+    some = samples(folder / "stopped")
+    assert 0 < len(some) < 5 * N and some.items() <= samples(folder / "whole").items()
+    evaluate(flags(folder, "stopped"))
+    assert samples(folder / "stopped") == samples(folder / "whole")
 
 
 def drop(value: Any, names: tuple[str, ...]) -> Any:

@@ -344,10 +344,22 @@ def test_an_evaluation_does_not_depend_on_the_batch_it_is_computed_in(config, fi
             run = grpo.run.prepare(replace(config, prompts_per_step=prompts, group_size=group))
         with jax.set_mesh(run.mesh):
             view = grpo.update.rollout_view(grpo.train.load_base(run), run.model, run.sample)
-            figures = grpo.train.evaluate(
-                view, run.eval_problems, run.eval_ids, run.tokenizer, run.model, run.sample, run.config, run.rewards
+            whole, greedy = (
+                grpo.train.evaluate(
+                    view,
+                    run.eval_problems,
+                    run.eval_ids,
+                    run.tokenizer,
+                    run.model,
+                    run.sample,
+                    run.config,
+                    run.rewards,
+                    sampled,
+                )
+                for sampled in (True, False)
             )
-        assert figures == finished.files["evaluations.jsonl"][0]["accuracy"]
+        assert whole == finished.files["evaluations.jsonl"][0]["accuracy"]
+        assert greedy == {name: value for name, value in whole.items() if not name.startswith("sampled")}
 
 
 # ----------------------------------------------------------------------------------------------------------------- resume
