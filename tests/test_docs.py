@@ -1,7 +1,7 @@
 """The README and the pages of docs/ are true: examples run, command lines parse, and what they name exists.
 
-`# NAME.py` on the first line of a Python block makes it a file beside which the page's examples run. Words in capitals stand for
-values of the reader's.
+`# NAME.py` on the first line of a Python block makes it a file beside which the page's examples run. Words in capitals stand
+for values of the reader's.
 """
 
 import argparse
@@ -31,15 +31,22 @@ CODE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^)#]*)(?:#([^)]*))?\)")
 VALUES = {"MODEL": "gemma2-2b", "N": "2", "I": "1"}  # where a script reads more than text
 
+
+def files(text: str) -> dict[str, str]:
+    """The files that a page shows whole, by name."""
+    return {name[1]: block for _, block in BLOCK.findall(text) if (name := re.match(r"# (\w+\.py)\n", block))}
+
+
+FILES = {path.name for path in ROOT.glob("*/*.py")}.union(*(files(page.read_text()) for page in PAGES))
+
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 @pages
 def test_examples_give_what_they_show(page, tmp_path, monkeypatch):
     text = page.read_text()
-    for _, block in BLOCK.findall(text):
-        if name := re.match(r"# (\w+\.py)\n", block):
-            (tmp_path / name[1]).write_text(block)
+    for name, code in files(text).items():
+        (tmp_path / name).write_text(code)
     monkeypatch.chdir(tmp_path)
     result = doctest.testfile(str(page), module_relative=False, globs={"__name__": "example"})
     assert result.failed == 0
@@ -183,8 +190,8 @@ def wrong(code: str, monkeypatch: pytest.MonkeyPatch) -> str:
         return "" if (ROOT / code).exists() else "no such file"
     if re.fullmatch(rf"({'|'.join(PACKAGES)})(\.\w+)+", code):
         return "" if resolves(code) else "no such name"
-    if re.fullmatch(r"\w+\.py", code) and code not in ("brevity.py", "calculations.py"):
-        return "" if any(ROOT.glob(f"*/{code}")) else "no such file"
+    if re.fullmatch(r"\w+\.py", code):
+        return "" if code in FILES else "no such file"
     if re.fullmatch(r"(\w+/)*[a-z0-9]+(_\w+)+(/\w+)*|(kl|ratio|clip|time|format|accuracy|advantage|rewards|entropy)/\w+", code):
         name = re.escape(code.removesuffix("/mean").removesuffix("/std") if code.startswith("rewards/") else code)
         return "" if re.search(rf"(?<![\w/]){name}(?![\w/])", SOURCE) else "it occurs nowhere in the code"
@@ -198,7 +205,8 @@ def test_what_is_named_exists(page, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "code", ["--max_new_token", "--remat half", "grpo/losses.py", "grpo.loss.gspo_loss", "losses.py", "frac_reward_zero", "kl/k4"]
+    "code",
+    ["--max_new_token", "--remat half", "grpo/losses.py", "grpo.loss.gspo_loss", "losses.py", "frac_reward_zero", "kl/k4"],
 )
 def test_what_does_not_exist_is_noticed(code, monkeypatch):
     assert wrong(code, monkeypatch)
