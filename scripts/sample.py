@@ -32,6 +32,7 @@ from models.sharding import ROLLOUT, activation_dtype, make_mesh, put
 @dataclass(frozen=True)
 class SampleConfig:
     model_path: str = flag(TINY_MODEL, "Hugging Face folder, or RUN_DIR or RUN_DIR/checkpoints/STEP of a run")
+    base_path: str = flag("", "where the base model of a run now is, if it has moved")
     prompt: str = flag("", "text of the user's turn")
     ids: str = flag("", "prompts as token ids instead, a JSON list of lists; lengths may differ")
     system_prompt: str = flag("", "opens the user's turn")
@@ -83,7 +84,7 @@ def stop_ids(folder: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
 
 def main(argv: list[str]) -> dict[str, Any]:
     config = parse(SampleConfig, argv, __doc__ or "")
-    source = find_model(config.model_path)
+    source = find_model(config.model_path, config.base_path)
     folder, model = source.folder, source.config
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     tokenizer = load_tokenizer(folder) if has_tokenizer or config.prompt else None
