@@ -24,9 +24,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from jax import Array
+from jax.sharding import Mesh, NamedSharding
 
 from grpo.config import RunError
 from grpo.distributed import agree, everywhere, is_first
+from models.gemma import GemmaConfig, Params, axes
+from models.sharding import Rules, spec
 
 SPARE = 2**26  # bytes that a save leaves free
 LEFTOVER = ".orbax-checkpoint-tmp"  # in the name of what is half written, or half deleted
@@ -45,9 +48,7 @@ class Checkpoints:
         self.failures = 0  # in a row
 
     def steps(self) -> list[int]:
-        """What is there, oldest first; whether it can be restored is another question."""
-        names = [path.name for path in self.folder.iterdir() if path.is_dir()] if self.folder.is_dir() else []
-        return sorted(int(name) for name in names if name.isdecimal() and name.isascii())
+        return saved_steps(self.folder)
 
     def clean(self) -> None:
         """Remove what killed processes have left half written."""
@@ -196,6 +197,12 @@ class Checkpoints:
             (self.folder / str(step)).rename(self.folder / name)
 
 
+def saved_steps(folder: Path) -> list[int]:
+    """What is there, oldest first; whether it can be restored is another question."""
+    names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal() and name.isascii())
+
+
 @dataclass(frozen=True)
 class Restored:
     step: int
@@ -218,10 +225,38 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
+def read_params(folder: Path, config: GemmaConfig, mesh: Mesh, rules: Rules, dtype: str) -> Params:
+    """The weights of a checkpoint alone, each leaf laid out by `rules` on `mesh` and cast to `dtype`. Raises RunError."""
+    expected = read_meta(folder)["digests"]
+
+    def read(path: Any, letters: str) -> Array:
+        name = "params." + leaf_name(path)
+        shape = tuple(config.sizes[letter] for letter in letters)
+        try:
+            stored = open_leaf(folder, name)
+            if stored.shape != shape:
+                raise ValueError(f"{name} has shape {stored.shape}, config.json says {shape}")
+            sharding = NamedSharding(mesh, spec(letters, rules))
+            leaf = jax.make_array_from_callback(shape, sharding, lambda index: stored[index].read().result())
+        except Exception as error:  # tensorstore raises what it likes
+            raise RunError(f"checkpoint {folder} is damaged ({error}); give another step") from None
+        if hexadecimal(np.asarray(leaf_words(leaf))) != expected[name]:
+            raise RunError(f"checkpoint {folder} is damaged: the digest of {name} is wrong; give another step")
+        return leaf.astype(dtype)
+
+    with jax.set_mesh(mesh):
+        return jax.tree_util.tree_map_with_path(read, axes(config))
+
+
+def open_leaf(folder: Path, name: str) -> Any:
+    """A leaf as it lies on disk, to be read by slices."""
+    base = {"driver": "ocdbt", "base": f"file://{folder.absolute()}/state/", "path": f"{name}/"}
+    return tensorstore.open({"driver": "zarr", "kvstore": base}, open=True).result()
+
+
 def host_digest(folder: Path, name: str) -> str:
     """The digest of a leaf as it lies on disk."""
-    base = {"driver": "ocdbt", "base": f"file://{folder}/state/", "path": f"{name}/"}
-    leaf = np.asarray(tensorstore.open({"driver": "zarr", "kvstore": base}, open=True).result().read().result()).reshape(-1)
+    leaf = np.asarray(open_leaf(folder, name).read().result()).reshape(-1)
     words = np.zeros(2, np.uint32)
     for start in range(0, leaf.size, PIECE):
         piece = leaf[start : start + PIECE]
@@ -257,9 +292,12 @@ def leaf_words(leaf: Array) -> Array:
 def digests(tree: Any) -> dict[str, str]:
     """The digest of each leaf by its name, which depends on its values alone, not on how they lie: 16 hex digits."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): hexadecimal(np.asarray(leaf_words(leaf))) for path, leaf in flat
-    }
+    return {leaf_name(path): hexadecimal(np.asarray(leaf_words(leaf))) for path, leaf in flat}
+
+
+def leaf_name(path: Any) -> str:
+    """`params.layers.q`: a leaf's place in its tree, and its name on disk."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def hexadecimal(words: np.ndarray) -> str:

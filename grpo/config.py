@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeVar
 
 from data.prompts import SYSTEM
 
+TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # and the packages that they need
 TINY_MODEL = str(Path(__file__).parents[1] / "models" / "tiny")
 
 
@@ -41,7 +42,9 @@ class Config:
 
     preset: str = flag("custom", "name of the preset these values started from")
     # what
-    model_path: str = flag("", "Hugging Face folder: config.json, *.safetensors, tokenizer")
+    model_path: str = flag(
+        "", "Hugging Face folder (config.json, *.safetensors, tokenizer), or RUN_DIR[/checkpoints/STEP] of a run"
+    )
     data: str = flag("openai/gsm8k", "arithmetic, a .jsonl or .parquet file in GSM8K form, or openai/gsm8k")
     eval_data: str = flag("", "problems to evaluate on; arithmetic:tune to choose settings; default: held out from --data")
     run_dir: str = flag("", "where everything is written; default runs/PRESET-seedSEED")
@@ -110,6 +113,7 @@ class Config:
     save_minutes: float = flag(10.0, "checkpoint after so many minutes too; 0: by steps only")
     keep_checkpoints: int = flag(2, "how many to keep, beside the last of each session")
     async_save: bool = flag(True, "train on while a checkpoint is written")
+    track: str = flag("", f"show metrics there too: {' or '.join(TRACKERS)}, or several with commas between")
     # machine
     coordinator: str = flag("", "several processes: HOST:PORT of process 0; auto where the cluster tells, as on a TPU pod")
     processes: int = flag(1, "how many, with coordinator HOST:PORT: each runs this command")
@@ -170,6 +174,9 @@ class Config:
             raise ConfigError(
                 f"sessions {self.sessions} must be all there will be, with schedule run and session {self.session}"
             )
+        for name in filter(None, self.track.split(",")):
+            if name not in TRACKERS:
+                raise ConfigError(f"track {name!r} must be one of {', '.join(TRACKERS)}")
         fields = {field.name for field in dataclasses.fields(self)}
         for name in filter(None, self.allow_change.split(",")):
             if name not in fields:

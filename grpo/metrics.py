@@ -1,6 +1,6 @@
 """The record of a run: one JSON object a line in files that a resumed run continues, and what a person sees meanwhile.
 
-Left out: TensorBoard and the like; pictures, which are drawn from these files.
+Left out: TensorBoard and the like (trackers.py); pictures, which are drawn from these files.
 """
 
 import json

@@ -24,10 +24,11 @@ from data.prompts import drop_long
 from data.tokenizer import Tokenizer, load_tokenizer
 from grpo.config import Config, ConfigError
 from grpo.distributed import agree, is_first
+from grpo.load import Model, find_model
 from grpo.session import Session, plan_sessions
+from grpo.trackers import check_installed
 from grpo.workers import UserRewards
 from models import ModelError
-from models.convert import read_config
 from models.gemma import Compute, GemmaConfig, shapes
 from models.sharding import ROLLOUT, TRAIN, activation_dtype, check_divides, make_mesh
 
@@ -37,7 +38,7 @@ FREE_TO_CHANGE = {
     "run_dir", "relay_from", "model_path", "data", "session", "max_steps", "epochs", "max_hours", "eval_every",
     "retention_problems", "save_every", "save_minutes", "keep_checkpoints", "async_save", "allow_change", "coordinator",
     "processes", "process_id", "rollout_tp", "remat", "attention", "unroll", "packing", "halvings", "logprob_chunk",
-    "microbatches", "reward_timeout", "strict_rewards", "max_dead_steps",
+    "microbatches", "track", "reward_timeout", "strict_rewards", "max_dead_steps",
 }  # fmt: skip
 
 
@@ -47,6 +48,7 @@ class Run:
 
     config: Config
     mesh: Mesh
+    base: Model  # what the first step starts from
     model: GemmaConfig
     tokenizer: Tokenizer
     problems: list[Problem]
@@ -69,10 +71,12 @@ def prepare(config: Config) -> Run:
     """Load and check everything but the weights. Raises ConfigError, DataError or ModelError."""
     if not config.model_path:
         raise ConfigError(f"model_path is needed: preset {config.preset} brings no weights; give a Hugging Face folder")
+    check_installed(config.track)
     mesh = make_mesh(config.rollout_tp)
-    model = read_config(config.model_path)
+    base = find_model(config.model_path)
+    model = base.config
     check_shapes(config, model, mesh)
-    tokenizer = load_tokenizer(config.model_path)
+    tokenizer = load_tokenizer(base.folder)
     check_tokenizer(tokenizer, model)
     rewards = UserRewards(config.reward if is_first() else "", config.reward_timeout, config.strict_rewards)
     problems, eval_problems = choose_problems(config)
@@ -86,7 +90,8 @@ def prepare(config: Config) -> Run:
     train = Compute(TRAIN, dtype, config.remat, config.unroll, config.attention)
     sample = Compute(ROLLOUT, dtype, unroll=config.unroll)
     return Run(
-        config, mesh, model, tokenizer, problems, prompt_ids, eval_problems, eval_ids, dropped, rewards, sessions, train, sample
+        config, mesh, base, model, tokenizer, problems, prompt_ids, eval_problems, eval_ids, dropped, rewards, sessions, train,
+        sample,
     )  # fmt: skip
 
 
@@ -137,7 +142,7 @@ def describe(run: Run) -> str:
     tokens = run.steps * config.rows * config.max_new_tokens
     mu = config.updates_per_rollout
     lines = [
-        f"model       {config.model_path}  ({count / 1e6:.1f}M parameters, {run.model.num_layers} layers, {run.train.dtype})",
+        f"model       {run.base.found}  ({count / 1e6:.1f}M parameters, {run.model.num_layers} layers, {run.train.dtype})",
         f"mesh        {mesh.size} x {device.device_kind}  (fsdp {mesh.shape['fsdp']} x tp {mesh.shape['tp']})"
         + (f", {jax.process_count()} processes" if jax.process_count() > 1 else ""),
         f"data        {len(run.problems)} problems from {config.data}, {len(run.eval_problems)} held out, "

@@ -20,10 +20,12 @@ from grpo.config import Config, ConfigError, RunError
 from grpo.distributed import agree, is_first, join, say
 from grpo.evaluate import evaluate
 from grpo.interrupts import Interrupts, Stopped
+from grpo.load import copy_description
 from grpo.metrics import CompileCounter, JsonLines, Progress, clock, rewrite
 from grpo.rollout import rollout
 from grpo.run import Run, check_settings, describe, fingerprint, open_run_dir, prepare
 from grpo.session import Session
+from grpo.trackers import Trackers
 from grpo.update import (
     TrainState,
     choose_remat,
@@ -35,14 +37,13 @@ from grpo.update import (
     rollout_view,
     train_step,
 )
-from models.convert import load_params
 from models.gemma import Params
 from models.sharding import STORE, like
 
 
 def load_base(run: Run) -> Params:
     """The weights before the first step."""
-    return load_params(run.config.model_path, run.model, run.mesh, STORE)
+    return run.base.load(run.mesh, STORE, "float32")
 
 
 class Trainer:
@@ -53,6 +54,8 @@ class Trainer:
         self.checkpoints = Checkpoints(folder / "checkpoints", run.config.keep_checkpoints, run.config.async_save)
         self.done, self.provenance = 0, []  # the runs that it goes on from
         self.progress, self.recompilations, self.saved_at = Progress(run.steps), 0, time.monotonic()
+        names = run.config.track if is_first() else ""
+        self.trackers = Trackers(names, folder, asdict(run.config), self.progress.warn)
 
     def open(self) -> None:
         """Load the weights, or what a checkpoint holds."""
@@ -80,11 +83,13 @@ class Trainer:
             say("restarted   from the beginning: there was no checkpoint yet")
         if is_first():
             write(self.folder / "config.json", asdict(config))
+            copy_description(run.base, self.folder / "model")
             write(self.folder / "sessions.json", [self.roll(session) for session in run.sessions])
         self.metrics, self.evaluations, self.completions = (
             JsonLines(self.folder / f"{name}.jsonl", self.done if found else -1, remember=name != "completions")
             for name in ("metrics", "evaluations", "completions")
         )
+        self.trackers.open(self.done)
 
     def check_start(self, done: int, provenance: list[dict[str, Any]]) -> None:
         """ConfigError unless the run can go on after step `done`, and from where it was told to."""
@@ -215,6 +220,7 @@ class Trainer:
         ringing = history[-1]["alarms"] if history else []
         self.metrics.write(metrics | {"alarms": list(active)})
         self.completions.write_all(completions)
+        self.trackers.write(metrics["step"], metrics)
         if is_first():
             self.progress.show(metrics["step"], metrics)
             for name in [name for name in active if name not in ringing]:
@@ -261,6 +267,10 @@ class Trainer:
                 figures = measure([run.problems[i] for i in of], [run.prompt_ids[i] for i in of], sampled=False)
                 record["retention"][str(session.number)] = figures
         self.evaluations.write(record | {"time/eval": time.perf_counter() - began})
+        retained = {f"session_{number}": figures["greedy"] for number, figures in record.get("retention", {}).items()}
+        self.trackers.write(
+            self.done, {f"eval/{name}": figure for name, figure in (record.get("accuracy", {}) | retained).items()}
+        )
         return record
 
     def result(self) -> dict[str, Any]:
@@ -318,6 +328,8 @@ def train(config: Config) -> dict[str, Any]:
             if jax.process_count() == 1:  # of several, one may fail alone, and must not wait for the others
                 trainer.checkpoints.close()
             raise
+        finally:
+            trainer.trackers.close()
         result = trainer.result() | {"seconds": round(time.monotonic() - started, 1)}
         if is_first():
             write(folder / "result.json", result)

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ from jax.sharding import Mesh
 from data.problems import Problem
 from grpo.cli import run_script
 from grpo.config import ConfigError, flag, parse
+from grpo.load import Model
 from grpo.metrics import CompileCounter
 from grpo.rollout import rollout
 from grpo.run import Run
@@ -100,8 +102,12 @@ def make_run(config: BenchmarkConfig, mesh: Mesh) -> Run:
     prompt_ids = [rng.integers(3, model.vocab_size, width).tolist() for width in widths]
     problems = [Problem(str(i), "", str(i)) for i in range(Q)]
     sessions = plan_sessions(dataclasses.replace(config, epochs=10 * config.repeats), Q)
+    weights = Model(
+        Path(), f"{config.model}, random weights", Path(), model,
+        lambda mesh, rules, dtype: init_params(jax.random.key(0), model, rules, dtype),
+    )  # fmt: skip
     return Run(
-        config, mesh, model, NumberTokens(), problems, prompt_ids, [], [], [], UserRewards(), sessions,  # type: ignore[arg-type]
+        config, mesh, weights, model, NumberTokens(), problems, prompt_ids, [], [], [], UserRewards(), sessions,  # type: ignore[arg-type]
         Compute(TRAIN, dtype, config.remat, config.unroll, config.attention), Compute(ROLLOUT, dtype, unroll=config.unroll),
     )  # fmt: skip
 
@@ -113,8 +119,8 @@ def measure(run: Run, shapes: int) -> dict[str, list[float]]:
     figures: dict[str, list[float]] = {}
     repeats = config.repeats
     with jax.set_mesh(run.mesh):
-        state = init_state(init_params(jax.random.key(0), model, STORE), config)
-        reference = init_params(jax.random.key(0), model, STORE, run.train.dtype)
+        state = init_state(run.base.load(run.mesh, STORE, "float32"), config)
+        reference = run.base.load(run.mesh, STORE, run.train.dtype)
         view = rollout_view(state.params, model, run.sample)
         figures["view"] = timed(lambda _: rollout_view(state.params, model, run.sample), repeats)
         rolled = []
@@ -177,7 +183,7 @@ def autotune(config: BenchmarkConfig) -> dict[int, float]:
     for k in (k for k in (1, 2, 4, 8) if len(jax.devices()) % k == 0):
         run = make_run(config, make_mesh(k))
         with jax.set_mesh(run.mesh):
-            view = rollout_view(init_params(jax.random.key(0), run.model, STORE), run.model, run.sample)
+            view = rollout_view(run.base.load(run.mesh, STORE, "float32"), run.model, run.sample)
 
             def roll(i: int, run: Run = run, view: Any = view):
                 arguments = run.problems, run.prompt_ids, i, run.tokenizer, run.model, run.sample, config, run.rewards

@@ -1,4 +1,4 @@
-"""Complete prompts with a Gemma from a Hugging Face folder.
+"""Complete prompts with a Gemma from a Hugging Face folder or from a run.
 
     python scripts/sample.py --prompt "Ann has 3 pens and buys 4. How many pens has she?" --max_new_tokens 64
     python scripts/sample.py --model_path DIR --ids "[[2,17,9],[2,5]]" --temperature 0      no tokenizer needed
@@ -21,8 +21,9 @@ from data.prompts import encode_prompt, pad_prompts, render_prompt
 from data.tokenizer import Tokenizer, load_tokenizer
 from grpo.cli import run_script
 from grpo.config import TINY_MODEL, ConfigError, flag, parse
+from grpo.load import find_model
 from grpo.run import check_tokenizer
-from models.convert import load_params, read_config, read_json
+from models.convert import read_json
 from models.gemma import Compute
 from models.sampler import Sampling, row_keys, sample
 from models.sharding import ROLLOUT, activation_dtype, make_mesh, put
@@ -30,7 +31,7 @@ from models.sharding import ROLLOUT, activation_dtype, make_mesh, put
 
 @dataclass(frozen=True)
 class SampleConfig:
-    model_path: str = flag(TINY_MODEL, "Hugging Face folder: config.json, *.safetensors, tokenizer")
+    model_path: str = flag(TINY_MODEL, "Hugging Face folder, or RUN_DIR or RUN_DIR/checkpoints/STEP of a run")
     prompt: str = flag("", "text of the user's turn")
     ids: str = flag("", "prompts as token ids instead, a JSON list of lists; lengths may differ")
     system_prompt: str = flag("", "opens the user's turn")
@@ -82,8 +83,8 @@ def stop_ids(folder: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
 
 def main(argv: list[str]) -> dict[str, Any]:
     config = parse(SampleConfig, argv, __doc__ or "")
-    folder = Path(config.model_path)
-    model = read_config(folder)
+    source = find_model(config.model_path)
+    folder, model = source.folder, source.config
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     tokenizer = load_tokenizer(folder) if has_tokenizer or config.prompt else None
     if tokenizer:
@@ -100,7 +101,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     tokens, lengths = pad_prompts(padded, max(map(len, padded)), pad_id=0)
     dtype = activation_dtype(config.dtype)
     with jax.set_mesh(mesh):
-        params = load_params(folder, model, mesh, ROLLOUT, dtype)
+        params = source.load(mesh, ROLLOUT, dtype)
         start = time.perf_counter()
         samples = sample(
             params, put(tokens, "QP"), put(lengths, "Q"), row_keys(config.seed, 0, put(np.arange(len(padded) * G), "B")),

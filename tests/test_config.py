@@ -10,7 +10,10 @@ from grpo.config import PRESETS, Config, ConfigError, flag, parse
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 TYPES = typing.get_type_hints(Config)
-OTHER_VALUES = {"allow_change": "beta", "top_p": 0.5, "microbatches": 4, "adam_b1": 0.5, "adam_b2": 0.5, "preset": "gemma3-1b"}
+OTHER_VALUES = {
+    "allow_change": "beta", "track": "wandb", "top_p": 0.5, "microbatches": 4, "adam_b1": 0.5, "adam_b2": 0.5,
+    "preset": "gemma3-1b",
+}  # fmt: skip
 
 
 def parsed(*argv: str) -> Config:

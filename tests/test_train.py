@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_trackers import read_events
 
+import grpo.load
 import grpo.run
 import grpo.train
 import grpo.update
@@ -674,19 +676,21 @@ def bare(config, folder) -> Config:
     """No KL, no correction for the sampler, no evaluation, and time enough to learn."""
     return replace(
         config, run_dir=str(folder / "bare"), beta=0.0, sampler_cap=0.0, eval_problems=0, max_steps=50, learning_rate=1e-2,
-        new_problems=400, save_every=100,
+        new_problems=400, save_every=100, track="tensorboard",
     )  # fmt: skip
 
 
 def test_without_a_kl_no_reference_is_loaded_and_the_reward_rises(bare, monkeypatch):
     """The mean of the last ten steps lies more than four standard errors above that of the first, untrained one."""
-    loads, real_load = [], grpo.train.load_params
-    monkeypatch.setattr(grpo.train, "load_params", lambda *args: loads.append(args) or real_load(*args))
+    loads, real_load = [], grpo.load.load_params
+    monkeypatch.setattr(grpo.load, "load_params", lambda *args: loads.append(args) or real_load(*args))
     result = run(bare)
     assert len(loads) == 1
     files = read_files(bare)
     metrics, untrained = files["metrics.jsonl"], [record["reward"] for record in files["completions.jsonl"][: Q * G]]
     assert not any(name.startswith("kl/") for record in metrics for name in record)
+    events = [(step, figure) for step, name, figure in read_events(Path(bare.run_dir) / "tensorboard") if name == "reward"]
+    assert events == [(record["step"], pytest.approx(record["reward"])) for record in metrics]
     assert result["accuracy_before"] is None and result["accuracy_after"] is None
     trained = np.mean([record["reward"] for record in metrics[-10:]])
     assert trained > np.mean(untrained) + 4 * np.std(untrained, ddof=1) / math.sqrt(Q * G)
