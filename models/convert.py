@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from models import ModelError
 from models.containers import Container, Settings, is_tree, locate, open_container, read_json
 from models.gemma import FAR, GemmaConfig, Params, axes
-from models.names import Place, to_ours
+from models.names import to_ours
 from models.presets import MODELS
 from models.sharding import Rules, spec
 
@@ -152,35 +152,44 @@ def check_weights(container: Container, config: GemmaConfig) -> None:
         raise ModelError(f"{container.path}: weight {extra[0]} has no place in this model ({len(extra)} such)")
 
 
-def read_leaf(container: Container, place: Place, letters: str, index: tuple[slice, ...]) -> np.ndarray:
-    """A slice of one layer's weight, axes `letters`, in the dtype it is stored in."""
-    return to_ours(lambda at: container.read(place.name, at), place, letters.removeprefix("L"), index)
+Reader = Callable[[str, int, Any], np.ndarray]  # (leaf, layer, index) -> that slice of one layer's weight, in our form
+
+
+def open_weights(path: str | Path, config: GemmaConfig) -> Reader:
+    """What reads the weights at `path`, slice by slice, in the dtype they are stored in. Raises ModelError."""
+    container = open_container(Path(path))
+    check_weights(container, config)
+    letters = leaf_names(config)
+    places = {leaf: container.place(leaf, config) for leaf in letters}
+
+    def read(leaf: str, layer: int, index: Any) -> np.ndarray:
+        place, ours = places[leaf].of(layer), letters[leaf].removeprefix("L")
+        return to_ours(lambda at: container.read(place.name, at), place, ours, index)
+
+    return read
 
 
 def load_params(path: str | Path, config: GemmaConfig, mesh: Mesh, rules: Rules, dtype: str = "float32") -> Params:
     """The weights at `path`, each leaf laid out by `rules` on `mesh` and cast to `dtype`. Raises ModelError."""
-    container = open_container(Path(path))
-    check_weights(container, config)
+    return place_params(open_weights(path, config), config, mesh, rules, dtype)
+
+
+def place_params(read: Reader, config: GemmaConfig, mesh: Mesh, rules: Rules, dtype: str) -> Params:
+    """What `read` gives, laid out by `rules` on `mesh`; each device asks for its own slices."""
 
     def load(path: Any, letters: str) -> jax.Array:
-        place = container.place(jax.tree_util.keystr(path, simple=True, separator="."), config)
+        leaf = jax.tree_util.keystr(path, simple=True, separator=".")
         shape = tuple(config.sizes[letter] for letter in letters)
-        sharding = NamedSharding(mesh, spec(letters, rules))
-        return jax.make_array_from_callback(shape, sharding, reader(container, place, letters.upper(), shape, dtype))
+
+        def slice_of(index: Any) -> np.ndarray:
+            index = tuple(slice(*part.indices(size)) for part, size in zip(index, shape, strict=True))
+            if letters[0] != "L":
+                return read(leaf, 0, index).astype(dtype)
+            stacked = np.empty([part.stop - part.start for part in index], jnp.dtype(dtype))
+            for i, layer in enumerate(range(index[0].start, index[0].stop)):
+                stacked[i] = read(leaf, layer, index[1:])
+            return stacked
+
+        return jax.make_array_from_callback(shape, NamedSharding(mesh, spec(letters, rules)), slice_of)
 
     return jax.tree_util.tree_map_with_path(load, axes(config))
-
-
-def reader(container: Container, place: Place, letters: str, shape: tuple[int, ...], dtype: str) -> Callable[[Any], np.ndarray]:
-    """What `jax.make_array_from_callback` calls for each device: the device's slice of a leaf, layers stacked."""
-
-    def read(index: Any) -> np.ndarray:
-        index = tuple(slice(*part.indices(size)) for part, size in zip(index, shape, strict=True))  # rows of padding end here
-        if letters[0] != "L":
-            return read_leaf(container, place, letters, index).astype(dtype)
-        stacked = np.empty([part.stop - part.start for part in index], jnp.dtype(dtype))
-        for i, layer in enumerate(range(index[0].start, index[0].stop)):
-            stacked[i] = read_leaf(container, place.of(layer), letters, index[1:])
-        return stacked
-
-    return read

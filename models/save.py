@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.containers import INDEX, WHOLE
-from models.convert import DEFAULTS, layers_of, leaf_names
+from models.convert import DEFAULTS, Reader, layers_of, leaf_names
 from models.gemma import GemmaConfig, Params, shapes
 from models.names import from_ours, hugging_face, shape
 
@@ -29,12 +29,14 @@ class Tensor:
     make: Callable[[], np.ndarray]
 
 
-def tensors(config: GemmaConfig, read: Callable[[str, int], np.ndarray]) -> list[Tensor]:
-    """All tensors of a Hugging Face folder. `read(leaf, layer)` gives one layer's weight in our form."""
+def tensors(config: GemmaConfig, read: Reader) -> list[Tensor]:
+    """All tensors of a Hugging Face folder."""
 
     def tensor(leaf: str, letters: str, layer: int) -> Tensor:
         place, ours = hugging_face(leaf, config).of(layer), letters.removeprefix("L")
-        return Tensor("model." + place.name, shape(place.letters, config), lambda: from_ours(read(leaf, layer), place, ours))
+        whole = tuple(slice(0, size) for size in shape(ours, config))
+        make = lambda: from_ours(read(leaf, layer, whole), place, ours)  # noqa: E731
+        return Tensor("model." + place.name, shape(place.letters, config), make)
 
     names = leaf_names(config).items()
     return [tensor(leaf, letters, layer) for leaf, letters in names for layer in layers_of(letters, config)]
@@ -89,7 +91,7 @@ def save_params(folder: str | Path, params: Params, config: GemmaConfig, config_
     assert jax.tree.map(lambda p: p.shape, params) == jax.tree.map(lambda s: s.shape, shapes(config))
     leaves = dict(zip(leaf_names(config), jax.tree.leaves(params), strict=True))
 
-    def read(leaf: str, layer: int) -> np.ndarray:
+    def read(leaf: str, layer: int, _: Any) -> np.ndarray:
         return np.asarray(leaves[leaf][layer] if leaf.startswith("layers.") else leaves[leaf])
 
     folder = Path(folder)
