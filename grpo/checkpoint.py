@@ -28,6 +28,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from grpo.config import RunError
 from grpo.distributed import agree, everywhere, is_first
+from models.adapters import Adapters, LowRank
+from models.convert import Reader
 from models.gemma import GemmaConfig, Params, axes
 from models.sharding import Rules, spec
 
@@ -248,6 +250,40 @@ def read_params(folder: Path, config: GemmaConfig, mesh: Mesh, rules: Rules, dty
         return jax.tree_util.tree_map_with_path(read, axes(config))
 
 
+def open_params(folder: Path, config: GemmaConfig) -> Reader:
+    """What reads the weights of a checkpoint on the host, one leaf in memory at a time. Raises RunError."""
+    held: dict[str, np.ndarray] = {}
+
+    def read(leaf: str, layer: int, index: Any) -> np.ndarray:
+        if leaf not in held:
+            held.clear()
+            held[leaf] = read_verified(folder, f"params.{leaf}")
+        return held[leaf][layer][index] if leaf.startswith("layers.") else held[leaf][index]
+
+    return read
+
+
+def read_adapters(folder: Path) -> Adapters:
+    """The adapters of a checkpoint of a LoRA run. Raises RunError."""
+    config = read_meta(folder)["config"]
+    weights = {
+        name: LowRank(*(read_verified(folder, f"params.{name}.{side}") for side in "ab"))
+        for name in config["lora_targets"].split(",")
+    }
+    return Adapters(weights, config["lora_rank"], config["lora_alpha"] / config["lora_rank"])
+
+
+def read_verified(folder: Path, name: str) -> np.ndarray:
+    """A leaf whose digest agrees, on the host. Raises RunError."""
+    try:
+        leaf = np.asarray(open_leaf(folder, name).read().result())
+        if array_digest(leaf) != read_meta(folder)["digests"][name]:
+            raise ValueError(f"the digest of {name} is wrong")
+    except Exception as error:  # tensorstore raises what it likes
+        raise RunError(f"checkpoint {folder} is damaged ({error}); give another step") from None
+    return leaf
+
+
 def open_leaf(folder: Path, name: str) -> Any:
     """A leaf as it lies on disk, to be read by slices."""
     base = {"driver": "ocdbt", "base": f"file://{folder.absolute()}/state/", "path": f"{name}/"}
@@ -256,7 +292,12 @@ def open_leaf(folder: Path, name: str) -> Any:
 
 def host_digest(folder: Path, name: str) -> str:
     """The digest of a leaf as it lies on disk."""
-    leaf = np.asarray(open_leaf(folder, name).read().result()).reshape(-1)
+    return array_digest(np.asarray(open_leaf(folder, name).read().result()))
+
+
+def array_digest(leaf: np.ndarray) -> str:
+    """The digest of an array on the host, the same as on devices."""
+    leaf = leaf.reshape(-1)
     words = np.zeros(2, np.uint32)
     for start in range(0, leaf.size, PIECE):
         piece = leaf[start : start + PIECE]

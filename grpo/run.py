@@ -35,7 +35,7 @@ from models.sharding import ROLLOUT, TRAIN, activation_dtype, check_divides, mak
 # What a resumed run may change: how long it goes on, what it looks at, and how it uses the machine. A path may change, not what
 # it leads to: that has a fingerprint.
 FREE_TO_CHANGE = {
-    "run_dir", "relay_from", "model_path", "data", "session", "max_steps", "epochs", "max_hours", "eval_every",
+    "run_dir", "relay_from", "model_path", "base_path", "data", "session", "max_steps", "epochs", "max_hours", "eval_every",
     "retention_problems", "save_every", "save_minutes", "keep_checkpoints", "async_save", "allow_change", "coordinator",
     "processes", "process_id", "rollout_tp", "remat", "attention", "unroll", "packing", "halvings", "logprob_chunk",
     "microbatches", "track", "reward_timeout", "strict_rewards", "max_dead_steps",
@@ -70,10 +70,10 @@ class Run:
 def prepare(config: Config) -> Run:
     """Load and check everything but the weights. Raises ConfigError, DataError or ModelError."""
     if not config.model_path:
-        raise ConfigError(f"model_path is needed: preset {config.preset} brings no weights; give a Hugging Face folder")
+        raise ConfigError(f"model_path is needed: preset {config.preset} brings no weights; give a model folder")
     check_installed(config.track)
     mesh = make_mesh(config.rollout_tp)
-    base = find_model(config.model_path)
+    base = find_model(config.model_path, config.base_path, config.adapter_alpha)
     model = base.config
     check_shapes(config, model, mesh)
     tokenizer = load_tokenizer(base.folder)

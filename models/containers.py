@@ -101,10 +101,11 @@ class Container:
             raise ModelError(f"{self.path}: {fit[0].of(0).name} could be stored as {fit[0].letters} or {fit[1].letters}")
         return (fit or there or places)[0]
 
-    def check(self, place: Place, config: GemmaConfig) -> None:
+    def check(self, place: Place, config: GemmaConfig, **sizes: int) -> None:
+        """Raises ModelError unless the array is there, and has the shape that it must have."""
         if place.name not in self.names:
             raise ModelError(f"{self.path}: weight {place.name} is missing")
-        found, wanted = self.shape(place.name), names.shape(place.letters, config)
+        found, wanted = self.shape(place.name), names.shape(place.letters, config, **sizes)
         padded = place.letters[0] == "V" and found[1:] == wanted[1:] and 0 <= found[0] - wanted[0] <= self.spare_rows
         if found != wanted and not padded:
             raise ModelError(f"{self.path}: weight {place.name} has shape {found}, config.json says {wanted}")

@@ -90,9 +90,9 @@ def flax(leaf: str) -> list[Place]:
     return [Place(*form) for form in FLAX[leaf]]
 
 
-def shape(letters: str, config: GemmaConfig) -> tuple[int, ...]:
-    """Of an array with these axes."""
-    sizes = config.sizes | {"N": config.num_heads, "K": config.num_kv_heads}
+def shape(letters: str, config: GemmaConfig, **sizes: int) -> tuple[int, ...]:
+    """Of an array with these axes; `sizes` are those of letters that no weight has."""
+    sizes |= config.sizes | {"N": config.num_heads, "K": config.num_kv_heads}
     return tuple(int(letter) if letter.isdecimal() else sizes[letter] for letter in letters)
 
 

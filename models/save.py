@@ -114,7 +114,7 @@ def text_config(config_json: dict) -> dict:
 
 def config_json(config: GemmaConfig, **token_ids: Any) -> dict:
     """A `config.json`, in both of transformers' dialects, for a model that came without one."""
-    family = 3 if config.qk_norms else 2 if config.post_norms else 1
+    family = config.family
     linear = {"rope_type": "linear", "factor": config.rope_factor} if config.rope_factor != 1 else {"rope_type": "default"}
     values = {
         "architectures": [["GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"][family - 1]],

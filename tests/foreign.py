@@ -84,3 +84,53 @@ def write_flax(path: Path, folder: Path, form: str = "flat", dtype=None) -> None
         for name in [name for name in tree if name.startswith("layer_")]:
             tree[name]["mlp"] = {key: leaf["w"] for key, leaf in tree[name]["mlp"].items()}
     write_tree(path, {"transformer": tree} if form == "nested" else {"params": tree})
+
+
+def tunix_adapters(config: dict, rank: int, value: bool = True, seed: int = 0) -> dict:
+    """Random adapters as Tunix saves them with qwix's names, from the values of a config.json; older ones end in `value`."""
+    random = np.random.default_rng(seed)
+    N, K, H, D, F = (
+        config[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "intermediate_size")
+    )
+
+    def normal(*shape: int):
+        array = random.normal(size=shape).astype(np.float32) * 0.1
+        return {"value": array} if value else array
+
+    def pair(name: str, a: tuple, b: tuple) -> dict:
+        return {f"{name}_lora_a": normal(*a), f"{name}_lora_b": normal(*b)}
+
+    def layer() -> dict:
+        attn = {
+            "q_einsum": pair("w", (D, rank), (rank, N, H)),
+            "kv_einsum": pair("w", (D, rank), (rank, 2, K, H)),
+            "attn_vec_einsum": pair("w", (N, H, rank), (rank, D)),
+        }
+        mlp = {name: pair("kernel", (D, rank), (rank, F)) for name in ("gate_proj", "up_proj")}
+        return {"attn": attn, "mlp": mlp | {"down_proj": pair("kernel", (F, rank), (rank, D))}}
+
+    return {"layers": {str(i): layer() for i in range(config["num_hidden_layers"])}}
+
+
+def tunix_merged(config: dict, hf: dict[str, np.ndarray], tree: dict, scale: float) -> dict[str, np.ndarray]:
+    """The tensors of a Hugging Face folder with those adapters added, by hand."""
+    out = dict(hf)
+    D = config["hidden_size"]
+    for i, layer in tree["layers"].items():
+
+        def delta(group: str, module: str, key: str, layer=layer) -> np.ndarray:
+            a, b = (layer[group][module][f"{key}_lora_{side}"] for side in "ab")
+            a, b = (x["value"] if isinstance(x, dict) else x for x in (a, b))
+            return scale * np.tensordot(a, b, 1).astype(np.float32)
+
+        kv = delta("attn", "kv_einsum", "w")  # (D, 2, K, H)
+        deltas = {
+            "self_attn.q_proj": delta("attn", "q_einsum", "w").reshape(D, -1),
+            "self_attn.k_proj": kv[:, 0].reshape(D, -1),
+            "self_attn.v_proj": kv[:, 1].reshape(D, -1),
+            "self_attn.o_proj": delta("attn", "attn_vec_einsum", "w").reshape(-1, D),
+            **{f"mlp.{name}": delta("mlp", name, "kernel") for name in ("gate_proj", "up_proj", "down_proj")},
+        }
+        for name, change in deltas.items():
+            out[f"layers.{i}.{name}.weight"] = out[f"layers.{i}.{name}.weight"] + change.T
+    return out
