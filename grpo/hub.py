@@ -24,7 +24,7 @@ def fetch_hugging_face(name: str) -> Path:
         raise ConfigError(f"hf:{name} must be hf:OWNER/NAME or hf:OWNER/NAME@REVISION, such as hf:google/gemma-2-2b-it")
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
     except ImportError:
         raise ConfigError(f"hf:{name} needs the package huggingface_hub: pip install 'grpo-gemma[hub]'") from None
     try:
@@ -35,9 +35,7 @@ def fetch_hugging_face(name: str) -> Path:
         reason = f"has no revision {revision}"
     except RepositoryNotFoundError:
         reason = "does not exist, or is private and HF_TOKEN is not set or not allowed to read it"
-    except HfHubHTTPError as error:
-        reason = f"could not be downloaded: {first_line(error)}"
-    except Exception as error:  # no network: the package raises what httpx does, or that nothing is cached
+    except Exception as error:  # no network, a server's fault: the package raises what it likes
         reason = f"could not be downloaded, and is not on this machine: {first_line(error)}"
     raise ConfigError(f"hf:{name} {reason}")
 

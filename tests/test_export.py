@@ -76,9 +76,9 @@ def assert_generates_the_same(folder: Path, model: Path) -> None:
     torch, tokenizer = pytest.importorskip("torch"), load_tokenizer(folder)
     ids = [encode_prompt(tokenizer, question) for question in QUESTIONS]
     ours = script("sample").main(["--model_path", str(model), "--ids", json.dumps(ids), "--max_new_tokens", "16"])
-    theirs = load(folder)
+    generate = load(folder).generate  # type: ignore[attr-defined]
     for prompt, completion in zip(ids, ours["completions"], strict=True):
-        out = theirs.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, len(prompt) :].tolist()
+        out = generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, len(prompt) :].tolist()
         assert out == completion["token_ids"] and len(out) > 3
 
 
