@@ -134,3 +134,36 @@ def tunix_merged(config: dict, hf: dict[str, np.ndarray], tree: dict, scale: flo
         for name, change in deltas.items():
             out[f"layers.{i}.{name}.weight"] = out[f"layers.{i}.{name}.weight"] + change.T
     return out
+
+
+def write_gguf(path: Path, folder: Path, kind: str = "F32") -> None:
+    """A file as llama.cpp's convert_hf_to_gguf.py makes it of a Hugging Face folder, matrices stored as `kind`."""
+    import gguf
+
+    config, hf = hugging_face(folder)
+    family = {"gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3"}[config["model_type"]]
+    words = {
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+        "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm" if family == "gemma" else "post_attention_norm",
+        "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm",
+    }  # fmt: skip
+    writer = gguf.GGUFWriter(path, family)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_embedding_length(config["hidden_size"])
+    for name, array in hf.items():
+        name = name.removesuffix(".weight")
+        if name.startswith("layers."):
+            _, i, rest = name.split(".", 2)
+            name = f"blk.{i}.{words[rest]}"
+        name = {"embed_tokens": "token_embd", "norm": "output_norm"}.get(name, name) + ".weight"
+        if array.ndim == 1:
+            writer.add_tensor(name, array.astype(np.float32) + 1)  # llama.cpp's norms carry the 1
+        else:
+            dtype = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(name, gguf.quants.quantize(array.astype(np.float32), dtype), raw_dtype=dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
