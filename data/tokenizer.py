@@ -51,6 +51,7 @@ class Tokenizer:
         # A look-ahead finds every place where a control piece starts, also one that begins inside another.
         self._control_start = re.compile(f"(?={'|'.join([CONTROL.pattern, *map(re.escape, unnamed)])})")
         self._control_ids = {i for piece, i in ids.items() if piece in flagged or CONTROL.fullmatch(piece)}
+        self._pieces = {i: piece for piece, i in ids.items()}
         self.vocab_size = 1 + max(i for piece, i in ids.items() if piece != "<image_soft_token>")
         self._check_text_comes_back()
 
@@ -64,6 +65,10 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` (ints or a numpy row); control pieces (pad, BOS, EOS, turns, unused ones) give no text."""
         return self._decode_ids([int(i) for i in ids if int(i) not in self._control_ids])
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """Text of each of `ids`. Joined they read as the text, but for control pieces and bytes ("<0x0A>"), which are named."""
+        return [self._pieces[int(i)].replace("▁", " ") for i in ids]
 
     @property
     def fingerprint(self) -> str:

@@ -28,9 +28,10 @@ from jax.sharding import Mesh, NamedSharding
 
 from grpo.config import RunError
 from grpo.distributed import agree, everywhere, is_first
-from models.adapters import Adapters, LowRank
-from models.convert import Reader
-from models.gemma import GemmaConfig, Params, axes
+from models.adapters import Adapters
+from models.convert import Reader, leaf_names
+from models.gemma import GemmaConfig
+from models.lora import Adapter
 from models.sharding import Rules, spec
 
 SPARE = 2**26  # bytes that a save leaves free
@@ -227,13 +228,13 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def read_params(folder: Path, config: GemmaConfig, mesh: Mesh, rules: Rules, dtype: str) -> Params:
-    """The weights of a checkpoint alone, each leaf laid out by `rules` on `mesh` and cast to `dtype`. Raises RunError."""
+def read_params(folder: Path, letters: Any, sizes: dict[str, int], mesh: Mesh, rules: Rules, dtype: str) -> Any:
+    """What a checkpoint has trained, alone: a tree like `letters`, cast to `dtype` and laid out by `rules`. Raises RunError."""
     expected = read_meta(folder)["digests"]
 
     def read(path: Any, letters: str) -> Array:
         name = "params." + leaf_name(path)
-        shape = tuple(config.sizes[letter] for letter in letters)
+        shape = tuple(sizes[letter] for letter in letters)
         try:
             stored = open_leaf(folder, name)
             if stored.shape != shape:
@@ -247,10 +248,10 @@ def read_params(folder: Path, config: GemmaConfig, mesh: Mesh, rules: Rules, dty
         return leaf.astype(dtype)
 
     with jax.set_mesh(mesh):
-        return jax.tree_util.tree_map_with_path(read, axes(config))
+        return jax.tree_util.tree_map_with_path(read, letters)
 
 
-def open_params(folder: Path, config: GemmaConfig) -> Reader:
+def open_params(folder: Path) -> Reader:
     """What reads the weights of a checkpoint on the host, one leaf in memory at a time. Raises RunError."""
     held: dict[str, np.ndarray] = {}
 
@@ -267,7 +268,7 @@ def read_adapters(folder: Path) -> Adapters:
     """The adapters of a checkpoint of a LoRA run. Raises RunError."""
     config = read_meta(folder)["config"]
     weights = {
-        name: LowRank(*(read_verified(folder, f"params.{name}.{side}") for side in "ab"))
+        name: Adapter(*(read_verified(folder, f"params.{name}.{side}") for side in "ab"))
         for name in config["lora_targets"].split(",")
     }
     return Adapters(weights, config["lora_rank"], config["lora_alpha"] / config["lora_rank"])
@@ -352,5 +353,22 @@ def differing(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
 
 def digest(tree: Any) -> str:
     """One digest of a tree of arrays, their names, shapes and dtypes: 16 hex digits."""
-    shapes = [f"{leaf.shape} {leaf.dtype}" for leaf in jax.tree.leaves(tree)]
-    return hashlib.sha256(repr((digests(tree), shapes)).encode()).hexdigest()[:16]
+    return digest_of(digests(tree), [f"{leaf.shape} {leaf.dtype}" for leaf in jax.tree.leaves(tree)])
+
+
+def read_digest(read: Reader, config: GemmaConfig) -> str:
+    """`digest` of the weights that `read` gives, in float32: one leaf after the other, on the host."""
+    found, shapes = {}, []
+    for name, letters in leaf_names(config).items():
+        index = tuple(slice(0, config.sizes[letter]) for letter in letters)
+        if letters[0] == "L":
+            leaf = np.stack([read(name, layer, index[1:]).astype(np.float32) for layer in range(config.num_layers)])
+        else:
+            leaf = read(name, 0, index).astype(np.float32)
+        found[name] = array_digest(leaf)
+        shapes.append(f"{leaf.shape} {leaf.dtype}")
+    return digest_of(found, shapes)
+
+
+def digest_of(digests: dict[str, str], shapes: list[str]) -> str:
+    return hashlib.sha256(repr((digests, shapes)).encode()).hexdigest()[:16]

@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeVar
 from data.prompts import SYSTEM
 
 TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # and the packages that they need
+PROJECTIONS = "q,k,v,o,gate,up,down"
 TINY_MODEL = str(Path(__file__).parents[1] / "models" / "tiny")
 
 
@@ -103,12 +104,18 @@ class Config:
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this global norm")
     updates_per_rollout: int = flag(1, "mu: optimizer updates on each rollout")
     microbatches: int = flag(1, "gradient accumulation: the step's prompts are worked through in so many parts")
+    lora_rank: int = flag(0, "train adapters of this rank on frozen weights (LoRA); 0: train the weights")
+    lora_alpha: float = flag(64.0, "adapters count lora_alpha / lora_rank times")
+    lora_targets: str = flag(PROJECTIONS, "the projections that have adapters")
     max_bad_updates: int = flag(5, "stop after so many non-finite updates in a row; each is skipped")
     max_dead_steps: int = flag(20, "stop after so many steps in a row whose groups all had equal rewards; 0: never")
     # evaluation and files
     eval_problems: int = flag(200, "problems of each evaluation; 0: none")
     eval_every: int = flag(0, "evaluate every N steps too, not only before and after; 0: no")
     retention_problems: int = flag(200, "of each session's new problems, evaluated after it and after later ones; 0: none")
+    inspect_groups: int = flag(
+        100, "groups of the run whose every token is written to tokens.jsonl, spread over its steps; 0: none"
+    )
     save_every: int = flag(50, "checkpoint every N steps, and at the end of a session")
     save_minutes: float = flag(10.0, "checkpoint after so many minutes too; 0: by steps only")
     keep_checkpoints: int = flag(2, "how many to keep, beside the last of each session")
@@ -148,13 +155,13 @@ class Config:
                 raise ConfigError(f"{field.name} {value} must be a finite number")
         positive = "prompts_per_step max_prompt_tokens max_new_tokens temperature epochs learning_rate max_grad_norm"
         positive += " updates_per_rollout microbatches logprob_chunk save_every keep_checkpoints max_bad_updates reward_timeout"
-        positive += " sessions processes"
+        positive += " sessions processes lora_alpha"
         for name in positive.split():
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} {getattr(self, name)} must be above 0")
         zero = "new_problems max_steps seed top_k beta epsilon_low epsilon_high sampler_cap warmup_steps weight_decay"
         zero += " rollout_tp packing halvings eval_problems eval_every adam_b1 adam_b2 max_hours session review_ratio"
-        zero += " retention_problems save_minutes process_id resample max_dead_steps adapter_alpha"
+        zero += " retention_problems save_minutes process_id resample max_dead_steps inspect_groups lora_rank adapter_alpha"
         for name in zero.split():
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} {getattr(self, name)} must not be negative")
@@ -177,6 +184,12 @@ class Config:
         for name in filter(None, self.track.split(",")):
             if name not in TRACKERS:
                 raise ConfigError(f"track {name!r} must be one of {', '.join(TRACKERS)}")
+        for name in self.lora_names:
+            if name not in PROJECTIONS.split(",") or self.lora_names.count(name) > 1:
+                raise ConfigError(f"lora_targets {name!r} must be one of {PROJECTIONS}, named once")
+        for name, default in (("lora_alpha", Config.lora_alpha), ("lora_targets", PROJECTIONS)):
+            if self.lora_rank == 0 and getattr(self, name) != default:
+                raise ConfigError(f"{name} {getattr(self, name)} is of no use without lora_rank; give --lora_rank 64, say")
         fields = {field.name for field in dataclasses.fields(self)}
         for name in filter(None, self.allow_change.split(",")):
             if name not in fields:
@@ -186,6 +199,14 @@ class Config:
     def rows(self) -> int:
         """B: completions a step."""
         return self.prompts_per_step * self.group_size
+
+    @property
+    def lora_names(self) -> list[str]:
+        return self.lora_targets.split(",")
+
+    @property
+    def lora_scale(self) -> float:
+        return self.lora_alpha / self.lora_rank
 
     def limits(self, step: int, rows: int) -> list[int]:
         """Tokens at most of each row of a step; a benchmark gives completions natural lengths by it."""
@@ -207,6 +228,9 @@ PRESETS: dict[str, Config] = {
     "gemma3-1b": Config(preset="gemma3-1b", epochs=10, rollout_tp=0),
     "gemma-2b": Config(preset="gemma-2b", epochs=10, max_new_tokens=768, rollout_tp=0),
     "gemma2-2b": Config(preset="gemma2-2b", epochs=10, max_new_tokens=768, rollout_tp=0),
+    "gemma2-2b-lora": Config(
+        preset="gemma2-2b-lora", epochs=10, max_new_tokens=768, rollout_tp=0, lora_rank=64, lora_alpha=64.0, learning_rate=1e-5
+    ),
 }  # fmt: skip
 
 C = TypeVar("C")

@@ -1,10 +1,11 @@
 """Accuracy on held-out problems: each answered greedily and once by sampling, through a batch that stays full.
 
-Left out: voting over several samples.
+Left out: voting over several samples (vote.py).
 """
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from data.problems import Problem
 from data.prompts import pad_prompts
 from data.tokenizer import Tokenizer
 from grpo.config import Config
-from grpo.metrics import wilson
+from grpo.consensus import wilson
 from grpo.rollout import judge_all, sampling
 from grpo.workers import UserRewards
 from models.gemma import Compute, GemmaConfig, Params
@@ -32,17 +33,15 @@ def evaluate(
     def mean(values) -> float:
         return float(np.mean(list(values)))
 
-    prompts, lengths = pad_prompts(prompt_ids, config.max_prompt_tokens, tokenizer.pad_id)
     names = ["greedy", "sampled"] if sampled else ["greedy"]  # they take turns
-    temperature = np.array([0.0, config.temperature][: len(names)], np.float32)
+    temperature = [0.0, config.temperature][: len(names)]
     asked = [problem for problem in problems for _ in names]
-    texts, sampled_lengths, truncated = [""] * len(asked), [0] * len(asked), [False] * len(asked)
-    for done in sample_queue(
-        view, prompts, lengths, temperature, config.prompts_per_step, config.rows, config.seed, EVALUATION, model, compute,
-        sampling(tokenizer, config),
-    ):  # fmt: skip
-        for i, ids, length, cut in zip(done.index, done.tokens, done.lengths, done.truncated, strict=True):
-            texts[i], sampled_lengths[i], truncated[i] = tokenizer.decode(ids[:length]), int(length), bool(cut)
+    completions = sorted(
+        completion
+        for ended in complete(view, prompt_ids, temperature, tokenizer, model, compute, config)
+        for completion in ended
+    )
+    texts, truncated = [completion.text for completion in completions], [completion.truncated for completion in completions]
     records = judge_all(texts, asked, truncated, config, rewards)
     low, high = wilson(sum(record["accuracy"]["tagged"] for record in records[:: len(names)]), len(problems))
     figures: dict[str, Any] = {"n": len(problems), "low": low, "high": high}
@@ -55,6 +54,30 @@ def evaluate(
             f"{name}_flexible": mean(r["accuracy"]["flexible"] for r in chosen),
             f"{name}_format": mean(not r["format"]["violation"] for r in chosen),
             f"{name}_reward": mean(scored) if scored else None,
-            f"{name}_length": mean(sampled_lengths[column::2]),
+            f"{name}_length": mean(len(completion.tokens) for completion in completions[column :: len(names)]),
         }
     return figures
+
+
+class Completion(NamedTuple):
+    """Sample i of a list of prompts; prompt q has i = q * n to (q + 1) * n - 1, one for each of n temperatures."""
+
+    index: int
+    tokens: list[int]  # the stop token included
+    text: str
+    truncated: bool
+
+
+def complete(
+    view: Params, prompt_ids: list[list[int]], temperature: list[float], tokenizer: Tokenizer, model: GemmaConfig,
+    compute: Compute, config: Config, wanted: np.ndarray | None = None,
+) -> Iterator[list[Completion]]:  # fmt: skip
+    """Samples of every prompt at every temperature, or of them the `wanted` ones, as they end. A prompt is prefilled once."""
+    prompts, lengths = pad_prompts(prompt_ids, config.max_prompt_tokens, tokenizer.pad_id)
+    for done in sample_queue(
+        view, prompts, lengths, np.array(temperature, np.float32), config.prompts_per_step, config.rows, config.seed,
+        EVALUATION, model, compute, sampling(tokenizer, config), wanted,
+    ):  # fmt: skip
+        ended = zip(done.index.tolist(), done.tokens, done.lengths, done.truncated.tolist(), strict=True)
+        tokens = [(i, row[:length].tolist(), cut) for i, row, length, cut in ended]
+        yield [Completion(i, ids, tokenizer.decode(ids), cut) for i, ids, cut in tokens]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from grpo.config import ConfigError
 
+HUBS = ("hf:", "kaggle:")
 FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja")  # never a pickle
 
 

@@ -1,6 +1,7 @@
 """A model from wherever it lies, in whatever form.
 
-    RUN_DIR, RUN_DIR/checkpoints/STEP      the run's newest checkpoint, or one of them; RUN_DIR/model says how to read it
+    RUN_DIR, RUN_DIR/checkpoints/STEP      the run's newest checkpoint, or one of them; RUN_DIR/model says how to read it;
+                                           one of LoRA holds adapters, and needs its base model too, to be merged with them
     a folder, a tree, a .gguf file         Hugging Face, Flax (Kaggle), llama.cpp: what models/containers.py reads
     adapters of peft's or Tunix's          LoRA: they are merged into the model at `base_path`
     hf:OWNER/NAME, kaggle:OWNER/...        one of these, downloaded first (hub.py)
@@ -18,15 +19,17 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from grpo.checkpoint import open_params, read_adapters, read_meta, read_params, saved_steps
+from grpo.checkpoint import digest, open_params, read_adapters, read_digest, read_meta, read_params, saved_steps
 from grpo.config import ConfigError
-from grpo.hub import fetch
+from grpo.hub import HUBS, fetch
+from grpo.update import narrow
 from models.adapters import SETTINGS, Adapters, is_peft, is_tunix, read_peft, read_tunix
 from models.containers import is_tree, locate, read_json
 from models.convert import Reader, load_params, open_weights, place_params, read_config
-from models.gemma import GemmaConfig, Params, shapes
+from models.gemma import GemmaConfig, Params, axes, shapes
+from models.lora import adapter_axes, merge
 from models.save import config_json, write_json
-from models.sharding import Rules
+from models.sharding import STORE, Rules, reshard
 
 # What a model folder holds beside its weights.
 DESCRIPTION = (
@@ -128,21 +131,47 @@ def find_checkpoint(folder: Path, run_dir: Path, base_path: str | Path) -> Model
     try:
         meta = read_meta(folder)
         saved = meta["config"]
-        base_path = base_path or saved["model_path"]
+        base_path = str(base_path or saved["model_path"])
         described = next(place for place in (run_dir / "model", Path(base_path)) if place.is_dir())
     except StopIteration:
         raise ConfigError(f"{run_dir} holds no model/ with its config.json and tokenizer; give --base_path DIR") from None
     except Exception as error:
         raise ConfigError(f"checkpoint {folder} cannot be read ({type(error).__name__}: {error}); give another step") from None
-    found = f"step {meta['step']} of the run {run_dir}"
-    if saved.get("lora_rank"):
-        under = find_base(found, base_path)
-        return with_adapters(folder, found, under, partial(read_adapters, folder), run_dir=run_dir, meta=meta)
     config = read_config(described)
-    return Model(
-        folder, found, described, config, partial(read_params, folder, config), partial(open_params, folder, config), run_dir,
-        meta,
-    )  # fmt: skip
+    found = f"step {meta['step']} of the run {run_dir}"
+    if not saved.get("lora_rank"):
+        load = partial(read_params, folder, axes(config), config.sizes)
+        return Model(folder, found, described, config, load, partial(open_params, folder), run_dir, meta)
+    if not base_path.startswith(HUBS) and not Path(base_path).exists():
+        raise ConfigError(f"{run_dir} has adapters for the model in {base_path}, which is not there; give --base_path DIR")
+    under, adapters = find_model(base_path), partial(read_adapters, folder)
+
+    def open_merged() -> Reader:
+        assert under.open
+        read = under.open()
+        check_base(read_digest(read, under.config), under, folder, meta)
+        return adapters().on(read)
+
+    load = partial(load_merged, under, folder, meta)
+    return Model(folder, f"{found} on {under.found}", described, config, load, open_merged, run_dir, meta, under, adapters)
+
+
+def check_base(found: str, base: Model, folder: Path, meta: dict[str, Any]) -> None:
+    if found != meta["belongs_to"]["model"]:
+        raise ConfigError(f"{base.path} is not the model that {folder} has adapters for; give --base_path DIR")
+
+
+def load_merged(base: Model, folder: Path, meta: dict[str, Any], mesh: Mesh, rules: Rules, dtype: str) -> Params:
+    """The base model with the adapters of a checkpoint merged, as training samples from it."""
+    settings, config = meta["config"], base.config
+    rank, targets = settings["lora_rank"], settings["lora_targets"].split(",")
+    with jax.set_mesh(mesh):
+        weights = base.load(mesh, STORE, "float32")
+        check_base(digest(weights), base, folder, meta)
+        sizes = config.sizes | {"J": rank}
+        adapters = read_params(folder, adapter_axes(config, targets), sizes, mesh, STORE, "float32")
+        merging = jax.jit(merge, static_argnums=2, donate_argnums=0)
+        return reshard(merging(narrow(weights, dtype), adapters, settings["lora_alpha"] / rank), axes(config), rules)
 
 
 def copy_description(model: Model, folder: Path) -> None:

@@ -17,19 +17,19 @@ from grpo.distributed import agree, is_first
 
 
 class JsonLines:
-    """A file of one JSON object a line, each with a `step`. Opening it for a resumed run drops what lies after `step`.
+    """A file of one JSON object a line. Opening it for a resumed run drops what lies after `step`; None keeps all.
 
     Process 0 writes; every process remembers the records that were there before, and those that `write` adds.
     """
 
-    def __init__(self, path: Path, step: int, remember: bool = True):
+    def __init__(self, path: Path, step: int | None, remember: bool = True):
         self.path = path
         kept, whole = self.read(step) if is_first() else ([], True)
         if is_first() and not (whole and path.exists()):
             rewrite(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
         self.records: list[dict[str, Any]] = agree(kept if remember else [])
 
-    def read(self, step: int) -> tuple[list[dict[str, Any]], bool]:
+    def read(self, step: int | None) -> tuple[list[dict[str, Any]], bool]:
         """The records up to `step`, and whether the file holds nothing else, such as a torn last line."""
         kept: list[dict[str, Any]] = []
         text = self.path.read_text("utf-8", errors="replace") if self.path.is_file() else ""
@@ -37,7 +37,7 @@ class JsonLines:
         for number, line in enumerate(lines[:-1], start=1):
             try:
                 record = json.loads(line)
-                kept += [record] if record["step"] <= step else []
+                kept += [record] if step is None or record["step"] <= step else []
             except (ValueError, KeyError, TypeError):
                 print(f"warning: {self.path}:{number} is no record, and is left out", file=sys.stderr, flush=True)
         return kept, len(kept) == len(lines) - 1 and not lines[-1]
@@ -67,6 +67,8 @@ def strict(value: Any) -> Any:
     """NaN and infinities become null: JSON has no others."""
     if isinstance(value, dict):
         return {key: strict(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [strict(x) for x in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -118,13 +120,3 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """95% interval of a proportion (Wilson 1927): sensible at 0 and at n, where the normal one is not."""
-    if n == 0:
-        return 0.0, 1.0
-    z, p = 1.959964, right / n
-    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
-    return max(low, 0.0), min(high, 1.0)  # rounding may leave -1e-17

@@ -86,28 +86,37 @@ def rollout(
             records[b] = record if keep else records[b]
         dead = dead_groups(records, G)
 
-    tokens, logprobs, sampled, truncated = map(
-        np.asarray, (samples.tokens, samples.logprobs, samples.lengths, samples.truncated)
-    )
-    totals = np.array([record["reward"] for record in records], np.float32).reshape(Q, G)
-    advantages = np.asarray(group_advantages(totals, SCALES[config.advantage_scale])).reshape(-1)
+    rewards_of = np.array([record["reward"] for record in records], np.float32).reshape(Q, G)
+    advantages = np.asarray(group_advantages(rewards_of, SCALES[config.advantage_scale])).reshape(-1)
+    mask = counted(samples, rewards_of, config)
+    batch = make_batch(prompts, lengths, samples, mask, advantages, config)
     records = [
         {"step": step, "problem": problem.id, "answer": problem.answer, **record}
         | {"advantage": float(advantage), "length": int(length)}
-        for problem, record, advantage, length in zip(asked, records, advantages, sampled, strict=True)
+        for problem, record, advantage, length in zip(asked, records, advantages, samples.lengths, strict=True)
     ]
-    mask = (np.arange(config.max_new_tokens) < sampled[:, None]) & ~np.isnan(totals).reshape(-1, 1)
-    if config.mask_truncated:
-        mask &= ~truncated[:, None]
-    batch = Batch(
+    return batch, records, summarise(records, G, mask, np.asarray(samples.logprobs)) | {"resampled_groups": resampled} | times
+
+
+def counted(samples: Samples, rewards: np.ndarray, config: Config) -> np.ndarray:  # B, QG -> BC, of bools
+    """Which tokens count: all of a completion, unless it has no reward (NaN), or was cut off and `mask_truncated` says so."""
+    mask = (np.arange(config.max_new_tokens) < np.asarray(samples.lengths)[:, None]) & ~np.isnan(rewards).reshape(-1, 1)
+    return mask & ~np.asarray(samples.truncated)[:, None] if config.mask_truncated else mask
+
+
+def make_batch(
+    prompts: np.ndarray, lengths: np.ndarray, samples: Samples, mask: np.ndarray, advantages: np.ndarray, config: Config
+) -> Batch:
+    """QP, Q, samples on the host, BC, B -> what one step trains on, on the devices."""
+    packed = pack(np.asarray(samples.tokens), np.asarray(samples.lengths), lengths, config.packing)
+    return Batch(
         prompts=put(prompts, "QP"),
         lengths=put(lengths, "Q"),
-        packed=Packed(*(put(x, "BC") for x in pack(tokens, sampled, lengths, config.packing))),
+        packed=Packed(*(put(x, "BC") for x in packed)),
         mask=put(mask.astype(np.float32), "BC"),
-        sampler_logprobs=put(logprobs, "BC"),
+        sampler_logprobs=put(samples.logprobs, "BC"),
         advantages=put(advantages, "B"),
     )
-    return batch, records, summarise(records, G, mask, logprobs) | {"resampled_groups": resampled} | times
 
 
 def generate(

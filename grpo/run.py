@@ -27,9 +27,11 @@ from grpo.distributed import agree, is_first
 from grpo.load import Model, find_model
 from grpo.session import Session, plan_sessions
 from grpo.trackers import check_installed
+from grpo.update import resting_bytes
 from grpo.workers import UserRewards
 from models import ModelError
 from models.gemma import Compute, GemmaConfig, shapes
+from models.lora import adapter_shapes, count_adapters
 from models.sharding import ROLLOUT, TRAIN, activation_dtype, check_divides, make_mesh
 
 # What a resumed run may change: how long it goes on, what it looks at, and how it uses the machine. A path may change, not what
@@ -38,7 +40,7 @@ FREE_TO_CHANGE = {
     "run_dir", "relay_from", "model_path", "base_path", "data", "session", "max_steps", "epochs", "max_hours", "eval_every",
     "retention_problems", "save_every", "save_minutes", "keep_checkpoints", "async_save", "allow_change", "coordinator",
     "processes", "process_id", "rollout_tp", "remat", "attention", "unroll", "packing", "halvings", "logprob_chunk",
-    "microbatches", "track", "reward_timeout", "strict_rewards", "max_dead_steps",
+    "microbatches", "track", "reward_timeout", "strict_rewards", "max_dead_steps", "inspect_groups",
 }  # fmt: skip
 
 
@@ -96,12 +98,16 @@ def prepare(config: Config) -> Run:
 
 
 def check_shapes(config: Config, model: GemmaConfig, mesh: Mesh) -> None:
-    """What is cut over devices must divide over them."""
+    """What is cut over devices must divide over them; an adapter is thinner than its projection."""
     parts = config.prompts_per_step // config.microbatches
     check_divides(f"prompts_per_step {config.prompts_per_step} / microbatches {config.microbatches} =", parts, mesh)
     sizes = {"hidden_size": model.embed_dim, "intermediate_size": model.mlp_dim, "vocab_size": model.vocab_size}
     for name, size in sizes.items():
         check_divides(name, size, mesh)
+    for name, adapter in adapter_shapes(model, config.lora_names, config.lora_rank).items() if config.lora_rank else ():
+        rows, columns = adapter.a.shape[1], adapter.b.shape[2]
+        if config.lora_rank > min(rows, columns):
+            raise ConfigError(f"lora_rank {config.lora_rank} is above that of {name}, {rows} x {columns}; give a smaller one")
 
 
 def choose_problems(config: Config) -> tuple[list[Problem], list[Problem]]:
@@ -138,7 +144,7 @@ def describe(run: Run) -> str:
     config, mesh = run.config, run.mesh
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes(run.model)))
     device = mesh.devices.flat[0]
-    memory = state_bytes(run, count) / 2**30
+    memory = state_bytes(run) / 2**30
     tokens = run.steps * config.rows * config.max_new_tokens
     mu = config.updates_per_rollout
     lines = [
@@ -162,6 +168,7 @@ def describe(run: Run) -> str:
               f"{'what a session starts from' if config.reference == 'session_start' else 'the base model'}"] * (
                   len(run.sessions) > 1)  # fmt: skip
     lines += [
+        f"trained     {trained(run)}",
         f"loss        {config.aggregation}, beta {config.beta}, advantages by {config.advantage_scale}; "
         f"learning rate {config.learning_rate}",
         f"memory      {memory:.2f} GiB a device at least: weights, moments, gradients, reference, sampling weights, KV cache",
@@ -175,12 +182,23 @@ def named(problems: list[Problem]) -> str:
     return f" ({', '.join(problem.id for problem in problems[:3])}{', ...' * (len(problems) > 3)})" * bool(problems)
 
 
-def state_bytes(run: Run, parameters: int) -> float:
+def trained(run: Run) -> str:
+    config = run.config
+    if not config.lora_rank:
+        return "all weights"
+    count = count_adapters(run.model, config.lora_names, config.lora_rank)
+    return (
+        f"adapters of rank {config.lora_rank} on {config.lora_targets}, alpha {config.lora_alpha:g} "
+        f"({count / 1e6:.1f}M parameters, {12 * count / 1e6:.0f} MB a checkpoint)"
+    )
+
+
+def state_bytes(run: Run) -> float:
     """What a device must hold, activations aside: a lower bound."""
     config, model, n = run.config, run.model, run.mesh.size
     width = jnp.dtype(run.train.dtype).itemsize
-    state = parameters * (4 * 4 + (width if config.beta else 0)) / n
-    view = parameters * width / run.mesh.shape["tp"]
+    state = resting_bytes(model, run.train.dtype, config) / n
+    view = sum(leaf.size for leaf in jax.tree.leaves(shapes(model))) * width / run.mesh.shape["tp"]
     slots = config.prompts_per_step * config.max_prompt_tokens + config.rows * config.max_new_tokens
     cache = 2 * model.num_layers * model.num_kv_heads * model.head_dim * slots * width / n
     return state + view + cache
@@ -237,7 +255,7 @@ def take_lock(folder: Path) -> int:
     except BlockingIOError:
         owner = os.read(lock, 200).decode(errors="replace")
         os.close(lock)
-        raise ConfigError(f"run_dir {folder} is in use by {owner or 'another process'}; wait, or give another") from None
+        raise ConfigError(f"{folder} is in use by {owner or 'another process'}; wait, or give another") from None
     os.ftruncate(lock, 0)
     os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
     return lock

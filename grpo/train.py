@@ -25,6 +25,7 @@ from grpo.metrics import CompileCounter, JsonLines, Progress, clock, rewrite
 from grpo.rollout import rollout
 from grpo.run import Run, check_settings, describe, fingerprint, open_run_dir, prepare
 from grpo.session import Session
+from grpo.tokens import groups_due, token_records
 from grpo.trackers import Trackers
 from grpo.update import (
     TrainState,
@@ -34,7 +35,9 @@ from grpo.update import (
     frozen,
     init_state,
     learning_rate,
+    policy,
     rollout_view,
+    starting_point,
     train_step,
 )
 from models.gemma import Params
@@ -60,11 +63,13 @@ class Trainer:
     def open(self) -> None:
         """Load the weights, or what a checkpoint holds."""
         config, run = self.config, self.run
-        base = load_base(run)
-        files = {"model": digest(base), "tokenizer": run.tokenizer.fingerprint, "reward": run.rewards.fingerprint}
+        weights = load_base(run)
+        files = {"model": digest(weights), "tokenizer": run.tokenizer.fingerprint, "reward": run.rewards.fingerprint}
         self.fingerprints = agree(files)
-        self.like = like(partial(init_state, config=config), base, mesh=run.mesh)
-        self.reference = frozen(base, run.train.dtype) if config.beta else None
+        trained, self.base = starting_point(weights, run.model, run.train.dtype, config)
+        del weights
+        self.like = like(partial(init_state, config=config), trained, mesh=run.mesh)
+        self.reference = (self.base or frozen(trained, run.train.dtype)) if config.beta else None
         self.checkpoints.clean()
         found = self.checkpoints.restore(self.like, partial(self.accept, self.folder))
         if found is None and config.relay_from:
@@ -74,8 +79,8 @@ class Trainer:
             self.checkpoints.set_aside(found.damaged)
         else:
             self.check_start(0, [])
-        self.done, self.state = (0, init_state(base, config)) if found is None else (found.step, found.state)
-        del base
+        self.done, self.state = (0, init_state(trained, config)) if found is None else (found.step, found.state)
+        del trained
         if found is not None:
             self.provenance = found.meta["provenance"]
             say(f"resumed     after step {self.done}")
@@ -85,9 +90,9 @@ class Trainer:
             write(self.folder / "config.json", asdict(config))
             copy_description(run.base, self.folder / "model")
             write(self.folder / "sessions.json", [self.roll(session) for session in run.sessions])
-        self.metrics, self.evaluations, self.completions = (
-            JsonLines(self.folder / f"{name}.jsonl", self.done if found else -1, remember=name != "completions")
-            for name in ("metrics", "evaluations", "completions")
+        self.metrics, self.evaluations, self.completions, self.tokens = (
+            JsonLines(self.folder / f"{name}.jsonl", self.done if found else -1, remember=name in ("metrics", "evaluations"))
+            for name in ("metrics", "evaluations", "completions", "tokens")
         )
         self.trackers.open(self.done)
 
@@ -198,11 +203,13 @@ class Trainer:
                 if config.eval_every and self.done > session.start and self.done % config.eval_every == 0:
                     self.evaluate()  # measured once: also when a resumed run comes by again
                 compiled = self.compiles.count
-                self.state, metrics, records = one_step(step, session, self.state, self.reference, self.run)
+                self.state, metrics, completions, tokens = one_step(
+                    step, session, self.state, self.base, self.reference, self.run
+                )
                 self.done = step
                 metrics["compiles"] = self.compiles.count - compiled
                 self.recompilations += metrics["compiles"] if step > first else 0
-                self.record({"step": step, "session": session.number, **metrics}, records)
+                self.record({"step": step, "session": session.number, **metrics}, completions, tokens)
                 if metrics["bad_updates_in_a_row"] >= config.max_bad_updates:
                     count = metrics["bad_updates_in_a_row"]
                     raise RunError(f"step {step}: {count} non-finite updates in a row; try a lower learning_rate")
@@ -213,13 +220,14 @@ class Trainer:
                 if config.max_dead_steps and dead_steps(self.metrics.records) >= config.max_dead_steps:
                     raise RunError(diagnose(self.metrics.records))
 
-    def record(self, metrics: dict[str, Any], completions: list[dict[str, Any]]) -> None:
+    def record(self, metrics: dict[str, Any], completions: list[dict[str, Any]], tokens: list[dict[str, Any]]) -> None:
         """Write a step down, show it, and sound the alarms that it sets off."""
         history = self.metrics.records
         active = alarms([*history, metrics])
         ringing = history[-1]["alarms"] if history else []
         self.metrics.write(metrics | {"alarms": list(active)})
         self.completions.write_all(completions)
+        self.tokens.write_all(tokens)
         self.trackers.write(metrics["step"], metrics)
         if is_first():
             self.progress.show(metrics["step"], metrics)
@@ -228,14 +236,15 @@ class Trainer:
 
     def session_start(self, session: Session) -> Params:
         """What the session starts from, as its frozen reference."""
-        if self.done == session.start:
-            return frozen(self.state.params, self.run.train.dtype)
-        start = self.checkpoints.restore(self.like, partial(self.accept, self.folder), only=session.start)
-        if start is None:
-            raise RunError(
-                f"session {session.number} needs the checkpoint of step {session.start} as its reference: it is gone"
-            )
-        return frozen(start.state.params, self.run.train.dtype)
+        state = self.state
+        if self.done > session.start:
+            found = self.checkpoints.restore(self.like, partial(self.accept, self.folder), only=session.start)
+            if found is None:
+                raise RunError(
+                    f"session {session.number} needs the checkpoint of step {session.start} as its reference: it is gone"
+                )
+            state = found.state
+        return policy(frozen(state.params, self.run.train.dtype), self.base, self.config)
 
     def save(self, wait: bool) -> None:
         """A checkpoint, if one is due; `wait` makes it due, and returns when it is written and verified."""
@@ -253,7 +262,7 @@ class Trainer:
         if known is not None or not (run.eval_problems or (sessions and config.retention_problems)):
             return known or {}
         began = time.perf_counter()
-        view = rollout_view(self.state.params, run.model, run.sample)
+        view = rollout_view(policy(self.state.params, self.base, config), run.model, run.sample)
         measure = partial(
             evaluate, view, tokenizer=run.tokenizer, model=run.model, compute=run.sample, config=config, rewards=run.rewards
         )
@@ -342,15 +351,17 @@ def write(path: Path, value: Any) -> None:
 
 
 def one_step(
-    step: int, session: Session, state: TrainState, reference: Params | None, run: Run
-) -> tuple[TrainState, dict[str, Any], list[dict[str, Any]]]:
-    """Rollout and updates: the state after them, the step's metrics, a record of each completion."""
+    step: int, session: Session, state: TrainState, base: Params | None, reference: Params | None, run: Run
+) -> tuple[TrainState, dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rollout and updates: the state after them, the step's metrics, a record of each completion, and of each token of the
+    groups that are to be inspected. `base` is LoRA's.
+    """
     config, model, start = run.config, run.model, time.perf_counter()
     chosen = session.problems_of(step)
-    view = rollout_view(state.params, model, run.sample)
+    problems = [run.problems[i] for i in chosen]
+    view = rollout_view(policy(state.params, base, config), model, run.sample)
     batch, records, metrics = rollout(
-        view, [run.problems[i] for i in chosen], [run.prompt_ids[i] for i in chosen], step, run.tokenizer, model, run.sample,
-        config, run.rewards,
+        view, problems, [run.prompt_ids[i] for i in chosen], step, run.tokenizer, model, run.sample, config, run.rewards,
     )  # fmt: skip
     del view  # its memory is the update's
     metrics["tokens_per_s/decode"] = sum(record["length"] for record in records) / metrics["time/decode"]
@@ -359,25 +370,31 @@ def one_step(
     if reference is not None:
         batch = replace(batch, ref_logprobs=completion_logprobs(reference, batch, model, run.train, config))
     if config.updates_per_rollout > 1:
-        batch = replace(batch, old_logprobs=completion_logprobs(state.params, batch, model, run.train, config))
+        weights = policy(state.params, base, config)
+        batch = replace(batch, old_logprobs=completion_logprobs(weights, batch, model, run.train, config))
     jax.block_until_ready(batch)
     metrics["time/reference"] = time.perf_counter() - began
 
     began = time.perf_counter()
-    stats: dict[str, Any] = {}
-    compute = choose_remat(run.train, model, batch, config.microbatches, run.mesh.size, device_memory(run.mesh))
+    stats, terms = {}, {}
+    compute = choose_remat(run.train, model, batch, config, run.mesh.size, device_memory(run.mesh))
     rates = learning_rates(step, session, run)
     for rate in [] if metrics["skipped_update"] else rates:
-        state, stats = train_step(state, batch, rate, model, compute, config)
+        state, stats, terms = train_step(state, batch, rate, model, compute, config, base)
     stats = {name: float(value) for name, value in jax.device_get(stats).items()}
     metrics["time/update"] = time.perf_counter() - began
     metrics["bad_updates_in_a_row"] = int(state.bad_in_a_row)
     memory = run.mesh.local_devices[0].memory_stats() or {}
     metrics["hbm_peak"] = memory.get("peak_bytes_in_use", 0)
     metrics["lr"] = rates[-1]
+    tokens: list[dict[str, Any]] = []
+    if terms and (due := groups_due(step, run.sessions[-1].end, config)):
+        lengths = [record["length"] for record in records]
+        inspected = token_records(problems[:due], lengths, batch, terms, run.tokenizer, config)
+        tokens = [{"step": step, "session": session.number, **record} for record in inspected]
     metrics["time/step"] = time.perf_counter() - start
     metrics["tokens_per_s/total"] = sum(record["length"] for record in records) / metrics["time/step"]
-    return state, metrics | stats, records
+    return state, metrics | stats, records, tokens
 
 
 def learning_rates(step: int, session: Session, run: Run) -> list[float]:
@@ -429,7 +446,7 @@ def closing_table(result: dict[str, Any]) -> str:
     example = tiny if result["preset"] == "tiny" else f"the same with --seed {seed} --run_dir ANOTHER"
     lines += [
         f"\n{result['steps']} steps, {result['recompilations']} recompilations, {clock(result['seconds'])}",
-        f"files  {result['run_dir']}: metrics, completions, evaluations, config, sessions, result, checkpoints/",
+        f"files  {result['run_dir']}: metrics, completions, tokens, evaluations, config, sessions, result, checkpoints/",
         f"next   {example}      another seed: how far does luck go?",
     ]
     return "\n".join(lines)

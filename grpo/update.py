@@ -20,6 +20,8 @@ from grpo.config import Config
 from grpo.loss import dapo_weights, dr_grpo_weights, grpo_loss, grpo_weights
 from grpo.rollout import Batch
 from models.gemma import Compute, GemmaConfig, Params, axes, forward_group, shapes, token_logprobs
+from models.lora import Adapters, attach, count_adapters, init_adapters, merged
+from models.sharding import STORE
 
 AGGREGATIONS = {"grpo": grpo_weights, "dapo": dapo_weights, "dr_grpo": dr_grpo_weights}
 
@@ -28,7 +30,7 @@ AGGREGATIONS = {"grpo": grpo_weights, "dapo": dapo_weights, "dr_grpo": dr_grpo_w
 class TrainState:
     """All that a checkpoint holds."""
 
-    params: Params  # float32 master weights
+    params: Any  # what is trained, in float32: Params, or Adapters
     opt_state: Any
     bad_updates: Array  # non-finite updates skipped so far
     bad_in_a_row: Array
@@ -51,6 +53,19 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     )
 
 
+def starting_point(weights: Params, model: GemmaConfig, dtype: str, config: Config) -> tuple[Params | Adapters, Params | None]:
+    """What is trained, and the frozen base below it: the weights and None, or with LoRA fresh adapters and the weights."""
+    if not config.lora_rank:
+        return weights, None
+    adapters = init_adapters(jax.random.key(config.seed), model, config.lora_names, config.lora_rank, STORE)
+    return adapters, narrow(weights, dtype)
+
+
+def policy(trained: Any, base: Params | None, config: Config) -> Params:
+    """The weights of the policy: those that are trained, or the frozen base with the trained adapters on it."""
+    return trained if base is None else attach(base, trained, config.lora_scale)
+
+
 @partial(jax.jit, static_argnames="config")
 def init_state(params: Any, config: Config) -> TrainState:
     return TrainState(params, make_optimizer(config).init(params), jnp.int32(0), jnp.int32(0))
@@ -58,8 +73,8 @@ def init_state(params: Any, config: Config) -> TrainState:
 
 @partial(jax.jit, static_argnames=("model", "compute"))
 def rollout_view(params: Params, model: GemmaConfig, compute: Compute) -> Params:
-    """The weights as sampling wants them: cast once a step, laid out so that none moves while decoding."""
-    return compute.use(params, axes(model))
+    """The weights as sampling wants them: adapters merged, cast once a step, laid out so that none moves while decoding."""
+    return compute.use(merged(params), axes(model))
 
 
 def logprobs_of(params: Params, part: Batch, model: GemmaConfig, compute: Compute, config: Config) -> Array:  # -> BC
@@ -86,30 +101,42 @@ def split(tree: Any, Q: int, parts: int, at) -> Any:
     return jax.tree.map(cut, tree)
 
 
+def unsplit(x: Array, Q: int, at) -> Array:
+    """[parts, B/parts, C] -> [B, C]: rows as they were before `split`."""
+    parts, rows, C = x.shape
+    x = lax.reshape(x, (parts, Q // parts, parts * rows // Q, C), out_sharding=at(".Q.."))
+    return lax.reshape(jnp.moveaxis(x, 0, 1), (parts * rows, C), out_sharding=at("BC"))
+
+
 @partial(jax.jit, static_argnames=("model", "compute", "config"))
 def completion_logprobs(params: Params, batch: Batch, model: GemmaConfig, compute: Compute, config: Config) -> Array:
     """log π of every completion token under `params`, at the sampling temperature: the reference's, or the old policy's.  BC"""
     compute = replace(compute, remat="none")  # there is no backward pass
     if config.microbatches == 1:
         return logprobs_of(params, batch, model, compute, config)
-    at, (B, C) = compute.at, batch.mask.shape
-    Q, n = batch.prompts.shape[0], config.microbatches
+    Q, at = len(batch.prompts), compute.at
     _, picked = lax.scan(
-        lambda _, part: (None, logprobs_of(params, part, model, compute, config)), None, split(batch, Q, n, at)
+        lambda _, part: (None, logprobs_of(params, part, model, compute, config)),
+        None,
+        split(batch, Q, config.microbatches, at),
     )
-    picked = lax.reshape(picked, (n, Q // n, B // Q, C), out_sharding=at(".Q.."))  # undo split
-    return lax.reshape(jnp.moveaxis(picked, 0, 1), (B, C), out_sharding=at("BC"))
+    return unsplit(picked, Q, at)
 
 
 @partial(jax.jit, static_argnames=("model", "compute", "config"), donate_argnames="state")
 def train_step(
-    state: TrainState, batch: Batch, rate: ArrayLike, model: GemmaConfig, compute: Compute, config: Config
-) -> tuple[TrainState, dict[str, Array]]:
-    """One update at the learning rate `rate`. A non-finite loss or gradient leaves the state as it was, and is counted."""
+    state: TrainState, batch: Batch, rate: ArrayLike, model: GemmaConfig, compute: Compute, config: Config,
+    base: Params | None = None,
+) -> tuple[TrainState, dict[str, Array], dict[str, Array]]:  # fmt: skip
+    """One update at the learning rate `rate`, of the weights, or with LoRA of the adapters on a `base`: the state after it,
+    figures of the batch, and the loss's terms of each token, BC.
+
+    A non-finite loss or gradient leaves the state as it was, and is counted.
+    """
     weights = AGGREGATIONS[config.aggregation](batch.mask)  # over the whole batch: parts only sum
 
-    def part_loss(params: Params, part: Batch, weights: Array):
-        logprobs = logprobs_of(params, part, model, compute, config)
+    def part_loss(trained: Any, part: Batch, weights: Array):
+        logprobs = logprobs_of(policy(trained, base, config), part, model, compute, config)
         old = lax.stop_gradient(logprobs) if part.old_logprobs is None else part.old_logprobs
         loss, terms = grpo_loss(
             logprobs, old, part.ref_logprobs, part.advantages, weights, beta=config.beta, epsilon_low=config.epsilon_low,
@@ -125,9 +152,10 @@ def train_step(
     if config.microbatches == 1:
         (loss, terms), grads = jax.value_and_grad(part_loss, has_aux=True)(state.params, batch, weights)
     else:
-        batch, weights = split((batch, weights), len(batch.prompts), config.microbatches, compute.at)
+        Q, at = len(batch.prompts), compute.at
         zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params)
-        (loss, grads), terms = lax.scan(accumulate, zero, (batch, weights))
+        (loss, grads), terms = lax.scan(accumulate, zero, split((batch, weights), Q, config.microbatches, at))
+        terms = {name: unsplit(term, Q, at) for name, term in terms.items()}
 
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -139,7 +167,7 @@ def train_step(
     )
     new = TrainState(params, opt_state, state.bad_updates + ~finite, jnp.where(finite, 0, state.bad_in_a_row + 1))
     stats = summarise(terms, batch) | {"loss": loss, "grad_norm": grad_norm, "bad_updates": new.bad_updates}
-    return new, stats
+    return new, stats, terms | {"weight": weights}
 
 
 def summarise(terms: dict[str, Array], batch: Batch) -> dict[str, Array]:
@@ -169,20 +197,27 @@ def summarise(terms: dict[str, Array], batch: Batch) -> dict[str, Array]:
     return stats
 
 
-def choose_remat(compute: Compute, model: GemmaConfig, batch: Batch, microbatches: int, devices: int, memory: float) -> Compute:
+def resting_bytes(model: GemmaConfig, dtype: str, config: Config) -> float:
+    """Of float32 weights, moments and gradients, and of the frozen weights; of all devices together."""
+    weights, width = sum(leaf.size for leaf in jax.tree.leaves(shapes(model))), jnp.dtype(dtype).itemsize
+    if config.lora_rank:
+        return width * weights + 16 * count_adapters(model, config.lora_names, config.lora_rank)
+    return (16 + width * (config.beta > 0)) * weights
+
+
+def choose_remat(compute: Compute, model: GemmaConfig, batch: Batch, config: Config, devices: int, memory: float) -> Compute:
     """`auto` becomes `dots`, which keeps the results of products, where `memory`, bytes a device, has room; else `full`.
 
-    Counted: 18 bytes a weight (float32 weights, moments and gradient, the reference), what `dots` keeps for each slot of the
-    packed rows, and a fifth of the memory for the rest. Compiled for v5e, Gemma 2 2B at 4,352 slots a chip needs 7.4 GiB by
-    `full` and 12.9 by `dots`; this counts 14.3 for the latter.
+    Counted: what rests, what `dots` keeps for each slot of the packed rows, and a fifth of the memory for the rest. Compiled
+    for v5e, Gemma 2 2B at 4,352 slots a chip needs 7.4 GiB by `full` and 12.9 by `dots`; this counts 14.3 for the latter.
     """
     if compute.remat != "auto":
         return compute
-    weights = sum(leaf.size for leaf in jax.tree.leaves(shapes(model)))
-    slots = (batch.prompts.size + batch.packed.tokens.size) / microbatches
+    slots = (batch.prompts.size + batch.packed.tokens.size) / config.microbatches
     products = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim + 2 * model.embed_dim + 2 * model.mlp_dim
     kept = slots * model.num_layers * products * jnp.dtype(compute.dtype).itemsize
-    return replace(compute, remat="dots" if (18 * weights + kept) / devices < 0.8 * memory else "full")
+    needed = (resting_bytes(model, compute.dtype, config) + kept) / devices
+    return replace(compute, remat="dots" if needed < 0.8 * memory else "full")
 
 
 def device_memory(mesh: Mesh) -> float:
@@ -190,6 +225,19 @@ def device_memory(mesh: Mesh) -> float:
     return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit", 0)
 
 
-def frozen(params: Params, dtype: str) -> Params:
-    """A copy of the weights that no update touches, in the dtype of activations."""
+def narrow(params: Params, dtype: str) -> Params:
+    """The weights in another dtype. Each leaf is given up for its successor, so that both trees are never there whole."""
+
+    def cast(leaf: Array) -> Array:
+        if leaf.dtype == dtype:
+            return leaf
+        other = leaf.astype(dtype)
+        leaf.delete()
+        return other
+
+    return jax.tree.map(cast, params)
+
+
+def frozen(params: Any, dtype: str) -> Any:
+    """A copy of what is trained that no update touches, in the dtype of activations."""
     return jax.tree.map(lambda leaf: jnp.array(leaf, dtype, copy=True), params)

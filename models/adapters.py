@@ -21,26 +21,18 @@ from models import ModelError, names
 from models.containers import Container, OrbaxTree, Safetensors, Settings, locate, read_json
 from models.convert import Reader, leaf_names
 from models.gemma import GemmaConfig
+from models.lora import PROJECTIONS, Adapter
 from models.names import HEADS, Place
 from models.save import Tensor, write_json, write_safetensors
 
-PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """What is added to one projection, in all layers: `a @ b`, on the host."""
-
-    a: np.ndarray  # LDJ
-    b: np.ndarray  # LJF
-
-
-@dataclass(frozen=True)
 class Adapters:
-    """Of a whole model, by the projection's name; they count `alpha / rank` times."""
+    """Of a whole model, by the projection's name, float32 arrays on the host; they count `alpha / rank` times."""
 
-    weights: dict[str, LowRank]
+    weights: dict[str, Adapter]
     rank: int
     scale: float
 
@@ -131,7 +123,7 @@ class AdapterFile(Safetensors):
         self.names = {re.sub(r"^(base_model\.)?(model\.)*(language_model\.)?(model\.)?", "", name): name for name in self.files}
 
 
-def read_all(container: Container, config: GemmaConfig, place: Callable[[str, str], Place]) -> tuple[dict[str, LowRank], int]:
+def read_all(container: Container, config: GemmaConfig, place: Callable[[str, str], Place]) -> tuple[dict[str, Adapter], int]:
     """Every projection that has adapters, and their rank. `place` says where one side of them lies."""
     found = [name for name in PROJECTIONS if place(name, "a").of(0).name in container.names]
     if not found:
@@ -153,7 +145,7 @@ def read_all(container: Container, config: GemmaConfig, place: Callable[[str, st
             layers.append(names.to_ours(lambda cut, name=one.name: container.read(name, cut), one, ours, index))
         return np.stack(layers).astype(np.float32)
 
-    weights = {projection: LowRank(read(projection, "a"), read(projection, "b")) for projection in found}
+    weights = {projection: Adapter(read(projection, "a"), read(projection, "b")) for projection in found}
     extra = sorted(set(container.names) - wanted)
     if extra:
         raise ModelError(f"{container.path}: weight {extra[0]} has no place in this model ({len(extra)} such)")

@@ -6,7 +6,8 @@ A letter means one thing everywhere: in einsum strings, in `axes`, in sharding r
     D embedding width   G completions a question     K key/value heads      V vocabulary
     B rows = Q*G        P prompt slots               R = N/K                A = N*H, all query heads
     T tokens in a call  C completion slots           H head size            E = K*H, all key/value heads
-    S key slots         M rows in the MLP, W rows at the head (both are B, laid out otherwise; see sharding.py)
+    S key slots         J rank of an adapter
+    M rows in the MLP, W rows at the head: both are B, laid out otherwise (sharding.py)
 
 Three drivers share the layer's two halves, `project` and `finish`:
 
@@ -27,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from models.sharding import ROWS, TRAIN, Rules, reshard, spec, transposed
 
@@ -106,6 +108,16 @@ class Layers:
 
 
 @flax.struct.dataclass
+class Adapted:
+    """A frozen projection and the adapter on it (lora.py), for what they are together: base + scale * a @ b."""
+
+    base: Any  # LDF
+    a: Any  # LDJ
+    b: Any  # LJF
+    scale: float = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
 class Params:
     embedding: Any
     layers: Any  # Layers, stacked on L; or, to be unrolled, a tuple of them (`unstack`)
@@ -163,7 +175,18 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:  # ...D, D -> ...D
     return (x32 * (1 + scale)).astype(x.dtype)
 
 
-def linear(x: Array, weight: Array, letters: str, compute: Compute, out: str | None = None, dtype: str | None = None) -> Array:
+def linear(x: Array, weight: Any, letters: str, compute: Compute, out: str | None = None, dtype: str | None = None) -> Array:
+    """x @ weight, a matrix or an `Adapted` one; `remat="dots"` keeps it.  ...D, DF -> ...F"""
+    if isinstance(weight, Adapted):
+        narrow = weight.scale * product(x, weight.a, letters[0] + "J", compute)
+        wide = product(narrow, weight.b, "J" + letters[1], compute, out, dtype)
+        y = product(x, weight.base, letters, compute, out, dtype) + wide
+    else:
+        y = product(x, weight, letters, compute, out, dtype)
+    return checkpoint_name(y, "linear")
+
+
+def product(x: Array, weight: Array, letters: str, compute: Compute, out: str | None = None, dtype: str | None = None) -> Array:
     """x @ weight, where the rules want its result, in `dtype` (the one of x).  ...D, DF -> ...F
 
     The backward pass is written out for two reasons. It keeps the weight as stored and casts and gathers it again, so that no
@@ -172,7 +195,7 @@ def linear(x: Array, weight: Array, letters: str, compute: Compute, out: str | N
     """
     placed = None if out is None else compute.at(out)
 
-    def product(x, weight):
+    def forward(x, weight):
         return jnp.einsum(
             "...D,DF->...F", x, compute.use(weight, letters), out_sharding=placed, preferred_element_type=dtype or x.dtype
         )
@@ -188,8 +211,8 @@ def linear(x: Array, weight: Array, letters: str, compute: Compute, out: str | N
             dw = jnp.einsum("...F,...D->FD", dy, x, out_sharding=transposed(stored)).T
         return dx, dw.astype(weight.dtype)
 
-    apply = jax.custom_vjp(product)
-    apply.defvjp(lambda x, weight: (product(x, weight), (x, weight)), backward)
+    apply = jax.custom_vjp(forward)
+    apply.defvjp(lambda x, weight: (forward(x, weight), (x, weight)), backward)
     return apply(x, weight)
 
 
@@ -311,7 +334,7 @@ def scan_layers(step, carry, layers: Any, extra: Any, config: GemmaConfig, compu
     Stacked layers make a loop of the compiled program, layers apart (`unstack`) one copy of its body for each.
     """
     if compute.remat != "none":
-        policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+        policies = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names("linear")}
         step = jax.checkpoint(step, policy=policies[compute.remat], prevent_cse=False)
     local = jnp.array(config.local_layers, jnp.int32)
     if not isinstance(layers, tuple):

@@ -81,33 +81,35 @@ def work(params: Params, rows: Rows, count: Array, keep: Array, config: GemmaCon
 
 def sample_queue(
     params: Params, prompts: np.ndarray, lengths: np.ndarray, temperature: np.ndarray, bank_size: int, row_count: int,
-    seed: int, step: int, config: GemmaConfig, compute: Compute, sampling: Sampling,
+    seed: int, step: int, config: GemmaConfig, compute: Compute, sampling: Sampling, wanted: np.ndarray | None = None,
 ) -> Iterator[Finished]:  # fmt: skip
     """One sample of every prompt for every entry of `temperature` n, given out as they end.  prompts [count, P], count, n
 
     `bank_size` prompts are prefilled at a time, `row_count` samples are under way at most; both divide over the devices. The
-    key of sample i is `row_keys(seed, step, i)`.
+    key of sample i is `row_keys(seed, step, i)`. Of all samples, those whose numbers are in `wanted` are drawn.
     """
     devices = max(jax.sharding.get_abstract_mesh().size, 1)
     share, samples = bank_size // devices, len(temperature)
+    wanted = np.arange(len(prompts) * samples) if wanted is None else np.sort(wanted)
+    asked = np.unique(wanted // samples)  # the prompts that have a sample to draw
     owner = np.full((devices, row_count // devices), -1)  # which sample a row works on
     born = np.zeros_like(owner)  # the slot of its ring that holds its first token
     waiting: list[list[int]] = [[] for _ in range(devices)]  # samples of the bank that have no row yet, by device
     loaded, count, bank, rows = 0, jnp.int32(0), None, None
     while True:
-        while any(waiting) or loaded < len(prompts):
+        while any(waiting) or loaded < len(asked):
             if not any(waiting):
-                here = np.minimum(np.arange(loaded, loaded + bank_size), len(prompts) - 1)  # the last bank may repeat a prompt
+                here = asked[np.minimum(np.arange(loaded, loaded + bank_size), len(asked) - 1)]  # the last bank may repeat one
                 bank = prefill(params, put(prompts[here], "QP"), put(lengths[here], "Q"), config, compute)
-                for q in range(min(bank_size, len(prompts) - loaded)):
-                    waiting[q // share] += range((loaded + q) * samples, (loaded + q + 1) * samples)
-                first, loaded = loaded, loaded + bank_size
+                for q, prompt in enumerate(asked[loaded : loaded + bank_size]):
+                    waiting[q // share] += wanted[wanted // samples == prompt].tolist()
+                loaded += bank_size
                 rows = rows or open_rows(bank, row_count, config, compute, sampling)
             source = np.full_like(owner, -1)
             for device, row in zip(*np.nonzero(owner < 0), strict=True):
                 if waiting[device]:
                     owner[device, row] = waiting[device].pop(0)
-                    source[device, row] = owner[device, row] // samples - first - device * share
+                    source[device, row] = np.searchsorted(here, owner[device, row] // samples) - device * share
                     born[device, row] = int(count) % sampling.width
             if (source < 0).all():
                 break
@@ -119,7 +121,7 @@ def sample_queue(
             )  # fmt: skip
         if (owner < 0).all():
             return
-        idle = not any(waiting) and loaded >= len(prompts)
+        idle = not any(waiting) and loaded >= len(asked)
         keep = 0 if idle else owner.shape[1] - max(owner.shape[1] // 4, 1)
         rows, count = work(params, rows, count, jnp.int32(keep), config, compute, sampling)
         alive, tokens, ages, truncated = fetch((rows.alive, rows.tokens, rows.lengths, rows.truncated))

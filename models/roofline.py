@@ -135,26 +135,33 @@ def forward_logprobs(
 
 
 def update(
-    model: GemmaConfig, chip: Chip, devices: int, body_tokens: int, head_tokens: int, pairs: int, *, width: int = 2
-) -> Bound:
+    model: GemmaConfig, chip: Chip, devices: int, body_tokens: int, head_tokens: int, pairs: int, *, width: int = 2,
+    adapters: int = 0,
+) -> Bound:  # fmt: skip
     """One optimizer update: forward and backward each gather and read the weights, the gradient is scattered once.
 
-    Then AdamW reads and writes the float32 weights and both moments and reads the gradient.
+    Then AdamW reads and writes the float32 weights and both moments and reads the gradient. With LoRA gradient and optimizer
+    are those of the `adapters`, so many numbers: of the weights' own products, two in three are left.
     """
     body = attention_weights(model) + mlp_weights(model)
     forward = forward_logprobs(model, chip, devices, body_tokens, head_tokens, pairs, width=width)
-    network = 2 * forward.network_bytes + width * received(devices) * body
-    passes = overlapped(chip, devices, 3 * forward.flops, 2 * forward.memory_bytes, network)
-    state = 4 * (3 * 2 + 1) * (body + head_weights(model)) / devices
+    flops = 3 * forward.flops
+    if adapters:
+        own = 2 * (body * body_tokens + head_weights(model) * head_tokens)  # in one forward pass; attention has no weight
+        flops += (3 * 2 * adapters * body_tokens - own) / devices
+    network = 2 * forward.network_bytes + width * received(devices) * (adapters or body)
+    passes = overlapped(chip, devices, flops, 2 * forward.memory_bytes, network)
+    state = 4 * (3 * 2 + 1) * (adapters or body + head_weights(model)) / devices
     return passes + Bound(memory_bytes=state, seconds=state / chip.bandwidth)
 
 
-def rollout_view(model: GemmaConfig, chip: Chip, devices: int, tp: int, *, width: int = 2) -> Bound:
-    """Float32 weights, cast and laid out for sampling: attention whole, the rest cut over `tp`."""
+def rollout_view(model: GemmaConfig, chip: Chip, devices: int, tp: int, *, width: int = 2, adapters: int = 0) -> Bound:
+    """Float32 weights (or a base and so many `adapters`), cast and laid out: attention whole, the rest cut over `tp`."""
     cut = mlp_weights(model) + head_weights(model)
     count = attention_weights(model) + cut
     view = attention_weights(model) + cut / tp
-    return overlapped(chip, devices, 0.0, 4 * count / devices + width * view, width * (view - count / devices))
+    read = (width * count + 4 * adapters if adapters else 4 * count) / devices
+    return overlapped(chip, devices, 0.0, read + width * view, width * (view - count / devices))
 
 
 def prefill(model: GemmaConfig, chip: Chip, devices: int, tp: int, prompts: Sequence[int], *, width: int = 2) -> Bound:

@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py --model gemma3-270m --prompts_per_step 4 --max_new_tokens 64
     python scripts/benchmark.py --model gemma2-2b --mean_length 150 --autotune
+    python scripts/benchmark.py --model gemma2-2b --mean_length 150 --lora_rank 64
     python scripts/benchmark.py --model gemma2-2b --transformers         (beside its generate; needs torch and transformers)
 
 Completions run to `--max_new_tokens`, or to natural lengths around `--mean_length`. A bound is that of models/roofline.py for
@@ -34,11 +35,22 @@ from grpo.rollout import rollout
 from grpo.run import Run
 from grpo.session import plan_sessions
 from grpo.train import one_step
-from grpo.update import choose_remat, completion_logprobs, device_memory, init_state, rollout_view, train_step
+from grpo.update import (
+    choose_remat,
+    completion_logprobs,
+    device_memory,
+    frozen,
+    init_state,
+    policy,
+    rollout_view,
+    starting_point,
+    train_step,
+)
 from grpo.workers import UserRewards
 from grpo.workload import Workload
 from models import roofline
 from models.gemma import Compute, init_params
+from models.lora import count_adapters
 from models.presets import MODELS
 from models.roofline import Bound, Chip
 from models.sharding import ROLLOUT, STORE, TRAIN, activation_dtype, check_divides, make_mesh
@@ -66,6 +78,9 @@ class NumberTokens:
 
     def decode(self, ids: Any) -> str:
         return " ".join(map(str, ids))
+
+    def pieces(self, ids: Any) -> list[str]:
+        return list(map(str, ids))
 
 
 def timed(function: Callable[[int], Any], repeats: int, shapes: int = 1) -> list[float]:
@@ -119,10 +134,13 @@ def measure(run: Run, shapes: int) -> dict[str, list[float]]:
     figures: dict[str, list[float]] = {}
     repeats = config.repeats
     with jax.set_mesh(run.mesh):
-        state = init_state(run.base.load(run.mesh, STORE, "float32"), config)
-        reference = run.base.load(run.mesh, STORE, run.train.dtype)
-        view = rollout_view(state.params, model, run.sample)
-        figures["view"] = timed(lambda _: rollout_view(state.params, model, run.sample), repeats)
+        trained, base = starting_point(run.base.load(run.mesh, STORE, "float32"), model, run.train.dtype, config)
+        reference = base or frozen(trained, run.train.dtype)
+        state = init_state(trained, config)
+        del trained
+        weights = policy(state.params, base, config)
+        view = rollout_view(weights, model, run.sample)
+        figures["view"] = timed(lambda _: rollout_view(weights, model, run.sample), repeats)
         rolled = []
 
         def roll(i: int):
@@ -146,15 +164,15 @@ def measure(run: Run, shapes: int) -> dict[str, list[float]]:
 
         def update(i: int):
             nonlocal state
-            compute = choose_remat(run.train, model, batches[i], config.microbatches, run.mesh.size, device_memory(run.mesh))
-            state, stats = train_step(state, batches[i], config.learning_rate, model, compute, config)
+            compute = choose_remat(run.train, model, batches[i], config, run.mesh.size, device_memory(run.mesh))
+            state, stats, _ = train_step(state, batches[i], config.learning_rate, model, compute, config, base)
             return stats
 
         figures["update"] = timed(update, repeats, shapes)
 
         def step(i: int):
             nonlocal state
-            state, *_ = one_step(i + 1, run.sessions[0], state, reference, run)
+            state, *_ = one_step(i + 1, run.sessions[0], state, base, reference, run)
 
         figures["step"] = timed(step, repeats, shapes)
     return figures
@@ -166,12 +184,13 @@ def bounds(run: Run, chip: Chip, step: int) -> dict[str, Bound]:
     width = jnp.dtype(run.train.dtype).itemsize
     prompts, lengths = [len(ids) for ids in run.prompt_ids], run.config.limits(step, run.config.rows)
     tokens = sum(prompts) + sum(lengths), sum(lengths), roofline.group_pairs(model, prompts, lengths)
+    adapters = count_adapters(model, run.config.lora_names, run.config.lora_rank)
     found = {
-        "view": roofline.rollout_view(model, chip, devices, tp, width=width),
+        "view": roofline.rollout_view(model, chip, devices, tp, width=width, adapters=adapters),
         "prefill": roofline.prefill(model, chip, devices, tp, prompts, width=width),
         "decode": roofline.decode(model, chip, devices, tp, prompts, lengths, width=width),
         "reference": roofline.forward_logprobs(model, chip, devices, *tokens, width=width),
-        "update": roofline.update(model, chip, devices, *tokens, width=width),
+        "update": roofline.update(model, chip, devices, *tokens, width=width, adapters=adapters),
     }
     whole = sum(found.values(), Bound())
     return found | {"sample": found["prefill"] + found["decode"], "step": whole}

@@ -29,7 +29,7 @@ from data.problems import Problem
 from data.prompts import encode_prompt, pad_prompts, render_prompt
 from data.tokenizer import Tokenizer, load_tokenizer
 from grpo.cli import run_script
-from grpo.metrics import wilson
+from grpo.consensus import wilson
 from grpo.reward import TAGS, is_correct, violates_format
 from models.convert import load_params, read_config
 from models.gemma import Compute, GemmaConfig, Params, forward_group, init_params, token_logprobs

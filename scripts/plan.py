@@ -2,13 +2,14 @@
 
     python scripts/plan.py gemma2-2b --topology v5e:2x4 --mean_length 150
     python scripts/plan.py --model gemma3-1b --prompts_per_step 16 --rollout_tp 8 --topology v6e:2x4 --search
+    python scripts/plan.py gemma2-2b-lora --topology v5e:1x1 --prompts_per_step 4 --mean_length 150
     python scripts/plan.py tiny --topology local
 
 Takes the command line of train.py; no weights, data or tokenizer are read. A TPU slice is compiled for by libtpu, which any
 machine can install: pip install -e ".[tpu]"; `local` is the devices of this one. Prints a line for each program, then one line
 of JSON. Memory, collectives and copies are the compiler's account; `bound` is that of models/roofline.py, with prompts of full
 length and completions of full or (`--mean_length`) natural length, packed as training packs them: nothing runs faster, and how
-much slower is not known here. Left out: evaluation; LoRA, whose weights, state and reference belong in `programs`.
+much slower is not known here. Left out: evaluation.
 """
 
 import importlib.util
@@ -32,11 +33,12 @@ from grpo.cli import run_script
 from grpo.config import PRESETS, ConfigError, flag, parse
 from grpo.rollout import Batch
 from grpo.run import check_shapes
-from grpo.update import choose_remat, completion_logprobs, device_memory, init_state, rollout_view, train_step
+from grpo.update import choose_remat, completion_logprobs, device_memory, init_state, policy, rollout_view, train_step
 from grpo.workload import Workload
 from models import compiled, roofline
 from models.convert import read_config
 from models.gemma import Compute, GemmaConfig, axes
+from models.lora import adapter_axes, count_adapters
 from models.presets import MODELS
 from models.roofline import GIB, Chip, find_chip
 from models.sampler import Sampling, decode, prefill, row_keys
@@ -54,7 +56,7 @@ NO_TPU = {
 
 @dataclass(frozen=True)
 class PlanConfig(Workload):
-    topology: str = flag("local", "local, or a TPU slice such as v5e:2x4 or v6e:2x4")
+    topology: str = flag("local", "local, or a TPU slice such as v5e:2x4, v6e:2x4 or, one chip, v5e:1x1")
     search: bool = flag(False, "find the largest prompts_per_step and the largest max_new_tokens that fit: minutes")
 
 
@@ -64,8 +66,8 @@ STARTS = {"custom": PlanConfig()} | {name: PlanConfig(**asdict(preset)) for name
 
 def choose_model(config: PlanConfig) -> GemmaConfig:
     name = config.model or config.preset
-    if name in MODELS:
-        return MODELS[name]
+    if (known := name.removesuffix("-lora")) in MODELS:
+        return MODELS[known]
     if not config.model_path:
         raise ConfigError(f"which model? give a preset, --model (one of {', '.join(MODELS)}) or --model_path")
     return read_config(config.model_path)
@@ -85,7 +87,8 @@ def find_devices(topology: str) -> list[Any]:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot load what no device here can run
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        bounds = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}  # a host has four by default
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **bounds).devices)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise ConfigError(f"topology {topology} cannot be compiled for: {str(error).splitlines()[0]}") from None
 
@@ -112,6 +115,10 @@ class Plan:
     dtype: str
 
     @property
+    def sizes(self) -> dict[str, int]:
+        return self.model.sizes | {"J": self.config.lora_rank}
+
+    @property
     def width(self) -> int:
         """Bytes of an activation."""
         return jnp.dtype(self.dtype).itemsize
@@ -131,10 +138,15 @@ def abstract(shape: list[int], dtype: Any, letters: str, rules: Rules, mesh: Mes
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec(letters, rules)))
 
 
-def abstract_params(plan: Plan, dtype: str) -> Any:
-    """The weights as they rest."""
-    sizes, mesh = plan.model.sizes, plan.mesh
-    return jax.tree.map(lambda a: abstract([sizes[letter] for letter in a], dtype, a, STORE, mesh), axes(plan.model))
+def trained_axes(plan: Plan) -> Any:
+    """The letters of what is trained."""
+    return adapter_axes(plan.model, plan.config.lora_names) if plan.config.lora_rank else axes(plan.model)
+
+
+def abstract_tree(plan: Plan, tree: Any, dtype: str) -> Any:
+    """Weights or adapters as they rest, by their letters."""
+    sizes, mesh = plan.sizes, plan.mesh
+    return jax.tree.map(lambda a: abstract([sizes[letter] for letter in a], dtype, a, STORE, mesh), tree)
 
 
 @dataclass(frozen=True)
@@ -166,7 +178,7 @@ def training(plan: Plan) -> Compute:
     config = plan.config
     memory = device_memory(plan.mesh) if config.topology == "local" else plan.memory
     compute = Compute(TRAIN, plan.dtype, config.remat, config.unroll, config.attention)
-    return choose_remat(compute, plan.model, abstract_batch(plan), config.microbatches, plan.mesh.size, memory)
+    return choose_remat(compute, plan.model, abstract_batch(plan), config, plan.mesh.size, memory)
 
 
 def programs(plan: Plan) -> dict[str, Program]:
@@ -175,10 +187,11 @@ def programs(plan: Plan) -> dict[str, Program]:
     sample = Compute(ROLLOUT, plan.dtype, unroll=config.unroll)
     sampling = Sampling(config.max_new_tokens, STOP_IDS, config.top_k, config.top_p, config.halvings)
 
-    weights, batch = abstract_params(plan, "float32"), abstract_batch(plan)
-    train = training(plan)
-    state = on(partial(init_state, config=config), weights)
-    reference = abstract_params(plan, plan.dtype) if config.beta else None
+    batch, train = abstract_batch(plan), training(plan)
+    state = on(partial(init_state, config=config), abstract_tree(plan, trained_axes(plan), "float32"))
+    frozen = abstract_tree(plan, axes(model), plan.dtype)
+    base, reference = frozen if config.lora_rank else None, frozen if config.beta else None  # with LoRA the same weights
+    weights, apart = policy(state.params, base, config), None if config.lora_rank else reference
     view = on(partial(rollout_view, model=model, compute=sample), weights)
     prefix = on(partial(prefill, config=model, compute=sample), view, batch.prompts, batch.lengths)
     heat, limits = (abstract([config.rows], dtype, "B", TRAIN, plan.mesh) for dtype in ("float32", "int32"))
@@ -187,17 +200,19 @@ def programs(plan: Plan) -> dict[str, Program]:
     old = logprobs if config.updates_per_rollout > 1 else None
     given = replace(batch, ref_logprobs=logprobs if config.beta else None, old_logprobs=old)
     found = {
-        "view": Program(lambda: rollout_view.lower(state.params, model, sample), [state.opt_state, reference]),
-        "prefill": Program(lambda: prefill.lower(view, batch.prompts, batch.lengths, model, sample), [state, reference]),
-        "decode": Program(lambda: decode.lower(view, prefix, keys, heat, limits, model, sample, sampling), [state, reference]),
+        "view": Program(lambda: rollout_view.lower(weights, model, sample), [state.opt_state, apart]),
+        "prefill": Program(lambda: prefill.lower(view, batch.prompts, batch.lengths, model, sample), [state, base or apart]),
+        "decode": Program(
+            lambda: decode.lower(view, prefix, keys, heat, limits, model, sample, sampling), [state, base or apart]
+        ),
     }
     if reference is not None:
         found["reference"] = Program(lambda: completion_logprobs.lower(reference, batch, model, train, config), [state])
     if old is not None:
         found["old"] = Program(
-            lambda: completion_logprobs.lower(state.params, batch, model, train, config), [state.opt_state, reference]
+            lambda: completion_logprobs.lower(weights, batch, model, train, config), [state.opt_state, apart]
         )
-    found["update"] = Program(lambda: train_step.lower(state, given, config.learning_rate, model, train, config), [reference])
+    found["update"] = Program(lambda: train_step.lower(state, given, config.learning_rate, model, train, config, base), [apart])
     return found
 
 
@@ -210,21 +225,22 @@ def bounds(plan: Plan) -> dict[str, roofline.Bound]:
     prompts, lengths = [config.max_prompt_tokens] * config.prompts_per_step, config.limits(0, config.rows)
     tokens = sum(prompts) + sum(lengths), sum(lengths), roofline.group_pairs(model, prompts, lengths)
     forward = roofline.forward_logprobs(model, chip, devices, *tokens, width=width)
+    adapters = count_adapters(model, config.lora_names, config.lora_rank)
     return {
-        "view": roofline.rollout_view(model, chip, devices, tp, width=width),
+        "view": roofline.rollout_view(model, chip, devices, tp, width=width, adapters=adapters),
         "prefill": roofline.prefill(model, chip, devices, tp, prompts, width=width),
         "decode": roofline.decode(model, chip, devices, tp, prompts, lengths, width=width),
         "reference": forward,
         "old": forward,
-        "update": roofline.update(model, chip, devices, *tokens, width=width),
+        "update": roofline.update(model, chip, devices, *tokens, width=width, adapters=adapters),
     }
 
 
 def weight_shapes(plan: Plan) -> set[tuple[int, ...]]:
     """Each matrix as it may travel: whole or a device's part, one layer or all; sizes sorted, as gradients come transposed."""
     found = set()
-    for leaf in jax.tree.leaves(axes(plan.model)):
-        shape = tuple(plan.model.sizes[letter] for letter in leaf)
+    for leaf in jax.tree.leaves((axes(plan.model), trained_axes(plan))):
+        shape = tuple(plan.sizes[letter] for letter in leaf)
         for rules in (Rules(), STORE, ROLLOUT):
             part = NamedSharding(plan.mesh, spec(leaf, rules)).shard_shape(shape)
             found |= {part, part[1:]} if leaf.startswith("L") else {part}
@@ -333,7 +349,9 @@ def search(plan: Plan, figures: dict[str, Any]) -> dict[str, int]:
     """The largest prompts_per_step, and apart from it the largest max_new_tokens, with which decode and update fit."""
     config, limit = plan.config, plan.memory / GIB
     binding = ("decode", "update")
-    fixed = figures["update"]["beside_gib"] + 3 * device_bytes(abstract_params(plan, "float32")) / GIB
+    state = 3 * device_bytes(abstract_tree(plan, trained_axes(plan), "float32"))
+    base = device_bytes(abstract_tree(plan, axes(plan.model), plan.dtype)) if config.lora_rank else 0
+    fixed = figures["update"]["beside_gib"] + (state + base) / GIB
     need = max(total_gib(figures[name]) for name in binding)
     found = {}
     for field, unit in (("prompts_per_step", plan.mesh.size * config.microbatches), ("max_new_tokens", 64)):

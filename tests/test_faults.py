@@ -126,12 +126,16 @@ def whole(launch) -> Path:
 def records(folder: Path) -> dict[str, Any]:
     """All that a run leaves, but for times; of the checkpoints, the digests of every leaf of the last."""
     found: dict[str, Any] = {name: without_times(lines(folder / f"{name}.jsonl")) for name in ("metrics", "evaluations")}
-    found["completions"] = lines(folder / "completions.jsonl")
+    found |= {name: lines(folder / f"{name}.jsonl") for name in ("completions", "tokens")}
     result = json.loads((folder / "result.json").read_text())
     found["result"] = {name: result[name] for name in ("steps", "finished", "sessions", "params_digest")}
     last = max(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
     found["digests"] = json.loads((folder / "checkpoints" / str(last) / "meta" / "metadata").read_text())["digests"]
     return found
+
+
+def pieces_of(record: dict[str, Any]) -> list[Any]:
+    return [record["problem"], *(completion["pieces"] for completion in record["completions"])]
 
 
 def assert_same_run(folder: Path, whole: Path) -> None:
@@ -209,7 +213,7 @@ def test_fault_13_a_run_directory_has_one_process(launch):
     second = launch("--run_dir", str(folder), traced=False)
     assert second.end() == 2
     owner = f"process {first.popen.pid} on {socket.gethostname()}"
-    assert second.errors() == f"error: run_dir {folder} is in use by {owner}; wait, or give another\n"
+    assert second.errors() == f"error: {folder} is in use by {owner}; wait, or give another\n"
     first.popen.kill()
     first.end()
     third = launch("--run_dir", str(folder))
@@ -290,9 +294,8 @@ def test_fault_14_a_relay_from_a_directory_that_is_only_read(launch, whole, tmp_
         first / path.relative_to(tmp_path / "gone"): path.stat().st_mtime_ns for path in (tmp_path / "gone").rglob("*")
     }
     found, expected = records(second), records(whole)
-    found["completions"] = (
-        expected["completions"][: launch.steps * 8] + found["completions"]
-    )  # those of session 1 stayed where they were
+    for name in ("completions", "tokens"):  # those of session 1 stayed where they were
+        found[name] = [record for record in expected[name] if record["step"] <= launch.steps] + found[name]
     assert found == expected
     meta = json.loads((second / "checkpoints" / str(3 * launch.steps) / "meta" / "metadata").read_text())
     assert [(origin["run_dir"], origin["step"]) for origin in meta["provenance"]] == [(str(first), launch.steps)]
@@ -423,6 +426,7 @@ def test_fault_35_two_processes_are_one_run_and_the_death_of_one_ends_the_other(
 
     found, expected = records(double), records(single)
     assert found["completions"] == expected["completions"]
+    assert [pieces_of(record) for record in found["tokens"]] == [pieces_of(record) for record in expected["tokens"]]
     for record, other in zip(found["metrics"], expected["metrics"], strict=True):
         assert record.pop("alarms") == other.pop("alarms")
         assert record == pytest.approx(other, rel=1e-3, abs=1e-4)

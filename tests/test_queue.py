@@ -48,19 +48,19 @@ class Machine:
     def compute(self) -> Compute:
         return Compute(ROLLOUT, unroll=self.unroll)
 
-    def queue(self, prompts=PROMPTS, lengths=LENGTHS, heat=HEAT, seed=5, step=9, bank=BANK, rows=ROWS) -> Samples:
-        """All samples in their order, as `sampler.sample` gives them. Each must come exactly once, with as many under way."""
+    def queue(self, prompts=PROMPTS, lengths=LENGTHS, heat=HEAT, seed=5, step=9, bank=BANK, rows=ROWS, wanted=None) -> Samples:
+        """All samples in their order, as `sampler.sample` gives them. Each wanted one must come exactly once, no other."""
         count = len(prompts) * len(heat)
         times = np.zeros(count, int)
         tokens, ends, truncated = np.zeros((count, C), int), np.zeros(count, int), np.zeros(count, bool)
         with self.mesh():
             for done in sample_queue(
-                weights(self), prompts, lengths, heat, bank, rows, seed, step, CONFIG, self.compute, SAMPLING
+                weights(self), prompts, lengths, heat, bank, rows, seed, step, CONFIG, self.compute, SAMPLING, wanted
             ):
                 assert 1 <= len(done.index) <= rows
                 times[done.index] += 1
                 tokens[done.index], ends[done.index], truncated[done.index] = done.tokens, done.lengths, done.truncated
-        assert (times == 1).all()
+        assert (times == (1 if wanted is None else np.isin(np.arange(count), wanted))).all()
         return Samples(tokens, None, ends, truncated)  # type: ignore[arg-type]
 
     def sample(self, heat=HEAT, seed=5, step=9) -> Samples:
@@ -104,6 +104,22 @@ def test_a_queue_gives_each_sample_once_and_as_the_sampler_does(expected, machin
 def test_bank_and_rows_may_have_any_size(expected, bank, rows):
     """One row and one prompt at a time; rows that divide nothing; room for all at once."""
     expect_equal(ONE.queue(bank=bank, rows=rows), expected)
+
+
+@pytest.mark.parametrize("machine", [ONE, Machine(8, 1)], ids=["1", "8x1"])
+def test_what_is_left_of_a_queue_gives_the_same_samples(expected, machine, monkeypatch):
+    """As after an interruption: whatever is missing, in whatever order it is named; no prompt is prefilled for nothing."""
+    prefilled, real = [], models.queue.prefill
+    monkeypatch.setattr(
+        models.queue, "prefill", lambda params, tokens, *rest: prefilled.append(1) or real(params, tokens, *rest)
+    )
+    count = N * len(HEAT)
+    for wanted, banks in ((np.random.default_rng(1).permutation(count)[:40], 3), (np.array([62, 5, 4]), 1), (np.array([]), 0)):
+        prefilled.clear()
+        found = machine.queue(wanted=wanted.astype(int))
+        assert len(prefilled) == banks
+        for ours, theirs in zip(*(jax.tree.leaves(x) for x in (found, replace(expected, logprobs=None))), strict=True):
+            np.testing.assert_array_equal(ours[wanted.astype(int)], theirs[wanted.astype(int)])
 
 
 def test_other_work_compiles_nothing(expected):

@@ -50,6 +50,8 @@ def test_sessions_one_by_one_are_sessions_in_a_row(config, in_a_row, tmp_path):
         for name in ("metrics.jsonl", "evaluations.jsonl"):
             assert without_times(files[name]) == without_times(in_a_row[1][name])
         assert files["sessions.json"] == in_a_row[1]["sessions.json"]
+    for name in ("completions.jsonl", "tokens.jsonl"):
+        assert read_files(first)[name] == in_a_row[1][name]
 
 
 def test_the_problems_of_every_step_are_those_of_the_plan_and_are_recorded(config, in_a_row):

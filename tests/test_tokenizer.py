@@ -104,6 +104,14 @@ def test_text_never_becomes_a_control_piece(tokenizer, text):
     assert not {tokenizer.piece_id(p) for p in pieces} & set(tokenizer.encode(f"x {text} y"))
 
 
+@pytest.mark.parametrize("text", ["a  b, 3.50!\n\n Ann's", " <reasoning>x</reasoning>", ""])
+def test_pieces_read_as_the_text_and_control_pieces_are_named(tokenizer, text):
+    ids = [*tokenizer.encode(text), tokenizer.end_of_turn_id]
+    pieces = tokenizer.pieces(np.array(ids, np.int32))
+    assert len(pieces) == len(ids)
+    assert "".join(pieces) == text + "<end_of_turn>"
+
+
 def test_encode_adds_nothing(tokenizer):
     assert tokenizer.encode("") == []
     assert tokenizer.encode("user\n") + tokenizer.encode("model") == tokenizer.encode("user\nmodel")

@@ -27,8 +27,9 @@ from data.prompts import encode_prompt, render_prompt
 from data.tokenizer import load_tokenizer
 from grpo.checkpoint import Checkpoints
 from grpo.config import Config, ConfigError, RunError
-from grpo.metrics import JsonLines, wilson
+from grpo.metrics import JsonLines
 from grpo.rollout import Batch, generate, judge_all, put, rollout
+from grpo.tokens import groups_due
 from grpo.workers import UserRewards
 from models import ModelError
 from models.convert import read_config
@@ -217,6 +218,7 @@ def test_a_run_leaves_its_records(config, finished):
         "result.json",
         "metrics.jsonl",
         "completions.jsonl",
+        "tokens.jsonl",
         "evaluations.jsonl",
     }
     assert Config(**files["config.json"]) == config
@@ -224,6 +226,7 @@ def test_a_run_leaves_its_records(config, finished):
     assert [record["step"] for record in files["metrics.jsonl"]] == [1, 2, 3, 4]
     assert [record["step"] for record in files["evaluations.jsonl"]] == [0, STEPS]
     assert [record["step"] for record in files["completions.jsonl"]] == [step for step in (1, 2, 3, 4) for _ in range(Q * G)]
+    assert [record["step"] for record in files["tokens.jsonl"]] == [step for step in (1, 2, 3, 4) for _ in range(Q)]
 
 
 def test_the_result_says_what_the_records_say(config, finished):
@@ -342,19 +345,22 @@ def test_an_evaluation_does_not_depend_on_the_batch_it_is_computed_in(config, fi
             run = grpo.run.prepare(replace(config, prompts_per_step=prompts, group_size=group))
         with jax.set_mesh(run.mesh):
             view = grpo.update.rollout_view(grpo.train.load_base(run), run.model, run.sample)
-            figures = grpo.train.evaluate(
-                view, run.eval_problems, run.eval_ids, run.tokenizer, run.model, run.sample, run.config, run.rewards
+            whole, greedy = (
+                grpo.train.evaluate(
+                    view,
+                    run.eval_problems,
+                    run.eval_ids,
+                    run.tokenizer,
+                    run.model,
+                    run.sample,
+                    run.config,
+                    run.rewards,
+                    sampled,
+                )
+                for sampled in (True, False)
             )
-        assert figures == finished.files["evaluations.jsonl"][0]["accuracy"]
-
-
-def test_the_interval_of_a_proportion_is_wilsons():
-    """The two p at which (p - share)^2 = z^2 p (1 - p) / n; never below 0 nor above 1."""
-    for right, n in ((0, 7), (7, 7), (3, 7), (60, 100), (1, 1)):
-        for p in wilson(right, n):
-            assert 0 <= p <= 1
-            assert (p - right / n) ** 2 == pytest.approx(1.959964**2 * p * (1 - p) / n, abs=1e-12)
-    assert wilson(0, 0) == (0, 1)
+        assert whole == finished.files["evaluations.jsonl"][0]["accuracy"]
+        assert greedy == {name: value for name, value in whole.items() if not name.startswith("sampled")}
 
 
 # ----------------------------------------------------------------------------------------------------------------- resume
@@ -380,7 +386,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(config, finished, step,
     result = run(config)
     assert {**result, "seconds": 0} == {**finished.result, "seconds": 0}
     files = read_files(config)
-    for name in ("completions.jsonl", "config.json", "sessions.json"):
+    for name in ("completions.jsonl", "tokens.jsonl", "config.json", "sessions.json"):
         assert files[name] == finished.files[name]
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         assert without_times(files[name]) == without_times(finished.files[name])
@@ -403,8 +409,9 @@ def test_a_run_directory_belongs_to_its_settings(config, folder):
         run(replace(config, seed=1, beta=0.1))
     assert read_files(config) == before
     with interrupted(3, "rollout"):
-        run(replace(config, save_every=7, eval_every=3))
-    assert read_files(config)["config.json"] == {**before["config.json"], "save_every": 7, "eval_every": 3}
+        run(replace(config, save_every=7, eval_every=3, inspect_groups=5))
+    changed = {"save_every": 7, "eval_every": 3, "inspect_groups": 5}
+    assert read_files(config)["config.json"] == {**before["config.json"], **changed}
     with pytest.raises(ConfigError, match=r"has 2 steps already, in session 1; .* plan only 1$"):
         run(replace(config, max_steps=1))
 
@@ -424,6 +431,10 @@ def test_a_run_goes_from_eight_devices_to_one(config, finished):
     files = read_files(config)
     for record, expected in zip(files["completions.jsonl"][: Q * G], finished.files["completions.jsonl"], strict=False):
         assert record == expected
+    for record, expected in zip(files["tokens.jsonl"][:Q], finished.files["tokens.jsonl"], strict=False):
+        assert record["problem"] == expected["problem"]
+        for completion, other in zip(record["completions"], expected["completions"], strict=True):
+            assert completion == {name: pytest.approx(values, abs=1e-4) for name, values in other.items()}
     first, expected = (without_times(f["metrics.jsonl"])[0] for f in (files, finished.files))
     assert first.pop("alarms") == expected.pop("alarms")
     assert first == pytest.approx(expected, rel=1e-4, abs=1e-5)
@@ -487,7 +498,7 @@ class Bench:
             states, stats = [jax.device_get(state)], []
             for batch in batches:
                 rate = grpo.update.learning_rate(len(stats), STEPS, prepared.config)
-                state, figures = grpo.update.train_step(
+                state, figures, _ = grpo.update.train_step(
                     state, laid_out(batch), rate, prepared.model, prepared.train, prepared.config
                 )
                 states.append(jax.device_get(state))
@@ -654,9 +665,9 @@ def test_a_second_update_on_a_rollout_compares_with_the_old_policy(config, tmp_p
     seen, real_step = [], grpo.train.train_step
 
     def spy(*args):
-        state, stats = real_step(*args)
-        seen.append(jax.device_get(stats))
-        return state, stats
+        out = real_step(*args)
+        seen.append(jax.device_get(out[1]))
+        return out
 
     monkeypatch.setattr(grpo.train, "train_step", spy)
     run(replace(config, run_dir=str(tmp_path / "run"), updates_per_rollout=2, max_steps=1, eval_problems=0, warmup_steps=0))
@@ -666,6 +677,97 @@ def test_a_second_update_on_a_rollout_compares_with_the_old_policy(config, tmp_p
     assert second["ratio/min"] < 1 - 1e-3 and second["ratio/max"] > 1 + 1e-3
     (logged,) = lines(tmp_path / "run" / "metrics.jsonl")
     assert logged["ratio/max"] == second["ratio/max"]
+
+
+# ---------------------------------------------------------------------------------------------------------- every token
+
+
+@pytest.mark.parametrize(("groups", "steps"), [(0, 9), (1, 9), (2, 9), (5, 9), (100, 100), (100, 333), (20, 9)])
+def test_groups_to_inspect_are_spread_evenly_from_the_first_step_to_the_last(config, groups, steps):
+    due = [groups_due(step, steps, replace(config, inspect_groups=groups)) for step in range(1, steps + 1)]
+    assert sum(due) == groups
+    assert (due[0] > 0) == (groups > 0) and (due[-1] > 0) == (groups > 1)
+    for step in range(1, steps + 1):
+        assert abs(sum(due[:step]) - groups * step / steps) <= 1
+    assert groups_due(1, 1, replace(config, inspect_groups=100)) == Q
+
+
+@pytest.fixture(scope="module")
+def awkward(config, folder) -> Finished:
+    """Two updates a rollout, parts, clipping, rows without a score, cut ones left out, other weights."""
+    config = replace(
+        config, run_dir=str(folder / "awkward"), updates_per_rollout=2, microbatches=2, epsilon_low=1e-3, epsilon_high=2e-3,
+        reward=f"{folder / 'rewards.py'}:sometimes", mask_truncated=True, aggregation="dapo", max_steps=2, warmup_steps=0,
+        eval_problems=0,
+    )  # fmt: skip
+    return Finished(run(config), read_files(config), final_state(config), {}, {})
+
+
+@pytest.mark.parametrize("name", ["finished", "awkward"])
+def test_every_token_that_is_recorded_is_as_the_loss_had_it(request, name):
+    """Every group of every step. Recomputed in float64 from the log-probabilities; together they give the logged loss. What is
+    said of a group is what completions.jsonl says of it.
+    """
+    files = request.getfixturevalue(name).files
+    config = Config(**files["config.json"])
+    tokenizer, low, high = load_tokenizer(config.model_path), 1 - config.epsilon_low, 1 + config.epsilon_high
+    questions = {problem.id: problem.question for problem in grpo.run.choose_problems(config)[0]}
+    assert len(files["tokens.jsonl"]) == Q * len(files["metrics.jsonl"])
+    met = set()
+    for metrics in files["metrics.jsonl"]:
+        step, loss, size, counted = metrics["step"], 0.0, 0.0, 0
+        groups = [record for record in files["tokens.jsonl"] if record["step"] == step]
+        completions = [record for record in files["completions.jsonl"] if record["step"] == step]
+        for group in groups:
+            assert (group["session"], group["question"]) == (metrics["session"], questions[group["problem"]])
+            assert {name: group[name] for name in ("beta", "epsilon_low", "epsilon_high", "sampler_cap")} == {
+                name: getattr(config, name) for name in ("beta", "epsilon_low", "epsilon_high", "sampler_cap")
+            }
+            records = [record for record in completions if record["problem"] == group["problem"]]
+            for row, (tokens, record) in enumerate(zip(group["completions"], records, strict=True)):
+                length, stopped = record["length"], not record["truncated"]
+                assert tokens["row"] == row and tokenizer.decode(tokens["ids"]) == record["text"]
+                assert tokens["pieces"] == tokenizer.pieces(tokens["ids"])
+                assert tokens["pieces"][-1].startswith("<e") or not stopped
+                assert {len(values) for name, values in tokens.items() if name != "row"} == {length}
+                counts = record["reward"] is not None and (stopped or not config.mask_truncated)
+                policy, old, sampler, ref = (
+                    np.array(tokens[name]) for name in ("logprobs", "old_logprobs", "sampler_logprobs", "ref_logprobs")
+                )
+                ratio, kl, advantage = np.exp(policy - old), np.exp(ref - policy) - 1 - (ref - policy), record["advantage"]
+                clipped = (ratio < low if advantage < 0 else ratio > high) & (advantage != 0)
+                np.testing.assert_allclose(tokens["ratio"], ratio if counts else 1, rtol=2e-3 if counts else 0)
+                np.testing.assert_allclose(tokens["kl"], kl if counts else 0, rtol=2e-3, atol=1e-5)
+                met |= {("counts", counts)}
+                if not counts:
+                    assert not any(tokens["weight"]) and not any(tokens["clipped"])
+                    continue
+                edge = np.minimum(abs(ratio - low), abs(ratio - high)) > 2e-4  # rounding decides nearer to a bound
+                np.testing.assert_array_equal(np.array(tokens["clipped"])[edge], clipped[edge])
+                met |= {("clipped", bool(x)) for x in clipped[edge]}
+                correction = np.minimum(np.exp(old - sampler), config.sampler_cap)
+                surrogate = np.minimum(ratio * advantage, np.clip(ratio, low, high) * advantage) * correction
+                parts = np.array(tokens["weight"]) * (config.beta * kl - surrogate)
+                loss, size, counted = loss + parts.sum(), size + abs(parts).sum(), counted + length
+                if config.aggregation == "grpo":
+                    np.testing.assert_allclose(tokens["weight"], 1 / length / (Q * G), rtol=1e-4)
+        if config.aggregation == "dapo":
+            weights = {weight for group in groups for tokens in group["completions"] for weight in tokens["weight"]}
+            assert sorted(weights) == [0, pytest.approx(1 / counted, rel=1e-4)]
+        assert loss == pytest.approx(metrics["loss"], abs=1e-4 * size) and size > 0.1
+    assert met == ({("counts", True), ("clipped", False)} if name == "finished" else
+                   {(what, value) for what in ("counts", "clipped") for value in (True, False)})  # fmt: skip
+
+
+def test_inspecting_changes_nothing_and_costs_nothing_where_it_is_not_due(config, folder, finished, monkeypatch):
+    """Two groups, of the first step and of the last."""
+    calls, real = [], grpo.train.token_records
+    monkeypatch.setattr(grpo.train, "token_records", lambda *args: calls.append(len(args[0])) or real(*args))
+    few = replace(config, run_dir=str(folder / "few"), inspect_groups=2)
+    assert run(few)["params_digest"] == finished.result["params_digest"]
+    files, all_groups = read_files(few), finished.files["tokens.jsonl"]
+    assert calls == [1, 1] and files["tokens.jsonl"] == [all_groups[0], all_groups[(STEPS - 1) * Q]]
+    assert without_times(files["metrics.jsonl"]) == without_times(finished.files["metrics.jsonl"])
 
 
 # ---------------------------------------------------------------------------------------------------------------- options
@@ -689,6 +791,9 @@ def test_without_a_kl_no_reference_is_loaded_and_the_reward_rises(bare, monkeypa
     files = read_files(bare)
     metrics, untrained = files["metrics.jsonl"], [record["reward"] for record in files["completions.jsonl"][: Q * G]]
     assert not any(name.startswith("kl/") for record in metrics for name in record)
+    assert len(files["tokens.jsonl"]) == 100
+    for record in files["tokens.jsonl"]:
+        assert not any("ref_logprobs" in completion or any(completion["kl"]) for completion in record["completions"])
     events = [(step, figure) for step, name, figure in read_events(Path(bare.run_dir) / "tensorboard") if name == "reward"]
     assert events == [(record["step"], pytest.approx(record["reward"])) for record in metrics]
     assert result["accuracy_before"] is None and result["accuracy_after"] is None
@@ -795,6 +900,7 @@ def test_a_step_of_which_no_row_has_a_score_changes_nothing_and_counts(config, m
     for record in files["completions.jsonl"][Q * G : 3 * Q * G]:
         assert record["components"]["variety"] is None and record["components"]["violation"] == -15
         assert record["advantage"] == 0
+    assert {record["step"] for record in files["tokens.jsonl"]} == {1, 4}
     assert result["steps"] == STEPS and metrics[0]["reward"] == finished.files["metrics.jsonl"][0]["reward"]
 
 
