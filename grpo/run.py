@@ -148,7 +148,7 @@ def describe(run: Run) -> str:
     tokens = run.steps * config.rows * config.max_new_tokens
     mu = config.updates_per_rollout
     lines = [
-        f"model       {run.base.found}  ({count / 1e6:.1f}M parameters, {run.model.num_layers} layers, {run.train.dtype})",
+        f"model       {run.base.line}, {run.train.dtype}",
         f"mesh        {mesh.size} x {device.device_kind}  (fsdp {mesh.shape['fsdp']} x tp {mesh.shape['tp']})"
         + (f", {jax.process_count()} processes" if jax.process_count() > 1 else ""),
         f"data        {len(run.problems)} problems from {config.data}, {len(run.eval_problems)} held out, "

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from contextlib import closing
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,13 +14,19 @@ from safetensors.numpy import load_file, save_file
 from test_export import EXPORT, export, script
 
 from data.tokenizer import load_tokenizer
-from grpo.config import TINY_MODEL, ConfigError
-from grpo.load import find_model
+from grpo.checkpoint import Checkpoints, digest
+from grpo.config import TINY_MODEL, Config, ConfigError
+from grpo.load import copy_description, find_model
+from grpo.update import init_state
 from models import ModelError
 from models.convert import load_params
+from models.lora import init_adapters
 from models.sharding import ROLLOUT, STORE, make_mesh
 
-pytestmark = [pytest.mark.usefixtures("mesh"), pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
+pytestmark = [
+    pytest.mark.usefixtures("mesh"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine"),  # orbax's
+]
 RANK, ALPHA = 4, 6.0
 GEMMA2 = REFERENCES / "gemma2-gqa"
 
@@ -154,6 +162,51 @@ def test_sampling_with_adapters_is_sampling_of_the_exported_folder(base, tmp_pat
         for place, more in ((path, flags), (out, ()), (base, ()))
     )
     assert with_adapters == exported != plain
+
+
+@pytest.fixture
+def lora_run(base, tmp_path, mesh):
+    """A run's directory that holds adapters on `base`, as if trained."""
+    model, folder = find_model(base), tmp_path / "run"
+    settings = {"lora_rank": RANK, "lora_alpha": ALPHA, "lora_targets": "q,v,down"}
+    adapters = init_adapters(jax.random.key(0), model.config, ["q", "v", "down"], RANK, STORE)
+    adapters = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape), adapters)
+    meta = {"step": 5, "config": {"model_path": str(base), **settings}}
+    meta["belongs_to"] = {"model": digest(model.load(mesh, STORE, "float32"))}
+    (folder / "model").mkdir(parents=True)
+    copy_description(model, folder / "model")
+    with closing(Checkpoints(folder / "checkpoints")) as checkpoints:
+        checkpoints.save(5, init_state(adapters, Config()), meta, wait=True)
+    return folder
+
+
+def test_a_lora_run_is_exported_merged_or_as_its_adapters(lora_run, base, tmp_path, mesh):
+    peft = pytest.importorskip("peft")
+    merged = export(lora_run, tmp_path / "merged", "--dtype", "float32")
+    adapters = export(lora_run, tmp_path / "peft", "--lora", "peft", "--dtype", "float32")
+    trained = find_model(lora_run).load(mesh, STORE, "float32")
+    expect_close(find_model(merged).load(mesh, STORE, "float32"), trained)
+    expect_close(find_model(adapters, base).load(mesh, STORE, "float32"), trained)
+    assert (np.asarray(trained.layers.v) != np.asarray(find_model(base).load(mesh, STORE, "float32").layers.v)).all()
+    settings = json.loads((adapters / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"], settings["target_modules"]) == (RANK, 6, ["q_proj", "v_proj", "down_proj"])
+    rows = [np.arange(2, 20), np.arange(7, 15)]
+    theirs = real_logits(peft.PeftModel.from_pretrained(load(base), str(adapters)).eval(), *pad(rows, "right"))
+    np.testing.assert_allclose(theirs, real_logits(load(merged), *pad(rows, "right")), rtol=0, atol=1e-5)
+
+
+def test_adapters_of_a_run_are_not_exported_on_another_base(lora_run, base, tmp_path, mesh):
+    other = Path(shutil.copytree(base, tmp_path / "other"))
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, other / "model.safetensors")
+    flags = ("--base_path", str(other))
+    reason = "other is not the model that"
+    expect_error(ConfigError, reason, lambda: export(lora_run, tmp_path / "out", *flags))
+    expect_error(ConfigError, reason, find_model(lora_run, other).load, mesh, STORE, "float32")
+    shutil.rmtree(base)
+    expect_error(ConfigError, "base, which is not there; give --base_path DIR", find_model, lora_run)
+    assert not (tmp_path / "out").exists()
 
 
 # Mistakes: one line each.
