@@ -142,7 +142,6 @@ def check_tokenizer(tokenizer: Tokenizer, model: GemmaConfig) -> None:
 def describe(run: Run) -> str:
     """The plan, before anything is spent."""
     config, mesh = run.config, run.mesh
-    count = sum(leaf.size for leaf in jax.tree.leaves(shapes(run.model)))
     device = mesh.devices.flat[0]
     memory = state_bytes(run) / 2**30
     tokens = run.steps * config.rows * config.max_new_tokens
