@@ -16,6 +16,7 @@ from typing import Any
 from grpo.cli import run_script
 from grpo.config import ConfigError, RunError, flag, parse
 from grpo.page import read_page, render
+from grpo.pictures import draw_evaluation, draw_training
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,22 @@ class ReportConfig:
     def __post_init__(self):
         if not 0 <= self.megabytes < float("inf"):
             raise ConfigError(f"megabytes {self.megabytes} must be at least 0, and finite")
+
+
+def draw(folder: Path, evaluation: Path | None) -> list[str]:
+    """The pictures of a run and of its evaluation, if they have come that far. A fault of drawing is none of the page."""
+    pictures = []
+    for name, source, needed, picture in (
+        ("training.png", folder, "sessions.json", draw_training),
+        ("evaluation.png", evaluation, "result.json", draw_evaluation),
+    ):
+        if source and (source / needed).is_file():
+            try:
+                picture(source, folder / name)
+                pictures.append(str(folder / name))
+            except Exception as error:
+                print(f"warning: {folder / name} could not be drawn: {' '.join(str(error).split())}", file=sys.stderr)
+    return pictures
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -52,7 +69,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     print(f"{report}  {len(text) / 1e6:.1f} MB: open it in a browser")
     return {
         "report": str(report),
-        "pictures": [],
+        "pictures": draw(folders[0], evaluation),
         "runs": len(folders),
         "steps": len(run["step"]),
         "completions": len(page["completions"]["text"]),

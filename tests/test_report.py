@@ -1,6 +1,8 @@
 """Laws of scripts/report.py, called in process."""
 
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,20 @@ def test_a_page_of_a_run_and_what_it_holds(folder, capsys):
     json.dumps(result, allow_nan=False)
 
 
+def test_pictures_of_what_has_come_that_far(folder, tmp_path, monkeypatch):
+    """Of a run with sessions, and of an evaluation with a result."""
+    main, drawn = load("report"), []
+    for name in ("draw_training", "draw_evaluation"):
+        monkeypatch.setattr(sys.modules["report"], name, lambda source, path: drawn.append((source, path)))
+    run, evaluation = folder / "run", tmp_path / "evaluation"
+    assert main([str(run)])["pictures"] == [str(run / "training.png")]
+    shutil.copytree(run / "consensus", evaluation)
+    (evaluation / "result.json").write_text("{}")
+    result = main([str(run), "--evaluation", str(evaluation)])
+    assert result["pictures"] == [str(run / "training.png"), str(run / "evaluation.png")]
+    assert drawn == [(run, run / "training.png")] * 2 + [(evaluation, run / "evaluation.png")]
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
@@ -42,6 +58,18 @@ def test_the_users_mistakes(folder, argv, message):
     words = [str(folder / word) if word in ("run", "NONE") else word for word in argv]
     with pytest.raises(ConfigError, match=message):
         load("report")(words)
+
+
+def test_a_fault_of_drawing_is_a_warning(folder, capsys, monkeypatch):
+    main = load("report")
+
+    def broken(source, path):
+        raise ValueError("no such\naxis")
+
+    monkeypatch.setattr(sys.modules["report"], "draw_training", broken)
+    result = main([str(folder / "run")])
+    assert result["pictures"] == [] and Path(result["report"]).is_file()
+    assert capsys.readouterr().err == f"warning: {folder / 'run' / 'training.png'} could not be drawn: no such axis\n"
 
 
 def test_a_page_that_cannot_be_written(folder, tmp_path):
