@@ -30,7 +30,7 @@ SOURCE = "\n".join(path.read_text() for package in (*PACKAGES, "scripts") for pa
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^)#]*)(?:#([^)]*))?\)")
-VALUES = {"MODEL": "gemma2-2b", "N": "2", "I": "1"}  # where a script reads more than text
+VALUES = {"MODEL": "gemma2-2b", "N": "2", "I": "1", "A": "64"}  # where a script reads more than text
 
 
 def files(text: str) -> dict[str, str]:
