@@ -17,8 +17,8 @@ from typing import Any, NoReturn, TypeVar
 
 from data.prompts import SYSTEM
 
-TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # and the packages that they need
 PROJECTIONS = "q,k,v,o,gate,up,down"
+TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # and the packages that they need
 TINY_MODEL = str(Path(__file__).parents[1] / "models" / "tiny")
 
 

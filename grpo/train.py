@@ -354,7 +354,7 @@ def one_step(
     step: int, session: Session, state: TrainState, base: Params | None, reference: Params | None, run: Run
 ) -> tuple[TrainState, dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
     """Rollout and updates: the state after them, the step's metrics, a record of each completion, and of each token of the
-    groups that are to be inspected. `base` is LoRA's.
+    groups that are to be inspected. `base` is below the adapters, None without LoRA.
     """
     config, model, start = run.config, run.model, time.perf_counter()
     chosen = session.problems_of(step)

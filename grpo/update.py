@@ -123,34 +123,42 @@ def completion_logprobs(params: Params, batch: Batch, model: GemmaConfig, comput
     return unsplit(picked, Q, at)
 
 
+def batch_loss(
+    trained: Any, base: Params | None, batch: Batch, weights: Array, model: GemmaConfig, compute: Compute, config: Config
+) -> tuple[Array, dict[str, Array]]:
+    """The loss of a batch, or its share in that of a larger one, and its terms for each token.  ... -> scalar, {name: BC}"""
+    logprobs = logprobs_of(policy(trained, base, config), batch, model, compute, config)
+    old = lax.stop_gradient(logprobs) if batch.old_logprobs is None else batch.old_logprobs
+    loss, terms = grpo_loss(
+        logprobs, old, batch.ref_logprobs, batch.advantages, weights, beta=config.beta, epsilon_low=config.epsilon_low,
+        epsilon_high=config.epsilon_high, sampler_logprobs=batch.sampler_logprobs if config.sampler_cap else None,
+        sampler_cap=config.sampler_cap,
+    )  # fmt: skip
+    return loss, terms | {"logprobs": lax.stop_gradient(logprobs), "old": old, "weight": weights}
+
+
 @partial(jax.jit, static_argnames=("model", "compute", "config"), donate_argnames="state")
 def train_step(
     state: TrainState, batch: Batch, rate: ArrayLike, model: GemmaConfig, compute: Compute, config: Config,
     base: Params | None = None,
 ) -> tuple[TrainState, dict[str, Array], dict[str, Array]]:  # fmt: skip
-    """One update at the learning rate `rate`, of the weights, or with LoRA of the adapters on a `base`: the state after it,
-    figures of the batch, and the loss's terms of each token, BC.
+    """One update at the learning rate `rate`, of the weights, or with LoRA of the adapters on a `base`.
 
-    A non-finite loss or gradient leaves the state as it was, and is counted.
+    Gives the state after it, figures of the batch, and the loss's terms of each token, BC. A non-finite loss or gradient leaves
+    the state as it was, and is counted.
     """
     weights = AGGREGATIONS[config.aggregation](batch.mask)  # over the whole batch: parts only sum
 
-    def part_loss(trained: Any, part: Batch, weights: Array):
-        logprobs = logprobs_of(policy(trained, base, config), part, model, compute, config)
-        old = lax.stop_gradient(logprobs) if part.old_logprobs is None else part.old_logprobs
-        loss, terms = grpo_loss(
-            logprobs, old, part.ref_logprobs, part.advantages, weights, beta=config.beta, epsilon_low=config.epsilon_low,
-            epsilon_high=config.epsilon_high, sampler_logprobs=part.sampler_logprobs if config.sampler_cap else None,
-            sampler_cap=config.sampler_cap,
-        )  # fmt: skip
-        return loss, terms | {"logprobs": lax.stop_gradient(logprobs), "old": old}
+    def gradient(part: Batch, weights: Array):
+        part_loss = jax.value_and_grad(batch_loss, has_aux=True)
+        return part_loss(state.params, base, part, weights, model, compute, config)
 
     def accumulate(total, part):
-        (loss, terms), grads = jax.value_and_grad(part_loss, has_aux=True)(state.params, *part)
+        (loss, terms), grads = gradient(*part)
         return jax.tree.map(jnp.add, total, (loss, grads)), terms
 
     if config.microbatches == 1:
-        (loss, terms), grads = jax.value_and_grad(part_loss, has_aux=True)(state.params, batch, weights)
+        (loss, terms), grads = gradient(batch, weights)
     else:
         Q, at = len(batch.prompts), compute.at
         zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params)
@@ -167,7 +175,7 @@ def train_step(
     )
     new = TrainState(params, opt_state, state.bad_updates + ~finite, jnp.where(finite, 0, state.bad_in_a_row + 1))
     stats = summarise(terms, batch) | {"loss": loss, "grad_norm": grad_norm, "bad_updates": new.bad_updates}
-    return new, stats, terms | {"weight": weights}
+    return new, stats, terms
 
 
 def summarise(terms: dict[str, Array], batch: Batch) -> dict[str, Array]:

@@ -12,8 +12,9 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 TYPES = typing.get_type_hints(Config)
 OTHER_VALUES = {
     "allow_change": "beta", "track": "wandb", "top_p": 0.5, "microbatches": 4, "adam_b1": 0.5, "adam_b2": 0.5,
-    "preset": "gemma3-1b",
+    "preset": "gemma3-1b", "lora_targets": "q,v",
 }  # fmt: skip
+BESIDE = {"lora_alpha": {"lora_rank": 4}, "lora_targets": {"lora_rank": 4}}  # what a field is of no use without
 
 
 def parsed(*argv: str) -> Config:
@@ -52,13 +53,15 @@ def error_of(capsys, *argv: str) -> str:
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_field_is_a_flag(name):
     value = another_value(name)
-    expected = dataclasses.replace(PRESETS["tiny"], **{name: value}) if name != "preset" else PRESETS[value]
+    beside = BESIDE.get(name, {})
+    more = [f"--{other}={needed}" for other, needed in beside.items()]
+    expected = dataclasses.replace(PRESETS["tiny"], **{name: value} | beside) if name != "preset" else PRESETS[value]
     assert expected != PRESETS["tiny"]
     for argv in ([f"--{name}", str(value)], [f"--{name}={value}"], [f"--{name.replace('_', '-')}", str(value)]):
-        config = parsed(*argv)
+        config = parsed(*argv, *more)
         assert config == expected
         assert type(getattr(config, name)) is TYPES[name]
-    assert parsed(f"--{name.replace('_', '-')}={value}") == expected
+    assert parsed(f"--{name.replace('_', '-')}={value}", *more) == expected
 
 
 def test_a_value_keeps_its_dashes():
@@ -168,13 +171,13 @@ def test_a_flag_without_its_value_is_an_error(capsys, name):
 ABOVE_0 = [
     "prompts_per_step", "max_prompt_tokens", "max_new_tokens", "temperature", "epochs", "learning_rate", "max_grad_norm",
     "updates_per_rollout", "microbatches", "logprob_chunk", "save_every", "keep_checkpoints", "max_bad_updates",
-    "top_p", "sessions", "processes", "reward_timeout",
+    "top_p", "sessions", "processes", "reward_timeout", "lora_alpha",
 ]  # fmt: skip
 FROM_0 = [
     "new_problems", "max_steps", "seed", "top_k", "beta", "epsilon_low", "epsilon_high", "sampler_cap", "warmup_steps",
     "weight_decay", "eval_problems", "eval_every", "adam_b1", "adam_b2", "rollout_tp", "packing",
     "halvings", "max_hours", "session", "review_ratio", "retention_problems", "save_minutes", "process_id", "resample",
-    "max_dead_steps", "inspect_groups", "adapter_alpha",
+    "max_dead_steps", "inspect_groups", "lora_rank", "adapter_alpha",
 ]  # fmt: skip
 ANY_NUMBER = ["reward_correct", "reward_reasoning_tags", "reward_answer_tags", "reward_operators", "reward_violation"]
 TOO_LARGE = {"top_p": 1.001, "adam_b1": 1.0, "adam_b2": 1.0, "seed": 2**32}
@@ -192,7 +195,7 @@ def test_what_must_be_above_0_is(name):
         with pytest.raises(ConfigError, match=rf"^{name} {value}\b.* must be above 0"):
             config_with(**{name: TYPES[name](value)})
     smallest = 1 if TYPES[name] is int else 1e-9
-    assert getattr(config_with(**{name: smallest}), name) == smallest
+    assert getattr(config_with(**{name: smallest} | BESIDE.get(name, {})), name) == smallest
 
 
 @pytest.mark.parametrize("name", FROM_0)
@@ -229,6 +232,19 @@ def test_prompts_divide_into_microbatches(prompts, parts, fits):
     else:
         with pytest.raises(ConfigError, match=f"^prompts_per_step {prompts} must divide into microbatches {parts}$"):
             Config(prompts_per_step=prompts, microbatches=parts)
+
+
+@pytest.mark.parametrize("targets", ["q,k,w", "", "q,,v", "q,v,q", "q, v"])
+def test_a_lora_target_is_a_projection_named_once(targets):
+    wrong = {"q,k,w": "w", "q,v,q": "q", "q, v": " v"}.get(targets, "")
+    with pytest.raises(ConfigError, match=f"^lora_targets '{wrong}' must be one of q,k,v,o,gate,up,down, named once$"):
+        config_with(lora_rank=4, lora_targets=targets)
+
+
+@pytest.mark.parametrize(("name", "value"), [("lora_alpha", 16.0), ("lora_targets", "q,v")])
+def test_settings_of_lora_want_a_rank(name, value):
+    with pytest.raises(ConfigError, match=f"^{name} {value} is of no use without lora_rank; give --lora_rank 64, say$"):
+        config_with(**{name: value})
 
 
 def test_a_bad_value_on_the_command_line_is_the_same_one_line(capsys):

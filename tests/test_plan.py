@@ -59,6 +59,28 @@ def test_what_rests_beside_a_program_is_counted_by_hand(small):
     assert beside["decode"] == beside["prefill"] == 4 * weights + scalars
 
 
+def test_with_lora_the_gradients_that_move_and_the_state_that_rests_are_the_adapters(small):
+    rank = 2
+    config = plan.parse(plan.PlanConfig, ["tiny", *SMALL, f"--lora_rank={rank}"], "", plan.STARTS)
+    made = plan.make_plan(config)
+    with jax.set_mesh(made.mesh):
+        parts = plan.programs(made)
+        update = plan.examine(parts["update"], made)
+    assert list(parts) == PROGRAMS
+    adapters = 4 * plan.count_adapters(made.model, config.lora_names, rank)
+    whole = small["programs"]["update"]
+    assert 0 < update["gradient_bytes_reduced_per_step"] < 2 * adapters < whole["gradient_bytes_reduced_per_step"] / 5
+    assert update["weight_bytes_gathered_per_step"] >= whole["weight_bytes_gathered_per_step"]  # remat full: the base, twice
+    base, scalars = small["programs"]["update"]["beside_gib"] * GIB, 3 * 4
+    beside = {name: sum(plan.device_bytes(tree) for tree in program.beside) for name, program in parts.items()}
+    state = beside["reference"] - scalars
+    assert 3 * adapters / 8 < state <= 3 * adapters  # some are cut over the eight devices
+    assert beside == {
+        "view": state * 2 / 3 + 4, "prefill": state + scalars + base, "decode": state + scalars + base,
+        "reference": state + scalars, "update": 0,
+    }  # fmt: skip
+
+
 def test_without_a_reference_and_with_two_updates_the_programs_are_others():
     config = plan.parse(plan.PlanConfig, ["tiny", *SMALL, "--beta=0", "--updates_per_rollout=2"], "", plan.STARTS)
     made = plan.make_plan(config)
@@ -75,6 +97,7 @@ def test_without_a_reference_and_with_two_updates_the_programs_are_others():
         (["tinny"], "error: preset 'tinny' is unknown: one of custom, tiny, "),
         (["tiny", "--prompts_per_step=12"], "error: prompts_per_step 12 / microbatches 1 = 12 must divide over 8 devices"),
         (["tiny", "--rollout_tp=3"], "error: rollout_tp 3 does not divide 8 devices"),
+        (["tiny", "--lora_rank=100"], "error: lora_rank 100 is above that of k, 128 x 32; give a smaller one"),
     ],
 )
 def test_the_users_mistake_is_one_line_and_exit_code_2(argv, message, capsys):

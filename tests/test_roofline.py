@@ -103,6 +103,15 @@ def test_an_update_on_eight_chips_gathers_twice_and_scatters_once():
     assert slow.seconds == pytest.approx(eight.network_bytes / 2 + state)  # two links of a byte a second
 
 
+def test_an_update_of_adapters_leaves_out_gradients_and_optimizer_of_the_weights():
+    body = roofline.attention_weights(GLOBAL) + roofline.mlp_weights(GLOBAL)
+    head, J = roofline.head_weights(GLOBAL), 100
+    whole, lora = (roofline.update(GLOBAL, CHIP, 8, 100, 40, 500, width=2, adapters=count) for count in (0, J))
+    assert whole.flops - lora.flops == pytest.approx((2 * body * 100 + 2 * head * 40 - 6 * J * 100) / 8)
+    assert whole.network_bytes - lora.network_bytes == pytest.approx(7 / 8 * 2 * (body - J))
+    assert whole.memory_bytes - lora.memory_bytes == pytest.approx(28 * (body + head - J) / 8)
+
+
 @pytest.mark.parametrize(("devices", "tp"), [(1, 1), (8, 8), (8, 2), (8, 1)])
 def test_a_decode_step_in_closed_form(devices, tp):
     """Attention weights whole, MLP and head cut over tp, keys cut over all; 2 L + 1 gathers of the group's rows."""
@@ -141,6 +150,8 @@ def test_prefill_and_view_in_closed_form():
     assert view.memory_bytes == 4 * (attention + mlp + head) / 8 + 2 * (attention + (mlp + head) / 4)
     assert view.network_bytes == 2 * (attention * 7 / 8 + (mlp + head) * (1 / 4 - 1 / 8))
     assert roofline.rollout_view(GLOBAL, CHIP, 1, 1).network_bytes == 0
+    merged = roofline.rollout_view(GLOBAL, CHIP, 8, 4, width=2, adapters=100)
+    assert view.memory_bytes - merged.memory_bytes == ((4 - 2) * (attention + mlp + head) - 4 * 100) / 8
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)

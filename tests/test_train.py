@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 from test_trackers import read_events
 
+import grpo.evaluate
 import grpo.load
 import grpo.run
 import grpo.train
 import grpo.update
+from data.arithmetic import make_problems
 from data.batches import Packed, pack
 from data.prompts import encode_prompt, render_prompt
 from data.tokenizer import load_tokenizer
@@ -345,22 +347,23 @@ def test_an_evaluation_does_not_depend_on_the_batch_it_is_computed_in(config, fi
             run = grpo.run.prepare(replace(config, prompts_per_step=prompts, group_size=group))
         with jax.set_mesh(run.mesh):
             view = grpo.update.rollout_view(grpo.train.load_base(run), run.model, run.sample)
-            whole, greedy = (
-                grpo.train.evaluate(
-                    view,
-                    run.eval_problems,
-                    run.eval_ids,
-                    run.tokenizer,
-                    run.model,
-                    run.sample,
-                    run.config,
-                    run.rewards,
-                    sampled,
-                )
-                for sampled in (True, False)
+            figures = grpo.train.evaluate(
+                view, run.eval_problems, run.eval_ids, run.tokenizer, run.model, run.sample, run.config, run.rewards
             )
-        assert whole == finished.files["evaluations.jsonl"][0]["accuracy"]
-        assert greedy == {name: value for name, value in whole.items() if not name.startswith("sampled")}
+        assert figures == finished.files["evaluations.jsonl"][0]["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("sampled", "lengths"), [(True, {"greedy_length": 4, "sampled_length": 5}), (False, {"greedy_length": 2.5})]
+)
+def test_an_evaluation_takes_the_mean_over_all_its_problems(config, monkeypatch, sampled, lengths):
+    """Of completions that have 1, 2, 3, ... tokens, in another order."""
+    problems, count = make_problems(4, 0, "test"), 8 if sampled else 4
+    completions = [grpo.evaluate.Completion(i, [0] * (i + 1), "", False) for i in range(count)]
+    monkeypatch.setattr(grpo.evaluate, "complete", lambda *_: iter([completions[3:], completions[:3]]))
+    nothing: Any = None
+    figures = grpo.evaluate.evaluate(nothing, problems, [], nothing, nothing, nothing, config, UserRewards(), sampled)
+    assert {name: value for name, value in figures.items() if name.endswith("length")} == lengths
 
 
 # ----------------------------------------------------------------------------------------------------------------- resume
