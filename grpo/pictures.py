@@ -287,6 +287,7 @@ def draw_evaluation(folder: Path, path: Path) -> None:
     if not (folder / "result.json").is_file():
         raise RunError(f"{folder} has no result.json: finish the evaluation first")
     result = json.loads((folder / "result.json").read_text("utf-8"))
+    result["models"] = {name: figures for name, figures in result["models"].items() if figures}  # there may be no base
     problems, samples = (read_lines(folder / f"{name}.jsonl") for name in ("problems", "samples"))
     of = {name: [sample for sample in samples if sample["model"] == name] for name in result["models"]}
     colours = dict(zip(of, COLOURS, strict=False)) | OF_MODEL

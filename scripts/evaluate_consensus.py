@@ -42,8 +42,9 @@ from models.sharding import activation_dtype, check_divides, make_mesh
 
 @dataclass(frozen=True)
 class ConsensusConfig:
-    model_path: str = flag("", "RUN_DIR or RUN_DIR/checkpoints/STEP of a run, or a Hugging Face folder")
-    base_path: str = flag("", "the model to compare with; default: what the run was trained from")
+    model_path: str = flag("", "RUN_DIR or RUN_DIR/checkpoints/STEP of a run, a model folder in any form, or adapters")
+    base_path: str = flag("", "the model to compare with, on which adapters lie; default: what the run was trained from")
+    adapter_alpha: float = flag(0.0, "alpha of adapters that do not say it")
     data: str = flag(
         "", "a .jsonl or .parquet file or openai/gsm8k[:test]; default: the run's held-out problems, else openai/gsm8k:test"
     )
@@ -142,7 +143,7 @@ def sampling_config(config: ConsensusConfig, run: Config, voters: int, devices: 
 
 def main(argv: list[str]) -> dict[str, Any]:
     config = parse(ConsensusConfig, argv, __doc__ or "")
-    model, temperatures = find_model(config.model_path, config.base_path), read_temperatures(config)
+    model, temperatures = find_model(config.model_path, config.base_path, config.adapter_alpha), read_temperatures(config)
     base_path = config.base_path or model.base
     models = ({"base": find_model(base_path)} if base_path else {}) | {"trained": model}
     run, mesh = training_config(model), make_mesh(config.rollout_tp)

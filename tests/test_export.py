@@ -112,6 +112,8 @@ def test_a_flax_checkpoint_becomes_a_folder_that_transformers_reads(name, small_
     shutil.copy(small_tokenizer_folder / "tokenizer.json", tmp_path / "kaggle")
     folder, reference = export(tmp_path / "kaggle", tmp_path / "out", "--dtype", "float32"), REFERENCES / name
     assert read_config(folder) == read_config(reference)
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == sorted(load_tokenizer(folder).stop_ids)
     ours, theirs = load_file(folder / "model.safetensors"), load_file(reference / "model.safetensors")
     assert all((ours[key] == theirs[key]).all() for key in theirs) and ours.keys() == theirs.keys()
     pytest.importorskip("torch")

@@ -179,7 +179,7 @@ def write_evaluation(folder: Path, models: tuple[str, ...], solutions: bool = Tr
         of_models[model], right[model] = figures(problems, mine, [0.2, 0.4, 0.6, 0.8, 1.0])
         samples += mine
     rng.shuffle(samples)
-    result = {"n": n, "models": of_models}
+    result = {"n": n, "models": {"base": None} | of_models}
     if len(models) == 2:
         base, trained = right.values()
         result["trained_against_base"] = {way: paired(base[way], trained[way]) for way in ("greedy", "consensus")}
@@ -191,7 +191,7 @@ def write_evaluation(folder: Path, models: tuple[str, ...], solutions: bool = Tr
 
 @pytest.mark.parametrize(
     ("models", "solutions", "n"),
-    [(("base", "trained"), True, 60), (("base",), False, 60), (("base", "trained"), True, 1)],
+    [(("base", "trained"), True, 60), (("trained",), False, 60), (("base", "trained"), True, 1)],
     ids=["both", "one model, no solutions", "one problem"],
 )
 def test_the_evaluation_dashboard(tmp_path, drawn, models, solutions, n):
@@ -203,11 +203,10 @@ def test_the_evaluation_dashboard(tmp_path, drawn, models, solutions, n):
     assert len(axes) == 6 and hidden(figure) == []
     result = json.loads((folder / "result.json").read_text())
     shown = {text.get_text() for text in axes["Single pass and vote"].texts}
-    for of_model in result["models"].values():
+    of_models = [of_model for of_model in result["models"].values() if of_model]
+    for of_model in of_models:
         assert {f"{of_model[way]['tagged']:.1%}" for way in ("greedy", "consensus")} <= shown
-    pairs = [of_model["paired"] for of_model in result["models"].values()] + list(
-        result.get("trained_against_base", {}).values()
-    )
+    pairs = [of_model["paired"] for of_model in of_models] + list(result.get("trained_against_base", {}).values())
     widths = sorted(bar.get_width() for bar in axes["Fixed and broken"].patches)
     assert widths == sorted([-pair["broke"] for pair in pairs] + [pair["fixed"] for pair in pairs])
     assert ("written solutions" in axes["Length of the reasoning"].get_legend_handles_labels()[1]) == solutions
