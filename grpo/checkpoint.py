@@ -28,6 +28,10 @@ from jax.sharding import Mesh, NamedSharding
 
 from grpo.config import RunError
 from grpo.distributed import agree, everywhere, is_first
+from models.adapters import Adapters
+from models.convert import Reader, leaf_names
+from models.gemma import GemmaConfig
+from models.lora import Adapter
 from models.sharding import Rules, spec
 
 SPARE = 2**26  # bytes that a save leaves free
@@ -247,6 +251,40 @@ def read_params(folder: Path, letters: Any, sizes: dict[str, int], mesh: Mesh, r
         return jax.tree_util.tree_map_with_path(read, letters)
 
 
+def open_params(folder: Path) -> Reader:
+    """What reads the weights of a checkpoint on the host, one leaf in memory at a time. Raises RunError."""
+    held: dict[str, np.ndarray] = {}
+
+    def read(leaf: str, layer: int, index: Any) -> np.ndarray:
+        if leaf not in held:
+            held.clear()
+            held[leaf] = read_verified(folder, f"params.{leaf}")
+        return held[leaf][layer][index] if leaf.startswith("layers.") else held[leaf][index]
+
+    return read
+
+
+def read_adapters(folder: Path) -> Adapters:
+    """The adapters of a checkpoint of a LoRA run. Raises RunError."""
+    config = read_meta(folder)["config"]
+    weights = {
+        name: Adapter(*(read_verified(folder, f"params.{name}.{side}") for side in "ab"))
+        for name in config["lora_targets"].split(",")
+    }
+    return Adapters(weights, config["lora_rank"], config["lora_alpha"] / config["lora_rank"])
+
+
+def read_verified(folder: Path, name: str) -> np.ndarray:
+    """A leaf whose digest agrees, on the host. Raises RunError."""
+    try:
+        leaf = np.asarray(open_leaf(folder, name).read().result())
+        if array_digest(leaf) != read_meta(folder)["digests"][name]:
+            raise ValueError(f"the digest of {name} is wrong")
+    except Exception as error:  # tensorstore raises what it likes
+        raise RunError(f"checkpoint {folder} is damaged ({error}); give another step") from None
+    return leaf
+
+
 def open_leaf(folder: Path, name: str) -> Any:
     """A leaf as it lies on disk, to be read by slices."""
     base = {"driver": "ocdbt", "base": f"file://{folder.absolute()}/state/", "path": f"{name}/"}
@@ -255,7 +293,12 @@ def open_leaf(folder: Path, name: str) -> Any:
 
 def host_digest(folder: Path, name: str) -> str:
     """The digest of a leaf as it lies on disk."""
-    leaf = np.asarray(open_leaf(folder, name).read().result()).reshape(-1)
+    return array_digest(np.asarray(open_leaf(folder, name).read().result()))
+
+
+def array_digest(leaf: np.ndarray) -> str:
+    """The digest of an array on the host, the same as on devices."""
+    leaf = leaf.reshape(-1)
     words = np.zeros(2, np.uint32)
     for start in range(0, leaf.size, PIECE):
         piece = leaf[start : start + PIECE]
@@ -310,5 +353,22 @@ def differing(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
 
 def digest(tree: Any) -> str:
     """One digest of a tree of arrays, their names, shapes and dtypes: 16 hex digits."""
-    shapes = [f"{leaf.shape} {leaf.dtype}" for leaf in jax.tree.leaves(tree)]
-    return hashlib.sha256(repr((digests(tree), shapes)).encode()).hexdigest()[:16]
+    return digest_of(digests(tree), [f"{leaf.shape} {leaf.dtype}" for leaf in jax.tree.leaves(tree)])
+
+
+def read_digest(read: Reader, config: GemmaConfig) -> str:
+    """`digest` of the weights that `read` gives, in float32: one leaf after the other, on the host."""
+    found, shapes = {}, []
+    for name, letters in leaf_names(config).items():
+        index = tuple(slice(0, config.sizes[letter]) for letter in letters)
+        if letters[0] == "L":
+            leaf = np.stack([read(name, layer, index[1:]).astype(np.float32) for layer in range(config.num_layers)])
+        else:
+            leaf = read(name, 0, index).astype(np.float32)
+        found[name] = array_digest(leaf)
+        shapes.append(f"{leaf.shape} {leaf.dtype}")
+    return digest_of(found, shapes)
+
+
+def digest_of(digests: dict[str, str], shapes: list[str]) -> str:
+    return hashlib.sha256(repr((digests, shapes)).encode()).hexdigest()[:16]

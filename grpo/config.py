@@ -43,9 +43,9 @@ class Config:
 
     preset: str = flag("custom", "name of the preset these values started from")
     # what
-    model_path: str = flag(
-        "", "Hugging Face folder (config.json, *.safetensors, tokenizer), or RUN_DIR[/checkpoints/STEP] of a run"
-    )
+    model_path: str = flag("", "a model folder in any form, RUN_DIR[/checkpoints/STEP] of a run, adapters, hf:OWNER/NAME")
+    base_path: str = flag("", "the model that adapters at model_path lie on")
+    adapter_alpha: float = flag(0.0, "alpha of adapters at model_path, where they do not say it")
     data: str = flag("openai/gsm8k", "arithmetic, a .jsonl or .parquet file in GSM8K form, or openai/gsm8k")
     eval_data: str = flag("", "problems to evaluate on; arithmetic:tune to choose settings; default: held out from --data")
     run_dir: str = flag("", "where everything is written; default runs/PRESET-seedSEED")
@@ -161,7 +161,7 @@ class Config:
                 raise ConfigError(f"{name} {getattr(self, name)} must be above 0")
         zero = "new_problems max_steps seed top_k beta epsilon_low epsilon_high sampler_cap warmup_steps weight_decay"
         zero += " rollout_tp packing halvings eval_problems eval_every adam_b1 adam_b2 max_hours session review_ratio"
-        zero += " retention_problems save_minutes process_id resample max_dead_steps inspect_groups lora_rank"
+        zero += " retention_problems save_minutes process_id resample max_dead_steps inspect_groups lora_rank adapter_alpha"
         for name in zero.split():
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} {getattr(self, name)} must not be negative")

@@ -37,7 +37,7 @@ from models.sharding import ROLLOUT, TRAIN, activation_dtype, check_divides, mak
 # What a resumed run may change: how long it goes on, what it looks at, and how it uses the machine. A path may change, not what
 # it leads to: that has a fingerprint.
 FREE_TO_CHANGE = {
-    "run_dir", "relay_from", "model_path", "data", "session", "max_steps", "epochs", "max_hours", "eval_every",
+    "run_dir", "relay_from", "model_path", "base_path", "data", "session", "max_steps", "epochs", "max_hours", "eval_every",
     "retention_problems", "save_every", "save_minutes", "keep_checkpoints", "async_save", "allow_change", "coordinator",
     "processes", "process_id", "rollout_tp", "remat", "attention", "unroll", "packing", "halvings", "logprob_chunk",
     "microbatches", "track", "reward_timeout", "strict_rewards", "max_dead_steps", "inspect_groups",
@@ -72,10 +72,10 @@ class Run:
 def prepare(config: Config) -> Run:
     """Load and check everything but the weights. Raises ConfigError, DataError or ModelError."""
     if not config.model_path:
-        raise ConfigError(f"model_path is needed: preset {config.preset} brings no weights; give a Hugging Face folder")
+        raise ConfigError(f"model_path is needed: preset {config.preset} brings no weights; give a model folder")
     check_installed(config.track)
     mesh = make_mesh(config.rollout_tp)
-    base = find_model(config.model_path)
+    base = find_model(config.model_path, config.base_path, config.adapter_alpha)
     model = base.config
     check_shapes(config, model, mesh)
     tokenizer = load_tokenizer(base.folder)
@@ -142,13 +142,12 @@ def check_tokenizer(tokenizer: Tokenizer, model: GemmaConfig) -> None:
 def describe(run: Run) -> str:
     """The plan, before anything is spent."""
     config, mesh = run.config, run.mesh
-    count = sum(leaf.size for leaf in jax.tree.leaves(shapes(run.model)))
     device = mesh.devices.flat[0]
     memory = state_bytes(run) / 2**30
     tokens = run.steps * config.rows * config.max_new_tokens
     mu = config.updates_per_rollout
     lines = [
-        f"model       {run.base.found}  ({count / 1e6:.1f}M parameters, {run.model.num_layers} layers, {run.train.dtype})",
+        f"model       {run.base.line}, {run.train.dtype}",
         f"mesh        {mesh.size} x {device.device_kind}  (fsdp {mesh.shape['fsdp']} x tp {mesh.shape['tp']})"
         + (f", {jax.process_count()} processes" if jax.process_count() > 1 else ""),
         f"data        {len(run.problems)} problems from {config.data}, {len(run.eval_problems)} held out, "

@@ -1,12 +1,10 @@
-"""A Hugging Face folder of Gemma 1, 2 or 3 -> `GemmaConfig` and `Params`, straight onto the mesh; and back.
+"""A checkpoint of Gemma 1, 2 or 3, in any form that containers.py reads -> `GemmaConfig` and `Params`, straight onto the mesh;
+the way back is save.py.
 
-One table names every weight. A projection is stored [out, in] there and used [in, out] here: the only change on the way.
-Norm scales are stored without the 1 in both. Each device reads its own slice of each file; no array is ever whole in host
-memory on top of what the devices hold. Left out: pickled checkpoints (`.bin`, `.pth`), which could run code.
+names.py names every weight. Each device reads its own slice, as far as the form allows; no array is ever whole in host memory
+on top of what the devices hold. Left out: pickled checkpoints (`.bin`, `.pth`), which could run code.
 """
 
-import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from models import ModelError
-from models.gemma import FAR, GemmaConfig, Params, axes, shapes
+from models.containers import Container, Settings, is_tree, locate, open_container, read_json
+from models.gemma import FAR, GemmaConfig, Params, axes
+from models.names import to_ours
+from models.presets import MODELS
 from models.sharding import Rules, spec
 
 FAMILIES = {
@@ -31,83 +32,27 @@ DEFAULTS = {
     3: dict(vocab_size=262_208, num_attention_heads=8, num_key_value_heads=4, head_dim=256, query_pre_attn_scalar=256),
 }
 
-PICKLED = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
-PROJECTIONS = {"q", "k", "v", "o", "gate", "up", "down"}  # transposed on the way
+
+def read_config(path: str | Path) -> GemmaConfig:
+    """The dimensions of the model at `path`: from its `config.json`, or one beside it; else those of the preset that fits."""
+    found = locate(Path(path))
+    if not is_tree(found) and found.suffix != ".gguf":
+        return parse_config(found / "config.json")
+    for beside in (found / "config.json", found.parent / "config.json"):
+        if beside.is_file():
+            return parse_config(beside)
+    container = open_container(found)
+    for config in MODELS.values():
+        try:
+            check_weights(container, config)
+        except ModelError:
+            continue
+        return config
+    raise ModelError(f"{found} fits none of {', '.join(MODELS)}; put the config.json of its Hugging Face twin beside it")
 
 
-def weight_name(leaf: str, config: GemmaConfig) -> str:
-    """The Hugging Face name of one of our leaves, e.g. `layers.q` -> `layers.{}.self_attn.q_proj.weight`."""
-    pre_mlp = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"  # Gemma 1 has but two norms
-    names = {
-        "embedding": "embed_tokens",
-        "layers.pre_attn_norm": "layers.{}.input_layernorm",
-        "layers.q": "layers.{}.self_attn.q_proj",
-        "layers.k": "layers.{}.self_attn.k_proj",
-        "layers.v": "layers.{}.self_attn.v_proj",
-        "layers.o": "layers.{}.self_attn.o_proj",
-        "layers.q_norm": "layers.{}.self_attn.q_norm",
-        "layers.k_norm": "layers.{}.self_attn.k_norm",
-        "layers.post_attn_norm": "layers.{}.post_attention_layernorm",
-        "layers.pre_mlp_norm": "layers.{}." + pre_mlp,
-        "layers.gate": "layers.{}.mlp.gate_proj",
-        "layers.up": "layers.{}.mlp.up_proj",
-        "layers.down": "layers.{}.mlp.down_proj",
-        "layers.post_mlp_norm": "layers.{}.post_feedforward_layernorm",
-        "final_norm": "norm",
-    }
-    return names[leaf] + ".weight"
-
-
-def read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise ModelError(f"{path} is missing: a model folder holds config.json, *.safetensors and a tokenizer")
-    try:
-        values = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not JSON{pointer_hint(path)}: {error}") from None
-    if not isinstance(values, dict):
-        raise ModelError(f"{path} holds no JSON object")
-    return values
-
-
-KINDS = {int: "a whole number above 0", float: "a number above 0", list: "a list", dict: "an object"}
-
-
-class Settings:
-    """The values of a JSON file, each checked as it is asked for."""
-
-    def __init__(self, path: Path, values: dict):
-        self.path, self.values = path, values
-
-    def get(self, key: str, kind: type, default: Any = None) -> Any:
-        """The value of `key`; `default` where the file is silent or says null."""
-        value = self.values.get(key)
-        if value is None:
-            return default
-        fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
-        if not fits or (kind in (int, float) and not 0 < value < math.inf):
-            raise ModelError(f"{self.path}: {key} {str(value)[:40]!r} must be {KINDS[kind]}")
-        return value
-
-    def need(self, key: str, kind: type = int) -> Any:
-        if (value := self.get(key, kind)) is None:
-            raise ModelError(f"{self.path}: {key} is missing")
-        return value
-
-    def part(self, key: str) -> "Settings":
-        """An object inside this one; empty where there is none."""
-        return Settings(self.path, self.get(key, dict, {}))
-
-    def __or__(self, other: "Settings") -> "Settings":
-        """Both, the other's values first."""
-        return Settings(self.path, self.values | other.values)
-
-
-def read_config(folder: str | Path) -> GemmaConfig:
-    """The dimensions from `config.json`, in transformers' older dialect (`rope_theta`, ...) or newer (`rope_parameters`)."""
-    path = Path(folder) / "config.json"
+def parse_config(path: Path) -> GemmaConfig:
+    """`config.json`, in transformers' older dialect (`rope_theta`, ...) or newer (`rope_parameters`)."""
     given = Settings(path, read_json(path))
     architecture = (given.get("architectures", list) or ["none"])[0]
     if architecture not in list(FAMILIES):
@@ -183,133 +128,68 @@ def rope_parameters(values: Settings, family: int) -> tuple[Settings, Settings]:
     return theta | given.part("full_attention"), local | given.part("sliding_attention")
 
 
-class Weights:
-    """The tensors of a folder by name, read slice by slice. Checks names and shards before anything is read."""
-
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        self.handles: dict[Path, Any] = {}
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            weight_map = Settings(index, read_json(index)).need("weight_map", dict)
-            self.files = {name: self.checked(file, index) for name, file in weight_map.items()}
-        elif (self.folder / "model.safetensors").is_file():
-            file = self.folder / "model.safetensors"
-            self.files = dict.fromkeys(self.opened(file).keys(), file)
-        else:
-            pickled = sorted(file.name for file in self.folder.iterdir() if file.suffix in PICKLED)
-            hint = f"; {pickled[0]} may be a pickle, which could run code, and is not read: convert it" if pickled else ""
-            raise ModelError(f"{self.folder} holds no model.safetensors and no model.safetensors.index.json{hint}")
-        # a text model lies under "model.", that of a multimodal one under "language_model.model." or "model.language_model."
-        short = [name.removeprefix("model.").removeprefix("language_model.").removeprefix("model.") for name in self.files]
-        self.names = dict(zip(short, self.files, strict=True))
-
-    def checked(self, file: str, index: Path) -> Path:
-        if Path(str(file)).name != file:
-            raise ModelError(f"{index}: {file!r} leaves the folder; shards must lie beside their index")
-        if not (self.folder / file).is_file():
-            raise ModelError(f"{self.folder / file} is missing: {index.name} names it")
-        return self.folder / file
-
-    def opened(self, file: Path):
-        from safetensors import SafetensorError, safe_open
-
-        if file not in self.handles:
-            try:
-                self.handles[file] = safe_open(file, framework="numpy")
-            except SafetensorError as error:
-                hint = pointer_hint(file)
-                raise ModelError(f"{file} is not a whole safetensors file{hint}; download it again: {error}") from None
-            except OSError as error:
-                raise ModelError(f"{file} cannot be read: {error}") from None
-        return self.handles[file]
-
-    def slice(self, name: str, index: tuple, transpose: bool, dtype) -> np.ndarray:
-        """One tensor's slice; `index` counts in our order of dimensions."""
-        tensor = self.opened(self.files[self.names[name]]).get_slice(self.names[name])
-        array = tensor[tuple(reversed(index)) if transpose else index]
-        return (array.T if transpose else array).astype(dtype)
-
-    def check(self, name: str, shape: tuple[int, ...]) -> None:
-        if name not in self.names:
-            raise ModelError(f"{self.folder}: weight {name} is missing")
-        stored = self.names[name]
-        file = self.opened(self.files[stored])
-        if stored not in set(file.keys()):
-            raise ModelError(f"{self.files[stored]} holds no weight {stored}, though the index says so")
-        tensor = file.get_slice(stored)
-        if tuple(tensor.get_shape()) != shape:
-            raise ModelError(f"{self.folder}: weight {name} has shape {tuple(tensor.get_shape())}, config.json says {shape}")
-        if tensor.get_dtype() not in ("F32", "F16", "BF16"):
-            raise ModelError(f"{self.folder}: weight {name} is {tensor.get_dtype()}; F32, F16 or BF16 is needed")
-
-
-def pointer_hint(file: Path) -> str:
-    """What to say of a file that git-lfs has not fetched."""
-    with file.open("rb") as opened:
-        return " (it is a git-lfs pointer: run git lfs pull)" if opened.read(8) == b"version " else ""
-
-
 def leaf_names(config: GemmaConfig) -> dict[str, str]:
-    """Our leaf -> its letters: {"embedding": "Vd", "layers.q": "LDA", ...}."""
+    """Our leaf -> its letters: {"embedding": "VD", "layers.q": "LDA", ...}."""
     flat, _ = jax.tree_util.tree_flatten_with_path(axes(config))
-    return {jax.tree_util.keystr(path, simple=True, separator="."): letters for path, letters in flat}
+    return {jax.tree_util.keystr(path, simple=True, separator="."): letters.upper() for path, letters in flat}
 
 
-def load_params(folder: str | Path, config: GemmaConfig, mesh: Mesh, rules: Rules, dtype: str = "float32") -> Params:
-    """The weights of a folder, each leaf laid out by `rules` on `mesh` and cast to `dtype`. Raises ModelError."""
-    weights = Weights(folder)
-    names = leaf_names(config)
+def layers_of(letters: str, config: GemmaConfig) -> range:
+    """The layers that a leaf has; one that is not stacked counts as one."""
+    return range(config.num_layers if letters[0] == "L" else 1)
+
+
+def check_weights(container: Container, config: GemmaConfig) -> None:
+    """Raises ModelError unless the container holds the weights of this model, whole, and none of another."""
     wanted = set()
-    for leaf, letters in names.items():
-        shape = tuple(config.sizes[letter] for letter in letters.removeprefix("L"))
-        for layer in range(config.num_layers if letters[0] == "L" else 1):
-            name = weight_name(leaf, config).format(layer)
-            weights.check(name, shape[::-1] if leaf.split(".")[-1] in PROJECTIONS else shape)
-            wanted.add(name)
-    text = {name for name in weights.names if not name.startswith(("vision_tower", "multi_modal"))}
-    extra = sorted(n for n in text - wanted if n != "lm_head.weight" and "rotary_emb" not in n)
+    for leaf, letters in leaf_names(config).items():
+        place = container.place(leaf, config)
+        for layer in layers_of(letters, config):
+            container.check(place.of(layer), config)
+            wanted.add(place.of(layer).name)
+    extra = sorted(name for name in set(container.names) - wanted if not container.passed_over(name))
     if extra:
-        raise ModelError(f"{folder}: weight {extra[0]} has no place in this model ({len(extra)} such)")
-
-    def load(leaf: str, letters: str, shape: tuple[int, ...]) -> jax.Array:
-        sharding = NamedSharding(mesh, spec(letters, rules))
-        return jax.make_array_from_callback(shape, sharding, reader(weights, leaf, letters, config, dtype))
-
-    tree = jax.tree.structure(axes(config))
-    leaves = [load(leaf, letters, tuple(config.sizes[c] for c in letters)) for leaf, letters in names.items()]
-    return jax.tree.unflatten(tree, leaves)
+        raise ModelError(f"{container.path}: weight {extra[0]} has no place in this model ({len(extra)} such)")
 
 
-def reader(weights: Weights, leaf: str, letters: str, config: GemmaConfig, dtype: str) -> Callable[[Any], np.ndarray]:
-    """What `jax.make_array_from_callback` calls for each device: the device's slice of a leaf, layers stacked."""
-    name, transpose = weight_name(leaf, config), leaf.split(".")[-1] in PROJECTIONS
+Reader = Callable[[str, int, Any], np.ndarray]  # (leaf, layer, index) -> that slice of one layer's weight, in our form
 
-    def read(index: tuple) -> np.ndarray:
-        if letters[0] != "L":
-            return weights.slice(name, index, transpose, jnp.dtype(dtype))
-        layers = range(config.num_layers)[index[0]]
-        shape = [len(range(config.sizes[letter])[part]) for letter, part in zip(letters[1:], index[1:], strict=True)]
-        stacked = np.empty([len(layers), *shape], jnp.dtype(dtype))
-        for i, layer in enumerate(layers):
-            stacked[i] = weights.slice(name.format(layer), index[1:], transpose, stacked.dtype)
-        return stacked
+
+def open_weights(path: str | Path, config: GemmaConfig) -> Reader:
+    """What reads the weights at `path`, slice by slice, in the dtype they are stored in. Raises ModelError."""
+    container = open_container(Path(path))
+    check_weights(container, config)
+    letters = leaf_names(config)
+    places = {leaf: container.place(leaf, config) for leaf in letters}
+
+    def read(leaf: str, layer: int, index: Any) -> np.ndarray:
+        place, ours = places[leaf].of(layer), letters[leaf].removeprefix("L")
+        return to_ours(lambda at: container.read(place.name, at), place, ours, index)
 
     return read
 
 
-def save_params(folder: str | Path, params: Params, config: GemmaConfig, config_json: dict, dtype: str = "float32") -> None:
-    """Write `model.safetensors` and `config.json` in Hugging Face's form; the tokenizer's files are the caller's to copy."""
-    from safetensors.numpy import save_file
+def load_params(path: str | Path, config: GemmaConfig, mesh: Mesh, rules: Rules, dtype: str = "float32") -> Params:
+    """The weights at `path`, each leaf laid out by `rules` on `mesh` and cast to `dtype`. Raises ModelError."""
+    return place_params(open_weights(path, config), config, mesh, rules, dtype)
 
-    assert jax.tree.map(lambda p: p.shape, params) == jax.tree.map(lambda s: s.shape, shapes(config))
-    tensors = {}
-    for (leaf, letters), value in zip(leaf_names(config).items(), jax.tree.leaves(params), strict=True):
-        array = np.asarray(value).astype(jnp.dtype(dtype))
-        stacked = array if letters[0] == "L" else array[None]
-        for layer, one in enumerate(stacked):
-            name = "model." + weight_name(leaf, config).format(layer)
-            tensors[name] = np.ascontiguousarray(one.T if leaf.split(".")[-1] in PROJECTIONS else one)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-    (Path(folder) / "config.json").write_text(json.dumps(config_json, indent=1) + "\n")
+
+def place_params(read: Reader, config: GemmaConfig, mesh: Mesh, rules: Rules, dtype: str) -> Params:
+    """What `read` gives, laid out by `rules` on `mesh`; each device asks for its own slices."""
+
+    def load(path: Any, letters: str) -> jax.Array:
+        leaf = jax.tree_util.keystr(path, simple=True, separator=".")
+        shape = tuple(config.sizes[letter] for letter in letters)
+
+        def slice_of(index: Any) -> np.ndarray:
+            index = tuple(slice(*part.indices(size)) for part, size in zip(index, shape, strict=True))
+            if letters[0] != "L":
+                return read(leaf, 0, index).astype(dtype)
+            stacked = np.empty([part.stop - part.start for part in index], jnp.dtype(dtype))
+            for i, layer in enumerate(range(index[0].start, index[0].stop)):
+                stacked[i] = read(leaf, layer, index[1:])
+            return stacked
+
+        return jax.make_array_from_callback(shape, NamedSharding(mesh, spec(letters, rules)), slice_of)
+
+    return jax.tree_util.tree_map_with_path(load, axes(config))

@@ -59,6 +59,11 @@ class GemmaConfig:
     norm_eps: float = 1e-6
 
     @property
+    def family(self) -> int:
+        """Gemma 1, 2 or 3."""
+        return 3 if self.qk_norms else 2 if self.post_norms else 1
+
+    @property
     def sizes(self) -> dict[str, int]:
         """The size of each letter that a weight has."""
         return dict(

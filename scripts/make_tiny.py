@@ -31,9 +31,10 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from grpo.cli import run_script
 from grpo.consensus import wilson
 from grpo.reward import TAGS, is_correct, violates_format
-from models.convert import load_params, read_config, save_params
+from models.convert import load_params, read_config
 from models.gemma import Compute, GemmaConfig, Params, forward_group, init_params, token_logprobs
 from models.sampler import Sampling, row_keys, sample
+from models.save import save_params
 from models.sharding import ROLLOUT, TRAIN, make_mesh
 
 FOLDER = Path(__file__).resolve().parents[1] / "models" / "tiny"

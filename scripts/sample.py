@@ -1,4 +1,4 @@
-"""Complete prompts with a Gemma from a Hugging Face folder or from a run.
+"""Complete prompts with a Gemma from a model folder, from a run, or with adapters.
 
     python scripts/sample.py --prompt "Ann has 3 pens and buys 4. How many pens has she?" --max_new_tokens 64
     python scripts/sample.py --model_path DIR --ids "[[2,17,9],[2,5]]" --temperature 0      no tokenizer needed
@@ -31,8 +31,9 @@ from models.sharding import ROLLOUT, activation_dtype, make_mesh, put
 
 @dataclass(frozen=True)
 class SampleConfig:
-    model_path: str = flag(TINY_MODEL, "Hugging Face folder, or RUN_DIR or RUN_DIR/checkpoints/STEP of a run")
-    base_path: str = flag("", "where the base model of a run now is, if it has moved")
+    model_path: str = flag(TINY_MODEL, "a model folder in any form, a run's directory or checkpoint, adapters, hf:OWNER/NAME")
+    base_path: str = flag("", "the model that adapters lie on; a run's base model, if it has moved")
+    adapter_alpha: float = flag(0.0, "alpha of adapters that do not say it")
     prompt: str = flag("", "text of the user's turn")
     ids: str = flag("", "prompts as token ids instead, a JSON list of lists; lengths may differ")
     system_prompt: str = flag("", "opens the user's turn")
@@ -84,7 +85,8 @@ def stop_ids(folder: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
 
 def main(argv: list[str]) -> dict[str, Any]:
     config = parse(SampleConfig, argv, __doc__ or "")
-    source = find_model(config.model_path, config.base_path)
+    source = find_model(config.model_path, config.base_path, config.adapter_alpha)
+    print(source.line, file=sys.stderr)
     folder, model = source.folder, source.config
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     tokenizer = load_tokenizer(folder) if has_tokenizer or config.prompt else None

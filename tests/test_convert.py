@@ -13,8 +13,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from models import ModelError
-from models.convert import Weights, load_params, read_config, save_params
+from models.containers import Safetensors
+from models.convert import load_params, read_config
 from models.gemma import FAR, GemmaConfig, Params, axes, init_params, shapes
+from models.save import save_params
 from models.sharding import ROLLOUT, STORE, make_mesh
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
@@ -159,7 +161,7 @@ def test_a_head_stored_beside_the_embedding_is_ignored(folder, mesh):
 def test_each_device_gets_its_slice_and_reads_no_more(mesh, monkeypatch):
     source = REFERENCES / "gemma3-gqa"
     config, one, sizes = read_config(source), read(source, mesh), []
-    opened = Weights.opened
+    opened = Safetensors.opened
 
     class Counted:
         """An open file that notes the size of every piece that is read of it."""
@@ -178,7 +180,7 @@ def test_each_device_gets_its_slice_and_reads_no_more(mesh, monkeypatch):
             sizes.append(array.size)
             return array
 
-    monkeypatch.setattr(Weights, "opened", lambda weights, file: Counted(weights, file))
+    monkeypatch.setattr(Safetensors, "opened", lambda weights, file: Counted(weights, file))
     for tp, rules in ((1, STORE), (2, STORE), (4, ROLLOUT)):
         sizes.clear()
         whole = make_mesh(tp)

@@ -39,7 +39,7 @@ def name_of(path: Path) -> str:
 def test_the_walk_sees_imports_inside_functions_and_of_names():
     """What the other laws lean on, at three places known to have such imports."""
     assert "tokenizers" in imports(ROOT / "data" / "tokenizer.py")  # inside a function
-    assert "safetensors.numpy" in imports(ROOT / "models" / "convert.py")
+    assert "safetensors.safe_open" in imports(ROOT / "models" / "containers.py")
     assert "data.DataError" in imports(ROOT / "data" / "problems.py")  # from data import DataError
     assert len(SOURCES) > 20 and len(TESTS) > 10
 

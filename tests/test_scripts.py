@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 from test_train import REWARDS, write_model
 
+from grpo.checkpoint import read_digest
+from grpo.load import find_model
+
 ROOT = Path(__file__).parents[1]
 KEYS = [
     "run_dir", "preset", "seed", "steps", "finished", "accuracy_before", "accuracy_after", "sessions", "reward_first",
@@ -65,6 +68,21 @@ def test_a_finished_run_exits_0_and_ends_in_one_line_of_json(done, folder):
     assert result["recompilations"] == 0 and len(result["params_digest"]) == 16
     assert result == json.loads((folder / "run" / "result.json").read_text())
     assert result["accuracy_before"]["n"] == result["accuracy_after"]["n"] == 2
+
+
+def test_a_finished_run_is_exported_to_the_bit(done, folder):
+    """Trained weights, read out of the exported folder, have the digest that the run gave them."""
+    argv = ["--model_path", str(folder / "run"), "--out", str(folder / "exported"), "--dtype", "float32"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "scripts/export.py", *argv]
+    exported = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert exported.returncode == 0 and exported.stderr.startswith(f"step 2 of the run {folder / 'run'}: Gemma 1, ")
+    assert json.loads(exported.stdout)["out"] == str(folder / "exported")
+    model = find_model(folder / "exported")
+    assert model.open
+    assert read_digest(model.open(), model.config) == json.loads(done.stdout.splitlines()[-1])["params_digest"]
+    again = subprocess.run([*command, "--lora", "peft"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (again.returncode, again.stdout) == (2, "") and "has no adapters; leave --lora out" in again.stderr.splitlines()[-1]
 
 
 def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:

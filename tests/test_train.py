@@ -34,8 +34,9 @@ from grpo.rollout import Batch, generate, judge_all, put, rollout
 from grpo.tokens import groups_due
 from grpo.workers import UserRewards
 from models import ModelError
-from models.convert import read_config, save_params
+from models.convert import read_config
 from models.gemma import init_params
+from models.save import save_params
 from models.sharding import STORE, make_mesh
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")

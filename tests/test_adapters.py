@@ -1,0 +1,267 @@
+"""Laws of foreign adapters: Tunix's trees and PEFT folders merge as their own formulas say, and exports load in peft."""
+
+import json
+import shutil
+from contextlib import closing
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from foreign import hugging_face, tunix_adapters, tunix_merged, write_tree
+from make_references import REFERENCES, load, pad, real_logits
+from safetensors.numpy import load_file, save_file
+from test_export import EXPORT, export, script
+
+from data.tokenizer import load_tokenizer
+from grpo.checkpoint import Checkpoints, digest
+from grpo.config import TINY_MODEL, Config, ConfigError
+from grpo.load import copy_description, find_model
+from grpo.update import init_state
+from models import ModelError
+from models.convert import load_params
+from models.lora import init_adapters
+from models.sharding import ROLLOUT, STORE, make_mesh
+
+pytestmark = [
+    pytest.mark.usefixtures("mesh"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine"),  # orbax's
+]
+RANK, ALPHA = 4, 6.0
+GEMMA2 = REFERENCES / "gemma2-gqa"
+
+
+@pytest.fixture(autouse=True)
+def any_tokenizer(monkeypatch):
+    """The small tokenizer's pieces are more than the rows of these models."""
+    monkeypatch.setattr(EXPORT, "check_tokenizer", lambda *_: None)
+
+
+@pytest.fixture
+def base(tmp_path, small_tokenizer_folder):
+    """A Gemma 2 with a tokenizer."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    for file in (GEMMA2 / "config.json", GEMMA2 / "model.safetensors", small_tokenizer_folder / "tokenizer.json"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def write_tunix(path, name: str = "gemma2-gqa", **form):
+    """A tree, and the weights that it makes of its base."""
+    config, tensors = hugging_face(REFERENCES / name)
+    tree = tunix_adapters(config, RANK, **form)
+    write_tree(path, tree)
+    return path, tunix_merged(config, tensors, tree, ALPHA / RANK)
+
+
+def save_merged(folder, name: str, tensors):
+    """The merged weights as a folder of their own."""
+    folder.mkdir()
+    shutil.copy(REFERENCES / name / "config.json", folder)
+    save_file({f"model.{key}": np.ascontiguousarray(x) for key, x in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+def expect_close(ours, theirs) -> None:
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["gemma1-mqa", "gemma2-gqa", "gemma3-gqa"])
+@pytest.mark.parametrize("value", [True, False])
+def test_a_tunix_tree_adds_a_times_b_to_every_projection(name, value, tmp_path, mesh):
+    path, expected = write_tunix(tmp_path / "actor" / "500" / "model_params", name, value=value)
+    merged = save_merged(tmp_path / "merged", name, expected)
+    for place in (path, path.parent):  # as Tunix lays it out, or the step itself
+        model = find_model(place, REFERENCES / name, ALPHA)
+        expect_close(model.load(mesh, STORE, "float32"), load_params(merged, model.config, mesh, STORE))
+    assert model.adapters and model.adapters().rank == RANK and model.folder == REFERENCES / name
+    assert f"LoRA tree {path.parent} on Hugging Face folder" in model.line and f"Gemma {name[5]}, " in model.line
+
+
+def test_eight_devices_merge_their_own_slices(tmp_path, mesh):
+    path, _ = write_tunix(tmp_path / "lora", "gemma3-gqa")
+    model = find_model(path, REFERENCES / "gemma3-gqa", ALPHA)
+    one = model.load(mesh, STORE, "float32")
+    for tp, rules in ((2, STORE), (4, ROLLOUT)):
+        expect_close(model.load(make_mesh(tp), rules, "float32"), one)
+
+
+def test_some_projections_may_have_none(tmp_path, mesh):
+    config, _ = hugging_face(GEMMA2)
+    tree = tunix_adapters(config, RANK)
+    whole = load_params(GEMMA2, find_model(GEMMA2).config, mesh, STORE)
+    for layer in tree["layers"].values():
+        del layer["mlp"], layer["attn"]["kv_einsum"]
+    write_tree(tmp_path / "lora", tree)
+    adapters = find_model(tmp_path / "lora", GEMMA2, ALPHA)
+    params = adapters.load(mesh, STORE, "float32")
+    assert (np.asarray(params.layers.k) == np.asarray(whole.layers.k)).all()
+    assert (np.asarray(params.layers.down) == np.asarray(whole.layers.down)).all()
+    assert not (np.asarray(params.layers.q) == np.asarray(whole.layers.q)).any()
+
+
+def test_a_tunix_tree_becomes_a_folder_for_transformers(base, tmp_path):
+    path, expected = write_tunix(tmp_path / "lora")
+    out = export(path, tmp_path / "out", "--base_path", str(base), "--adapter_alpha", str(ALPHA), "--dtype", "float32")
+    ours = load_file(out / "model.safetensors")
+    for name, theirs in expected.items():
+        np.testing.assert_allclose(ours[f"model.{name}"], theirs, rtol=0, atol=2e-6)
+    assert json.loads((out / "config.json").read_text()).keys() == json.loads((base / "config.json").read_text()).keys()
+
+
+def test_peft_loads_our_adapters_and_computes_what_we_merge(base, tmp_path, mesh):
+    peft = pytest.importorskip("peft")
+    path, expected = write_tunix(tmp_path / "lora")
+    flags = ("--base_path", str(base), "--adapter_alpha", str(ALPHA), "--dtype", "float32")
+    adapters = export(path, tmp_path / "adapters", "--lora", "peft", *flags)
+    assert not list(adapters.glob("model*.safetensors")) and not (adapters / "config.json").exists()
+    rows = [np.arange(2, 20), np.arange(7, 15)]
+    merged = real_logits(load(save_merged(tmp_path / "merged", "gemma2-gqa", expected)), *pad(rows, "right"))
+    plain = load(base)
+    with_adapters = peft.PeftModel.from_pretrained(plain, str(adapters)).eval()
+    theirs = real_logits(with_adapters, *pad(rows, "right"))
+    np.testing.assert_allclose(theirs, merged, rtol=0, atol=1e-5)
+    assert np.abs(real_logits(load(base), *pad(rows, "right")) - theirs).max() > 0.1
+
+    # and back: the folder names its base, and gives the same weights
+    model = find_model(adapters)
+    assert model.under and model.under.path == base and "PEFT adapters" in model.found
+    expect_close(model.load(mesh, STORE, "float32"), find_model(path, base, ALPHA).load(mesh, STORE, "float32"))
+
+
+def test_what_peft_itself_writes_is_read(base, tmp_path, mesh):
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    for slora in (False, True):
+        settings = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "down_proj"], use_rslora=slora)
+        theirs = peft.get_peft_model(load(base), settings)
+        with torch.no_grad():
+            for name, weight in theirs.named_parameters():
+                if "lora_B" in name:
+                    weight.copy_(0.2 * torch.randn(weight.shape))
+        folder = tmp_path / f"peft{slora}"
+        theirs.save_pretrained(folder)
+        theirs.merge_and_unload().save_pretrained(tmp_path / f"merged{slora}")
+        model = find_model(folder, base)
+        merged = load_params(tmp_path / f"merged{slora}", model.config, mesh, STORE)
+        expect_close(model.load(mesh, STORE, "float32"), merged)
+
+
+def test_sampling_with_adapters_is_sampling_of_the_exported_folder(base, tmp_path, monkeypatch):
+    """The recipe of a Tunix run on Gemma 2: import, look at it, export."""
+    path, _ = write_tunix(tmp_path / "lora")
+    flags = ("--base_path", str(base), "--adapter_alpha", str(ALPHA))
+    out = export(path, tmp_path / "out", *flags, "--dtype", "float32")
+    sample = script("sample")
+    monkeypatch.setattr(sample, "check_tokenizer", lambda *_: None)
+    (out / "tokenizer.json").unlink(), (base / "tokenizer.json").unlink()
+    words = ["--ids", "[[2,17,9,33],[2,5]]", "--max_new_tokens", "8", "--temperature", "1"]
+    with_adapters, exported, plain = (
+        [one["token_ids"] for one in sample.main(["--model_path", str(place), *more, *words])["completions"]]
+        for place, more in ((path, flags), (out, ()), (base, ()))
+    )
+    assert with_adapters == exported != plain
+
+
+@pytest.fixture
+def lora_run(base, tmp_path, mesh):
+    """A run's directory that holds adapters on `base`, as if trained."""
+    model, folder = find_model(base), tmp_path / "run"
+    settings = {"lora_rank": RANK, "lora_alpha": ALPHA, "lora_targets": "q,v,down"}
+    adapters = init_adapters(jax.random.key(0), model.config, ["q", "v", "down"], RANK, STORE)
+    adapters = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape), adapters)
+    meta = {"step": 5, "config": {"model_path": str(base), **settings}}
+    meta["belongs_to"] = {"model": digest(model.load(mesh, STORE, "float32"))}
+    (folder / "model").mkdir(parents=True)
+    copy_description(model, folder / "model")
+    with closing(Checkpoints(folder / "checkpoints")) as checkpoints:
+        checkpoints.save(5, init_state(adapters, Config()), meta, wait=True)
+    return folder
+
+
+def test_a_lora_run_is_exported_merged_or_as_its_adapters(lora_run, base, tmp_path, mesh):
+    peft = pytest.importorskip("peft")
+    merged = export(lora_run, tmp_path / "merged", "--dtype", "float32")
+    adapters = export(lora_run, tmp_path / "peft", "--lora", "peft", "--dtype", "float32")
+    trained = find_model(lora_run).load(mesh, STORE, "float32")
+    expect_close(find_model(merged).load(mesh, STORE, "float32"), trained)
+    expect_close(find_model(adapters, base).load(mesh, STORE, "float32"), trained)
+    assert (np.asarray(trained.layers.v) != np.asarray(find_model(base).load(mesh, STORE, "float32").layers.v)).all()
+    settings = json.loads((adapters / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"], settings["target_modules"]) == (RANK, 6, ["q_proj", "v_proj", "down_proj"])
+    rows = [np.arange(2, 20), np.arange(7, 15)]
+    theirs = real_logits(peft.PeftModel.from_pretrained(load(base), str(adapters)).eval(), *pad(rows, "right"))
+    np.testing.assert_allclose(theirs, real_logits(load(merged), *pad(rows, "right")), rtol=0, atol=1e-5)
+
+
+def test_adapters_of_a_run_are_not_exported_on_another_base(lora_run, base, tmp_path, mesh):
+    other = Path(shutil.copytree(base, tmp_path / "other"))
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, other / "model.safetensors")
+    flags = ("--base_path", str(other))
+    reason = "other is not the model that"
+    expect_error(ConfigError, reason, lambda: export(lora_run, tmp_path / "out", *flags))
+    expect_error(ConfigError, reason, find_model(lora_run, other).load, mesh, STORE, "float32")
+    shutil.rmtree(base)
+    expect_error(ConfigError, "base, which is not there; give --base_path DIR", find_model, lora_run)
+    assert not (tmp_path / "out").exists()
+
+
+# Mistakes: one line each.
+
+
+def expect_error(kind, reason: str, function, *arguments) -> None:
+    with pytest.raises(kind) as error:
+        function(*arguments)
+    assert reason in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_adapters_do_not_say_is_asked_for(tmp_path):
+    path, _ = write_tunix(tmp_path / "lora")
+    expect_error(ConfigError, "adapters need the model that they were trained on; give --base_path", find_model, path)
+    expect_error(ConfigError, "lora does not say its alpha: give --adapter_alpha", find_model, path, GEMMA2)
+    other = find_model(path, REFERENCES / "gemma3-gqa", ALPHA)
+    expect_error(ModelError, "lora: weight layer_3/attn/q_einsum/lora_a is missing", other.adapters)
+
+
+def test_a_tree_that_is_not_whole_is_named(tmp_path):
+    config, _ = hugging_face(GEMMA2)
+    for change, reason in (
+        (lambda tree: tree["layers"]["2"]["attn"]["q_einsum"].pop("w_lora_b"), "layer_2/attn/q_einsum/lora_b is missing"),
+        (lambda tree: tree["layers"].pop("1"), "weight layer_1/attn/q_einsum/lora_a is missing"),
+        (lambda tree: tree.update(rngs={"key": np.ones(2, np.float32)}), "weight rngs/key has no place in this model (1 such)"),
+        (lambda tree: tree["layers"]["0"]["mlp"]["up_proj"].update(kernel_lora_a=np.ones((40, 3), np.float32)), "(40, 3)"),
+    ):
+        tree = tunix_adapters(config, RANK, value=False)
+        change(tree)
+        path = tmp_path / str(len(list(tmp_path.iterdir())))
+        write_tree(path, tree)
+        expect_error(ModelError, reason, find_model(path, GEMMA2, ALPHA).adapters)
+
+
+def test_peft_folders_of_another_kind_are_refused(base, tmp_path):
+    path, _ = write_tunix(tmp_path / "lora")
+    folder = export(path, tmp_path / "p", "--lora", "peft", "--base_path", str(base), "--adapter_alpha", str(ALPHA))
+    written = json.loads((folder / "adapter_config.json").read_text())
+    for changes, reason in (
+        ({"peft_type": "IA3"}, "peft_type IA3 is not supported; LORA is needed"),
+        ({"use_dora": True}, "use_dora True is not supported; False is needed"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is not supported; it must be empty"),
+        ({"r": 8}, "r 8 is not the rank of the weights, 4"),
+        ({"lora_alpha": None}, "lora_alpha is missing"),
+    ):
+        (folder / "adapter_config.json").write_text(json.dumps(written | changes))
+        expect_error(ModelError, reason, find_model(folder).adapters)
+    (folder / "adapter_config.json").write_text(json.dumps(written | {"base_model_name_or_path": "google/gemma-2-2b"}))
+    expect_error(ConfigError, "give --base_path", find_model, folder)
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").touch()
+    expect_error(ModelError, "adapter_model.safetensors is missing: adapters are read", find_model(folder, base).adapters)
+
+
+def test_the_embedded_model_has_no_adapters():
+    model = find_model(TINY_MODEL)
+    assert model.adapters is None and model.line.endswith("Gemma 3, 0.6M parameters, 3 layers")
+    assert load_tokenizer(model.folder).stop_ids

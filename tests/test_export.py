@@ -1,0 +1,277 @@
+"""Laws of scripts/export.py: others load what it writes and compute what we compute; nothing of anybody's is overwritten."""
+
+import hashlib
+import importlib.util
+import json
+import shutil
+from contextlib import closing
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from foreign import write_flax
+from make_references import REFERENCES, VARIANTS, load, pad, real_logits
+from safetensors.numpy import load_file
+
+from data.prompts import encode_prompt
+from data.tokenizer import load_tokenizer
+from grpo.checkpoint import Checkpoints
+from grpo.config import TINY_MODEL, Config, ConfigError, RunError
+from grpo.load import copy_description, find_model
+from grpo.update import init_state
+from models.convert import load_params, read_config
+from models.save import tensors, text_config, write_weights
+from models.sharding import STORE
+
+ROOT = Path(__file__).parents[1]
+TINY = Path(TINY_MODEL)
+QUESTIONS = ("Ann has 3 pens and buys 4. How many pens has she?", "Bob had 12 nuts and ate 5. How many nuts are left?")
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine")  # orbax's
+
+
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+EXPORT = script("export")
+
+
+def export(model: Path, out: Path, *argv: str) -> Path:
+    EXPORT.main(["--model_path", str(model), "--out", str(out), *argv])
+    return Path(out)
+
+
+@pytest.fixture(scope="module")
+def run(mesh, tmp_path_factory) -> Path:
+    """A run's directory, as if it had trained the tiny model for 7 steps and evaluated it twice."""
+    base, folder = find_model(TINY), tmp_path_factory.mktemp("runs") / "lucky"
+    (folder / "model").mkdir(parents=True)
+    params = jax.tree.map(lambda leaf: 1.01 * leaf, base.load(mesh, STORE, "float32"))
+    copy_description(base, folder / "model")
+    with closing(Checkpoints(folder / "checkpoints", keep=2)) as checkpoints:
+        for step in (3, 7):
+            config = {"model_path": TINY_MODEL, "data": "arithmetic", "system_prompt": "Think.", "run_dir": "/home/me/lucky"}
+            checkpoints.save(step, init_state(params, Config()), {"step": step, "config": config}, wait=True)
+    figures = {
+        "n": 500,
+        "low": 0.45,
+        "high": 0.54,
+        "greedy": 0.494,
+        "greedy_format": 0.998,
+        "sampled": 0.1,
+        "sampled_length": 8,
+    }
+    lines = [{"step": 0, "accuracy": figures}, {"step": 7, "accuracy": figures | {"greedy": 0.968}}]
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def assert_generates_the_same(folder: Path, model: Path) -> None:
+    """transformers' greedy tokens on an exported folder are our own on what was exported."""
+    torch, tokenizer = pytest.importorskip("torch"), load_tokenizer(folder)
+    ids = [encode_prompt(tokenizer, question) for question in QUESTIONS]
+    ours = script("sample").main(["--model_path", str(model), "--ids", json.dumps(ids), "--max_new_tokens", "16"])
+    generate = load(folder).generate  # type: ignore[attr-defined]
+    for prompt, completion in zip(ids, ours["completions"], strict=True):
+        out = generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, len(prompt) :].tolist()
+        assert out == completion["token_ids"] and len(out) > 3
+
+
+def test_transformers_generates_our_tokens_from_the_embedded_model(tmp_path, mesh):
+    folder = export(TINY, tmp_path / "out", "--dtype", "float32")
+    assert_generates_the_same(folder, TINY)
+    assert load_file(folder / "model.safetensors").keys() == load_file(TINY / "model.safetensors").keys()
+
+
+def test_transformers_generates_our_tokens_from_a_run(run, tmp_path):
+    assert_generates_the_same(export(run, tmp_path / "out", "--dtype", "float32"), run)
+
+
+def test_bfloat16_is_the_default_and_what_was_bfloat16_is_the_same_to_the_bit(tmp_path):
+    folder = export(TINY, tmp_path / "out")
+    ours, theirs = load_file(folder / "model.safetensors"), load_file(TINY / "model.safetensors")
+    assert {str(x.dtype) for x in ours.values()} == {"bfloat16"}
+    assert all((ours[name].view(np.uint16) == theirs[name].view(np.uint16)).all() for name in theirs)
+    before, after = (json.loads((place / "config.json").read_text()) for place in (TINY, folder))
+    assert after == before  # it is bfloat16 already
+    before, after = (json.loads((place / "generation_config.json").read_text()) for place in (TINY, folder))
+    assert after == before and sorted(load_tokenizer(TINY).stop_ids) == after["eos_token_id"]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_flax_checkpoint_becomes_a_folder_that_transformers_reads(name, small_tokenizer_folder, tmp_path, monkeypatch):
+    """Without any config.json: then it is ours, and says in transformers' words what the preset says."""
+    monkeypatch.setattr("models.convert.MODELS", {"it": read_config(REFERENCES / name)})
+    monkeypatch.setattr(EXPORT, "check_tokenizer", lambda *_: None)  # the small one's pieces are more than these models' rows
+    write_flax(tmp_path / "kaggle" / "it", REFERENCES / name)
+    shutil.copy(small_tokenizer_folder / "tokenizer.json", tmp_path / "kaggle")
+    folder, reference = export(tmp_path / "kaggle", tmp_path / "out", "--dtype", "float32"), REFERENCES / name
+    assert read_config(folder) == read_config(reference)
+    ours, theirs = load_file(folder / "model.safetensors"), load_file(reference / "model.safetensors")
+    assert all((ours[key] == theirs[key]).all() for key in theirs) and ours.keys() == theirs.keys()
+    pytest.importorskip("torch")
+    values = np.load(reference / "reference.npz")
+    rows = [row[:length] for row, length in zip(values["tokens"], values["lengths"], strict=True)]
+    np.testing.assert_allclose(real_logits(load(folder), *pad(rows, "right")), values["right"], rtol=0, atol=1e-5)
+
+
+def test_shards_hold_what_one_file_holds(tmp_path, mesh):
+    source = REFERENCES / "gemma3-gqa"
+    config, one = read_config(source), load_file(source / "model.safetensors")
+    read = find_model(source).open
+    assert read
+    write_weights(tmp_path, tensors(config, read()), "float32", shard_bytes=20_000)
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    assert set(index["weight_map"].values()) == {file.name for file in files}
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in one.values())
+    assert all(file.stat().st_size < 20_000 + 4000 for file in files)
+    params = load_params(tmp_path, config, mesh, STORE)
+    for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(load_params(source, config, mesh, STORE)), strict=True):
+        assert (np.asarray(ours) == np.asarray(theirs)).all()
+
+
+def test_one_tensor_at_a_time_is_made(tmp_path):
+    read, made = find_model(REFERENCES / "gemma2-gqa").open, []
+    assert read
+    weights = tensors(read_config(REFERENCES / "gemma2-gqa"), read())
+    for i, tensor in enumerate(weights):  # each is made when its turn comes, and what came before is on disk or in a buffer
+        make = tensor.make
+        object.__setattr__(tensor, "make", lambda i=i, make=make: made.append(i) or make())
+    write_weights(tmp_path, weights, "float32")
+    assert made == list(range(len(weights)))
+
+
+def test_the_text_part_of_a_multimodal_model_is_a_text_model(tmp_path, small_tokenizer_folder, monkeypatch):
+    """transformers would look for a vision tower, by the base's own config.json."""
+    monkeypatch.setattr(EXPORT, "check_tokenizer", lambda *_: None)
+    source, folder = REFERENCES / "gemma3-gqa", tmp_path / "multimodal"
+    folder.mkdir()
+    values = json.loads((source / "config.json").read_text())
+    inner = {key: value for key, value in values.items() if key != "architectures"}
+    whole = {
+        "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": inner,
+        "torch_dtype": "bfloat16", "vision_config": {"hidden_size": 16}, "image_token_index": 9, "eos_token_id": [1, 106],
+        "mm_tokens_per_image": 256,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(whole))
+    shutil.copy(source / "model.safetensors", folder)
+    shutil.copy(small_tokenizer_folder / "tokenizer.json", folder)
+    out = export(folder, tmp_path / "out", "--dtype", "float32")
+    written = json.loads((out / "config.json").read_text())
+    assert written["architectures"] == ["Gemma3ForCausalLM"] and written["model_type"] == "gemma3_text"
+    assert not {"vision_config", "text_config", "image_token_index", "mm_tokens_per_image"} & written.keys()
+    assert read_config(out) == read_config(folder) == read_config(source)
+    assert text_config(values) == values
+    pytest.importorskip("torch")
+    values = np.load(source / "reference.npz")
+    rows = [row[:length] for row, length in zip(values["tokens"], values["lengths"], strict=True)]
+    np.testing.assert_allclose(real_logits(load(out), *pad(rows, "right")), values["right"], rtol=0, atol=1e-5)
+
+
+# What lies beside the weights.
+
+
+def test_sums_are_of_every_file(tmp_path):
+    folder = export(TINY, tmp_path / "out")
+    sums = dict(line.split("  ")[::-1] for line in (folder / "SHA256SUMS").read_text().splitlines())
+    assert sums == {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir() if file.name != "SHA256SUMS"
+    }
+    assert {"model.safetensors", "tokenizer.json", "README.md"} <= sums.keys()
+
+
+def test_the_tokenizer_is_the_same_and_its_template_gives_our_prompts(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = export(TINY, tmp_path / "out")
+    assert (folder / "tokenizer.json").read_bytes() == (TINY / "tokenizer.json").read_bytes()
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
+    for question in (*QUESTIONS, "  two\n\nlines "):
+        turns = [{"role": "user", "content": question}]
+        text = theirs.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        assert theirs(text, add_special_tokens=False)["input_ids"] == encode_prompt(ours, question)
+
+
+def test_a_template_of_the_base_is_kept(tmp_path):
+    base = Path(shutil.copytree(TINY, tmp_path / "base"))
+    (base / "chat_template.jinja").write_text("its own")
+    assert (export(base, tmp_path / "out") / "chat_template.jinja").read_text() == "its own"
+
+
+def test_the_card_says_what_the_run_measured_and_no_more(run, tmp_path):
+    card = (export(run, tmp_path / "out") / "README.md").read_text()
+    assert "| 7 | 96.8% | 45.0% to 54.0% | 99.8% | 10.0% | 8.0 |" in card and "| 0 | 49.4% |" in card
+    assert '"data": "arithmetic"' in card and "Think.\n\nQUESTION" in card and "Step 7 of a run" in card
+    assert "/home/me" not in card and str(ROOT) not in card
+    early = (export(run / "checkpoints" / "3", tmp_path / "early") / "README.md").read_text()
+    assert "not evaluated at step 3" in early and "%" not in early
+    plain = (export(TINY, tmp_path / "plain") / "README.md").read_text()
+    assert "## Measured" not in plain and "Gemma 3, 0.6M parameters" in plain
+
+
+# What is there already, and mistakes.
+
+
+def test_an_earlier_export_is_replaced_and_nothing_else(run, tmp_path):
+    out = export(TINY, tmp_path / "out", "--dtype", "float32")
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "SHA256SUMS").touch()  # one that was killed
+    export(run, out)
+    assert "Step 7" in (out / "README.md").read_text() and not (tmp_path / "out.part").exists()
+    (out / "notes.txt").write_text("mine")
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    with pytest.raises(ConfigError, match="out is there, and is no earlier export; remove it"):
+        export(TINY, out)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    (tmp_path / "empty").mkdir()
+    export(TINY, tmp_path / "empty")
+    (tmp_path / "other.part").mkdir()
+    (tmp_path / "other.part" / "mine").touch()
+    with pytest.raises(ConfigError, match=r"other\.part is there, and is no earlier export"):
+        export(TINY, tmp_path / "other")
+
+
+def test_mistakes_are_one_line_and_leave_nothing_behind(run, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(TINY / name, bare)
+    for argv, reason in (
+        ((TINY, tmp_path / "file"), "file is there, and is no earlier export"),
+        ((TINY, tmp_path / "file" / "below"), "cannot be written"),
+        ((TINY, TINY), "is the model itself"),
+        ((bare, tmp_path / "out"), "bare holds no tokenizer.json and no tokenizer.model"),
+        ((TINY, tmp_path / "out", "--lora", "peft"), "has no adapters; leave --lora out"),
+        ((tmp_path / "absent", tmp_path / "out"), "absent/config.json is missing"),
+    ):
+        with pytest.raises(ValueError) as error:
+            export(*argv)  # type: ignore[arg-type]
+        assert reason in str(error.value) and "\n" not in str(error.value)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 10**6))  # type: ignore[attr-defined]
+    with pytest.raises(RunError, match="has 1 MB free, 68 MB are needed"):
+        export(TINY, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "file"]
+
+
+def test_a_damaged_checkpoint_is_not_exported(run, tmp_path):
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    files = sorted((copy / "checkpoints" / "7" / "state").rglob("d/*"), key=lambda file: file.stat().st_size)
+    data = files[-1].read_bytes()
+    faults = []
+    for place in range(1000, len(data), len(data) // 12):
+        files[-1].write_bytes(data[:place] + bytes([data[place] ^ 64]) + data[place + 1 :])
+        try:
+            export(copy, tmp_path / "out")
+        except RunError as error:
+            faults.append(str(error))
+            assert not (tmp_path / "out").exists() and not (tmp_path / "out.part").exists()
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert faults and all("is damaged" in fault for fault in faults)
