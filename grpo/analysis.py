@@ -264,7 +264,32 @@ def hard_cases(samples: Records, problems: Records) -> list[dict[str, Any]]:
     return cases
 
 
+def of_lengths(samples: Records, problems: Records = ()) -> dict[str, Any]:
+    """What length has to do with being right, in words of reasoning and in tokens."""
+    found = {}
+    for unit, suffix in (("words", ""), ("tokens", "_tokens")):
+        found[f"by_length{suffix}"] = by_length(samples, problems, unit)
+        found[f"within_problem{suffix}"] = within_problem(samples, unit)
+    return found
+
+
+def of_model(samples: Records, problems: Records) -> dict[str, Any]:
+    """All of one model's samples in an evaluation."""
+    bins = calibration(samples)
+    agreed = {"calibration": bins, "calibration_error": calibration_error(bins)}
+    return of_lengths(samples, problems) | agreed | {"gain_by_difficulty": gain_by_difficulty(samples)}
+
+
 # --------------------------------------------------------------------------------------------------------------- training
+
+
+def of_run(metrics: Records, evaluations: Records, completions: Records) -> dict[str, Any]:
+    """All of a run. Its completions are those of a policy that changes: within a problem of a step it is one."""
+    return {
+        "format_against_accuracy": format_against_accuracy(metrics),
+        "retention": retention(evaluations),
+        **of_lengths(completions),
+    }
 
 
 def format_against_accuracy(metrics: Records, windows: int = 20) -> dict[str, list[Any]]:

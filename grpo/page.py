@@ -21,7 +21,7 @@ from typing import Any
 
 from data import DataError
 from data.problems import Problem
-from grpo.analysis import by_length, calibration, gain_by_difficulty, within_problem
+from grpo import analysis
 from grpo.config import Config, ConfigError
 from grpo.consensus import majority_vote, plain
 from grpo.run import choose_problems
@@ -44,7 +44,30 @@ def read_page(run_dirs: list[Path], evaluation: Path | None, megabytes: float) -
     tokens = read_tokens(run_dirs[0] / "tokens.jsonl", limit, notes)
     completions = read_completions(run_dirs[0], runs[0]["config"], {group["step"] for group in tokens}, limit, notes)
     found = read_evaluation(evaluation, limit, notes) if evaluation else None
-    return {"runs": runs, "completions": completions, "tokens": tokens, "evaluation": found, "notes": notes}
+    gains = rounded(analysis.gain_by_model(read_results(run_dirs, evaluation)))
+    return {
+        "runs": runs, "completions": completions, "tokens": tokens, "evaluation": found, "gain_by_model": gains, "notes": notes,
+    }  # fmt: skip
+
+
+def read_results(run_dirs: list[Path], evaluation: Path | None) -> dict[str, dict[str, Any]]:
+    """Figures of all models that were evaluated, by run and name: `evaluation` is the first run's, the others lie in theirs."""
+    found = {}
+    for i, run in enumerate(run_dirs):
+        folder = evaluation if i == 0 and evaluation else run / "consensus"
+        models = read_object(folder / "result.json", {}, []).get("models", {})
+        found |= {f"{run.resolve().name}, {name}": figures for name, figures in models.items() if figures}
+    return found
+
+
+def read_analyses(run_dir: Path, page: dict[str, Any], evaluation: Path | None) -> dict[str, Any]:
+    """Every analysis of the first run and of its evaluation, with n and interval, as `grpo.analysis` documents them."""
+    lines = [list(records(run_dir / f"{name}.jsonl", [], "step")) for name in ("metrics", "evaluations", "completions")]
+    found: dict[str, Any] = {"run": rounded(analysis.of_run(*lines)), "gain_by_model": page["gain_by_model"]}
+    if evaluation:
+        samples, problems = (list(records(evaluation / f"{name}.jsonl", [])) for name in ("samples", "problems"))
+        found |= {"evaluation": page["evaluation"]["charts"], "hard_cases": analysis.hard_cases(samples, problems)}
+    return found
 
 
 def render(page: dict[str, Any]) -> str:
@@ -202,17 +225,7 @@ def read_evaluation(folder: Path, limit: float, notes: list[str]) -> dict[str, A
         "problems": {key: [problem.get(key) for problem in problems.values()] for key in ("id", "question", "solution")}
         | {"gold": [plain(problem["answer"]) for problem in problems.values()]},
         "models": {name: read_votes(of_model[name], list(problems), heat, kept) for name in names},
-        "charts": {name: rounded(analyse(of_model[name], list(problems.values()))) for name in names},
-    }
-
-
-def analyse(samples: list[dict[str, Any]], problems: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the page draws of one model."""
-    return {
-        "by_length": by_length(samples, problems, "words"),
-        "within_problem": within_problem(samples, "words"),
-        "calibration": calibration(samples),
-        "gain_by_difficulty": gain_by_difficulty(samples),
+        "charts": {name: rounded(analysis.of_model(of_model[name], list(problems.values()))) for name in names},
     }
 
 

@@ -4,9 +4,11 @@
 
 Writes RUN_DIR/report.html, one file that a browser opens without a server and without a network: curves of all runs, and the
 first run's sessions, its groups of completions with the arithmetic of their advantages and losses, and its evaluation. The
-pictures are RUN_DIR/training.png and, of an evaluation, evaluation.png. The last line of standard output is one line of JSON.
+pictures are RUN_DIR/training.png and, of an evaluation, evaluation.png; RUN_DIR/analyses.json has every analysis of
+grpo/analysis.py with its n and intervals. The last line of standard output is one line of JSON.
 """
 
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from typing import Any
 
 from grpo.cli import run_script
 from grpo.config import ConfigError, RunError, flag, parse
-from grpo.page import read_page, render
+from grpo.page import read_analyses, read_page, render
 from grpo.pictures import draw_evaluation, draw_training
 
 
@@ -57,18 +59,20 @@ def main(argv: list[str]) -> dict[str, Any]:
             raise ConfigError(f"evaluation {config.evaluation!r} is no directory")
         evaluation = None
     page = read_page(folders, evaluation, config.megabytes)
-    report = folders[0] / "report.html"
-    text = render(page)
-    try:
-        report.write_text(text, "utf-8")
-    except OSError as error:
-        raise RunError(f"{report} cannot be written: {error.strerror}") from None
+    report, text = folders[0] / "report.html", render(page)
+    analyses = folders[0] / "analyses.json"
+    for path, content in (report, text), (analyses, json.dumps(read_analyses(folders[0], page, evaluation), indent=1) + "\n"):
+        try:
+            path.write_text(content, "utf-8")
+        except OSError as error:
+            raise RunError(f"{path} cannot be written: {error.strerror}") from None
     run = page["runs"][0]
     for note in page["notes"]:
         print(note)
     print(f"{report}  {len(text) / 1e6:.1f} MB: open it in a browser")
     return {
         "report": str(report),
+        "analyses": str(analyses),
         "pictures": draw(folders[0], evaluation),
         "runs": len(folders),
         "steps": len(run["step"]),
