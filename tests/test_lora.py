@@ -21,9 +21,10 @@ from grpo.checkpoint import Checkpoints, sealed
 from grpo.config import Config, ConfigError
 from grpo.load import find_model
 from grpo.update import init_state, narrow, policy, resting_bytes, rollout_view, starting_point
-from models.convert import load_params, read_config, save_params
+from models.convert import load_params, read_config
 from models.gemma import Adapted, Compute, axes, forward, forward_group, linear, token_logprobs
 from models.lora import PROJECTIONS, Adapters, adapter_axes, attach, count_adapters, init_adapters, merge
+from models.save import save_params
 from models.sharding import STORE, TRAIN, make_mesh, reshard, spec
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
