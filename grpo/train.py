@@ -5,6 +5,7 @@ A step is one rollout and its `updates_per_rollout` updates (`one_step`); `Train
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -342,8 +343,23 @@ def train(config: Config) -> dict[str, Any]:
         result = trainer.result() | {"seconds": round(time.monotonic() - started, 1)}
         if is_first():
             write(folder / "result.json", result)
+            picture(folder)
     say(closing_table(result))
     return result
+
+
+def picture(folder: Path) -> None:
+    """The run's dashboard; a fault of drawing is no fault of the run."""
+    try:
+        from grpo.pictures import draw_training  # matplotlib takes a while, and is not needed before
+
+        draw_training(folder, folder / "training.png")
+    except Exception as error:
+        print(
+            f"warning: {folder / 'training.png'} could not be drawn: {' '.join(str(error).split())}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def write(path: Path, value: Any) -> None:
@@ -443,10 +459,11 @@ def closing_table(result: dict[str, Any]) -> str:
                 lines.append(row("  95% interval", ["", *(interval(f) if f else "" for f in kept)]))
     seed = result["seed"] + 1
     tiny = f"python scripts/train.py --seed {seed}"
+    files = "metrics, completions, tokens, evaluations, config, sessions, result, training.png, checkpoints/"
     example = tiny if result["preset"] == "tiny" else f"the same with --seed {seed} --run_dir ANOTHER"
     lines += [
         f"\n{result['steps']} steps, {result['recompilations']} recompilations, {clock(result['seconds'])}",
-        f"files  {result['run_dir']}: metrics, completions, tokens, evaluations, config, sessions, result, checkpoints/",
+        f"files  {result['run_dir']}: {files}",
         f"next   {example}      another seed: how far does luck go?",
     ]
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
     y = x W + (alpha / rank) (x A) B        A [in, J], B [J, out], float32; W in the dtype of activations
 
-Training computes just that (`attach`, then `models.gemma.linear`): W has no gradient, which is a third of the backward pass's
+Training computes just that (`attach`, then `models.gemma.linear`): W has no gradient, which is half of the backward pass's
 products, no moments, and is its own reference, with the adapters left off. Sampling reads one weight a projection (`merge`),
 so that it costs what it costs without adapters. Left out: dropout, DoRA, adapters on the embedding, several at a time.
 """

@@ -138,9 +138,9 @@ def abstract(shape: list[int], dtype: Any, letters: str, rules: Rules, mesh: Mes
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec(letters, rules)))
 
 
-def trained_axes(plan: Plan) -> Any:
-    """The letters of what is trained."""
-    return adapter_axes(plan.model, plan.config.lora_names) if plan.config.lora_rank else axes(plan.model)
+def lora_axes(plan: Plan) -> Any:
+    """The letters of the adapters; None without LoRA."""
+    return adapter_axes(plan.model, plan.config.lora_names) if plan.config.lora_rank else None
 
 
 def abstract_tree(plan: Plan, tree: Any, dtype: str) -> Any:
@@ -151,10 +151,11 @@ def abstract_tree(plan: Plan, tree: Any, dtype: str) -> Any:
 
 @dataclass(frozen=True)
 class Program:
-    """One program of a step: how to lower it, and what lies in memory beside its own arguments while it runs."""
+    """One program of a step: how to lower it, what lies in memory beside its arguments, the letters of its adapters."""
 
     lower: Callable[[], Any]
     beside: list[Any]
+    adapters: Any = None
 
 
 def abstract_batch(plan: Plan) -> Batch:
@@ -188,7 +189,8 @@ def programs(plan: Plan) -> dict[str, Program]:
     sampling = Sampling(config.max_new_tokens, STOP_IDS, config.top_k, config.top_p, config.halvings)
 
     batch, train = abstract_batch(plan), training(plan)
-    state = on(partial(init_state, config=config), abstract_tree(plan, trained_axes(plan), "float32"))
+    adapters = lora_axes(plan)
+    state = on(partial(init_state, config=config), abstract_tree(plan, adapters or axes(model), "float32"))
     frozen = abstract_tree(plan, axes(model), plan.dtype)
     base, reference = frozen if config.lora_rank else None, frozen if config.beta else None  # with LoRA the same weights
     weights, apart = policy(state.params, base, config), None if config.lora_rank else reference
@@ -200,7 +202,7 @@ def programs(plan: Plan) -> dict[str, Program]:
     old = logprobs if config.updates_per_rollout > 1 else None
     given = replace(batch, ref_logprobs=logprobs if config.beta else None, old_logprobs=old)
     found = {
-        "view": Program(lambda: rollout_view.lower(weights, model, sample), [state.opt_state, apart]),
+        "view": Program(lambda: rollout_view.lower(weights, model, sample), [state.opt_state, apart], adapters),
         "prefill": Program(lambda: prefill.lower(view, batch.prompts, batch.lengths, model, sample), [state, base or apart]),
         "decode": Program(
             lambda: decode.lower(view, prefix, keys, heat, limits, model, sample, sampling), [state, base or apart]
@@ -210,9 +212,11 @@ def programs(plan: Plan) -> dict[str, Program]:
         found["reference"] = Program(lambda: completion_logprobs.lower(reference, batch, model, train, config), [state])
     if old is not None:
         found["old"] = Program(
-            lambda: completion_logprobs.lower(weights, batch, model, train, config), [state.opt_state, apart]
+            lambda: completion_logprobs.lower(weights, batch, model, train, config), [state.opt_state, apart], adapters
         )
-    found["update"] = Program(lambda: train_step.lower(state, given, config.learning_rate, model, train, config, base), [apart])
+    found["update"] = Program(
+        lambda: train_step.lower(state, given, config.learning_rate, model, train, config, base), [apart], adapters
+    )
     return found
 
 
@@ -236,10 +240,10 @@ def bounds(plan: Plan) -> dict[str, roofline.Bound]:
     }
 
 
-def weight_shapes(plan: Plan) -> set[tuple[int, ...]]:
+def weight_shapes(plan: Plan, adapters: Any) -> set[tuple[int, ...]]:
     """Each matrix as it may travel: whole or a device's part, one layer or all; sizes sorted, as gradients come transposed."""
     found = set()
-    for leaf in jax.tree.leaves((axes(plan.model), trained_axes(plan))):
+    for leaf in jax.tree.leaves((axes(plan.model), adapters)):
         shape = tuple(plan.sizes[letter] for letter in leaf)
         for rules in (Rules(), STORE, ROLLOUT):
             part = NamedSharding(plan.mesh, spec(leaf, rules)).shard_shape(shape)
@@ -262,7 +266,8 @@ def examine(program: Program, plan: Plan) -> dict[str, Any]:
         return {"peak_gib": None, "beside_gib": beside / GIB, "error": str(error).splitlines()[0]}
     module = compiled.parse(built.as_text())
     trips = [(loop.condition, loop.body) for loop in compiled.open_loops(module)] or [(module.entry,)]
-    moved = [traffic(module, parts, plan) for parts in trips]
+    weights = weight_shapes(plan, program.adapters)
+    moved = [traffic(module, parts, weights, plan) for parts in trips]
     heaviest = max(moved, key=lambda figures: figures["collective_bytes_per_step"])
     return {
         "peak_gib": built.memory_analysis().peak_memory_in_bytes / GIB,
@@ -274,10 +279,10 @@ def examine(program: Program, plan: Plan) -> dict[str, Any]:
     }
 
 
-def traffic(module: compiled.Module, parts: tuple[str, ...], plan: Plan) -> dict[str, Any]:
+def traffic(module: compiled.Module, parts: tuple[str, ...], weights: set[tuple[int, ...]], plan: Plan) -> dict[str, Any]:
     """What a device receives and copies while `parts` of a program run once."""
     moved = compiled.collectives(module, *parts)
-    gathered, reduced = weight_traffic(moved, plan)
+    gathered, reduced = weight_traffic(moved, weights, plan)
     return {
         "collective_bytes_per_step": sum(collective.bytes for collective in moved),
         "weight_bytes_gathered_per_step": gathered,
@@ -293,13 +298,13 @@ def device_bytes(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def weight_traffic(moved: list[compiled.Collective], plan: Plan) -> tuple[float, float]:
+def weight_traffic(moved: list[compiled.Collective], weights: set[tuple[int, ...]], plan: Plan) -> tuple[float, float]:
     """Bytes received of weights on their way to where they are used, and of their gradients on the way back.
 
     Told by their shapes; [rows, D] is taken for activations even where some matrix has that shape too. A permutation is
     counted with the gradients: the TPU compiler sums them in rings, a product a hop.
     """
-    weights, counts = weight_shapes(plan), (plan.config.prompts_per_step, plan.config.rows)
+    counts = plan.config.prompts_per_step, plan.config.rows
     rows = {count // parts for count in counts for parts in (1, plan.mesh.shape["fsdp"], plan.mesh.shape["tp"], plan.mesh.size)}
 
     def is_weight(collective: compiled.Collective) -> bool:
@@ -349,7 +354,7 @@ def search(plan: Plan, figures: dict[str, Any]) -> dict[str, int]:
     """The largest prompts_per_step, and apart from it the largest max_new_tokens, with which decode and update fit."""
     config, limit = plan.config, plan.memory / GIB
     binding = ("decode", "update")
-    state = 3 * device_bytes(abstract_tree(plan, trained_axes(plan), "float32"))
+    state = 3 * device_bytes(abstract_tree(plan, lora_axes(plan) or axes(plan.model), "float32"))
     base = device_bytes(abstract_tree(plan, axes(plan.model), plan.dtype)) if config.lora_rank else 0
     fixed = figures["update"]["beside_gib"] + (state + base) / GIB
     need = max(total_gib(figures[name]) for name in binding)

@@ -54,6 +54,13 @@ def test_sessions_one_by_one_are_sessions_in_a_row(config, in_a_row, tmp_path):
         assert read_files(first)[name] == in_a_row[1][name]
 
 
+def test_a_run_ends_with_its_picture_and_a_fault_of_drawing_is_a_warning(config, in_a_row, tmp_path, capsys):
+    assert (Path(config.run_dir) / "training.png").read_bytes().startswith(b"\x89PNG")
+    grpo.train.picture(tmp_path)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {tmp_path / 'training.png'} could not be drawn: ")
+
+
 def test_the_problems_of_every_step_are_those_of_the_plan_and_are_recorded(config, in_a_row):
     problems = grpo.run.choose_problems(config)[0]
     sessions = plan_sessions(config, len(problems))

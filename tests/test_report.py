@@ -1,0 +1,79 @@
+"""Laws of scripts/report.py, called in process."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from test_page import make_evaluation, make_run
+from test_sample import load
+
+from grpo.config import ConfigError, RunError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    make_run(folder / "run")
+    make_evaluation(folder / "run" / "consensus")
+    return folder
+
+
+def test_a_page_of_a_run_and_what_it_holds(folder, capsys):
+    result = load("report")([str(folder / "run"), str(folder / "run"), "--megabytes", "0.01"])
+    report = folder / "run" / "report.html"
+    assert (result["report"], result["bytes"]) == (str(report), report.stat().st_size)
+    assert (result["runs"], result["steps"], result["groups_with_tokens"]) == (2, 40, 1)
+    assert result["completions"] + result["completions_left_out"] == 320 and 0 < result["completions"] < 320
+    assert "completions are not in this page" in capsys.readouterr().out
+    json.dumps(result, allow_nan=False)
+
+
+def test_pictures_of_what_has_come_that_far(folder, tmp_path, monkeypatch):
+    """Of a run with sessions, and of an evaluation with a result."""
+    main, drawn = load("report"), []
+    for name in ("draw_training", "draw_evaluation"):
+        monkeypatch.setattr(sys.modules["report"], name, lambda source, path: drawn.append((source, path)))
+    run, evaluation = folder / "run", tmp_path / "evaluation"
+    assert main([str(run)])["pictures"] == [str(run / "training.png")]
+    shutil.copytree(run / "consensus", evaluation)
+    (evaluation / "result.json").write_text("{}")
+    result = main([str(run), "--evaluation", str(evaluation)])
+    assert result["pictures"] == [str(run / "training.png"), str(run / "evaluation.png")]
+    assert drawn == [(run, run / "training.png")] * 2 + [(evaluation, run / "evaluation.png")]
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "give the directory of a run"),
+        (["NONE"], "run_dir '.*NONE' holds no run"),
+        (["run", "--evaluation", "NONE"], "evaluation '.*NONE' is no directory"),
+        (["run", "--evaluation", "run"], "evaluation '.*run' holds none"),
+        (["run", "--megabytes", "-1"], "megabytes -1.0 must be at least 0"),
+    ],
+)
+def test_the_users_mistakes(folder, argv, message):
+    words = [str(folder / word) if word in ("run", "NONE") else word for word in argv]
+    with pytest.raises(ConfigError, match=message):
+        load("report")(words)
+
+
+def test_a_fault_of_drawing_is_a_warning(folder, capsys, monkeypatch):
+    main = load("report")
+
+    def broken(source, path):
+        raise ValueError("no such\naxis")
+
+    monkeypatch.setattr(sys.modules["report"], "draw_training", broken)
+    result = main([str(folder / "run")])
+    assert result["pictures"] == [] and Path(result["report"]).is_file()
+    assert capsys.readouterr().err == f"warning: {folder / 'run' / 'training.png'} could not be drawn: no such axis\n"
+
+
+def test_a_page_that_cannot_be_written(folder, tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "report.html").mkdir()
+    with pytest.raises(RunError, match=r"report.html cannot be written: Is a directory"):
+        load("report")([str(run)])
