@@ -120,7 +120,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         text = tokenizer.decode(ids) if tokenizer else ""
         completions.append({"token_ids": ids, "logprobs": samples.logprobs[b, :length].tolist(), "text": text})
         print(text if tokenizer else " ".join(map(str, ids)), end="\n\n" if b < count * G - 1 else "\n")
-    return {"model_path": str(folder), "seconds": round(seconds, 2), "completions": completions}
+    return {"model_path": config.model_path, "seconds": round(seconds, 2), "completions": completions}
 
 
 if __name__ == "__main__":
