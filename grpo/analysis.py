@@ -299,7 +299,6 @@ def format_against_accuracy(metrics: Records, windows: int = 20) -> dict[str, li
     `well_formed` is the accuracy among well-formed completions: when format improves and it does not, the model has learned
     the form only.
     """
-    width = max(-(-len(metrics) // windows), 1)
     names = {
         "reasoning": "format/reasoning",
         "answer": "format/answer",
@@ -307,6 +306,8 @@ def format_against_accuracy(metrics: Records, windows: int = 20) -> dict[str, li
         "accuracy": "accuracy",
         "accuracy_strict": "accuracy/strict",
     }
+    metrics = [record for record in metrics if all(record.get(key) is not None for key in names.values())]
+    width = max(-(-len(metrics) // windows), 1)
     found: dict[str, list[Any]] = {name: [] for name in ("step", "n", *names, "well_formed", "low", "high")}
     for start in range(0, len(metrics), width):
         window = metrics[start : start + width]

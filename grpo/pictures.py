@@ -7,7 +7,8 @@ themselves (analysis.py, consensus.py).
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
+
+
+def attempt(draw: Callable[[Path, Path], None], source: Path, path: Path) -> bool:
+    """Whether a picture could be drawn: a fault of drawing is a warning, and no fault of the run that it shows."""
+    try:
+        draw(source, path)
+        return True
+    except Exception as error:
+        print(f"warning: {path} could not be drawn: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return False
 
 
 def save(figure: Figure, headline: str, note: str, path: Path) -> None:

@@ -5,7 +5,6 @@ A step is one rollout and its `updates_per_rollout` updates (`one_step`); `Train
 
 import json
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -349,17 +348,10 @@ def train(config: Config) -> dict[str, Any]:
 
 
 def picture(folder: Path) -> None:
-    """The run's dashboard; a fault of drawing is no fault of the run."""
-    try:
-        from grpo.pictures import draw_training  # matplotlib takes a while, and is not needed before
+    """The run's dashboard."""
+    from grpo.pictures import attempt, draw_training  # matplotlib takes a while, and is not needed before
 
-        draw_training(folder, folder / "training.png")
-    except Exception as error:
-        print(
-            f"warning: {folder / 'training.png'} could not be drawn: {' '.join(str(error).split())}",
-            file=sys.stderr,
-            flush=True,
-        )
+    attempt(draw_training, folder, folder / "training.png")
 
 
 def write(path: Path, value: Any) -> None:

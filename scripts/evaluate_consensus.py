@@ -15,9 +15,9 @@ What has no answer abstains; a tie goes to the answer with the coldest supporter
 is wrong, and so is one that --max_prompt_tokens leaves out. pass@k: one of k voters at least is right; maj@k: the vote of k is;
 both are means over all subsets of k.
 
-Samples are written as they end: the same command goes on where it stopped. The last line of standard output is one line of
-JSON; outside `models`, its `fixed`, `broke`, `both_right`, `both_wrong`, `mcnemar_p` and `agreement` are the trained model's,
-of its vote against its single pass (tagged).
+Samples are written as they end: the same command goes on where it stopped; evaluation.png shows the result in one look. The
+last line of standard output is one line of JSON; outside `models`, its `fixed`, `broke`, `both_right`, `both_wrong`,
+`mcnemar_p` and `agreement` are the trained model's, of its vote against its single pass (tagged).
 """
 
 import sys
@@ -35,6 +35,7 @@ from grpo.evaluate import Completion
 from grpo.interrupts import Interrupts, Stopped
 from grpo.load import Model, find_model
 from grpo.metrics import clock
+from grpo.pictures import attempt, draw_evaluation
 from grpo.run import choose_problems
 from grpo.vote import open_evaluation
 from models.sharding import activation_dtype, check_divides, make_mesh
@@ -168,6 +169,7 @@ def main(argv: list[str]) -> dict[str, Any]:
             raise
         result = evaluation.result(list(models))
     print(table(result, len(temperatures)))
+    attempt(draw_evaluation, folder, folder / "evaluation.png")
     return result
 
 

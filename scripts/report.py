@@ -18,7 +18,7 @@ from typing import Any
 from grpo.cli import run_script
 from grpo.config import ConfigError, RunError, flag, parse
 from grpo.page import read_analyses, read_page, render
-from grpo.pictures import draw_evaluation, draw_training
+from grpo.pictures import attempt, draw_evaluation, draw_training
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,13 @@ class ReportConfig:
 
 
 def draw(folder: Path, evaluation: Path | None) -> list[str]:
-    """The pictures of a run and of its evaluation, if they have come that far. A fault of drawing is none of the page."""
+    """The pictures of a run and of its evaluation, if they have come that far."""
     pictures = []
-    for name, source, needed, picture in (
-        ("training.png", folder, "sessions.json", draw_training),
-        ("evaluation.png", evaluation, "result.json", draw_evaluation),
-    ):
-        if source and (source / needed).is_file():
-            try:
-                picture(source, folder / name)
-                pictures.append(str(folder / name))
-            except Exception as error:
-                print(f"warning: {folder / name} could not be drawn: {' '.join(str(error).split())}", file=sys.stderr)
+    if (folder / "sessions.json").is_file() and attempt(draw_training, folder, folder / "training.png"):
+        pictures.append(str(folder / "training.png"))
+    evaluated = evaluation if evaluation and (evaluation / "result.json").is_file() else None
+    if evaluated and attempt(draw_evaluation, evaluated, folder / "evaluation.png"):
+        pictures.append(str(folder / "evaluation.png"))
     return pictures
 
 

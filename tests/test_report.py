@@ -30,6 +30,20 @@ def test_a_page_of_a_run_and_what_it_holds(folder, capsys):
     json.dumps(result, allow_nan=False)
 
 
+def test_every_analysis_of_the_run_and_of_its_evaluation_is_in_one_file(folder):
+    run = folder / "run"
+    result = load("report")([str(run)])
+    found = json.loads(Path(result["analyses"]).read_text(), parse_constant=pytest.fail)
+    assert set(found) == {"run", "gain_by_model", "evaluation", "hard_cases"}
+    completions = (run / "completions.jsonl").read_text().splitlines()
+    assert sum(bin["n"] for bin in found["run"]["by_length"]) == len(completions) == 320
+    for of_model in found["evaluation"].values():
+        assert sum(bin["n"] for bin in of_model["by_length_tokens"]) > 0 <= of_model["calibration_error"]
+        assert {"by_length", "within_problem", "calibration", "gain_by_difficulty"} < set(of_model)
+    problems = [json.loads(line) for line in (run / "consensus" / "problems.jsonl").read_text().splitlines()]
+    assert {case["id"] for case in found["hard_cases"]} <= {problem["id"] for problem in problems}
+
+
 def test_pictures_of_what_has_come_that_far(folder, tmp_path, monkeypatch):
     """Of a run with sessions, and of an evaluation with a result."""
     main, drawn = load("report"), []
