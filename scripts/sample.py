@@ -86,7 +86,6 @@ def stop_ids(folder: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
 def main(argv: list[str]) -> dict[str, Any]:
     config = parse(SampleConfig, argv, __doc__ or "")
     source = find_model(config.model_path, config.base_path, config.adapter_alpha)
-    print(source.line, file=sys.stderr)
     folder, model = source.folder, source.config
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     tokenizer = load_tokenizer(folder) if has_tokenizer or config.prompt else None
@@ -98,6 +97,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         assert tokenizer
         text = render_prompt(config.prompt, config.system_prompt)
         prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] if config.raw else encode_prompt(tokenizer, text)]
+    print(source.line, file=sys.stderr)
     mesh = make_mesh(config.rollout_tp)
     count, G = len(prompts), config.samples
     padded = prompts + [prompts[0]] * (-count % mesh.size)  # rows must divide over the devices; the copies are not shown
