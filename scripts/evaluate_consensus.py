@@ -23,6 +23,7 @@ last line of standard output is one line of JSON; outside `models`, its `fixed`,
 import sys
 import time
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +146,8 @@ def sampling_config(config: ConsensusConfig, run: Config, voters: int, devices: 
 def main(argv: list[str]) -> dict[str, Any]:
     config = parse(ConsensusConfig, argv, __doc__ or "")
     model, temperatures = find_model(config.model_path, config.base_path, config.adapter_alpha), read_temperatures(config)
-    base_path = config.base_path or model.base
-    models = ({"base": find_model(base_path)} if base_path else {}) | {"trained": model}
+    find_base = model.trained_from or (partial(find_model, config.base_path) if config.base_path else None)
+    models = ({"base": find_base()} if find_base else {}) | {"trained": model}
     run, mesh = training_config(model), make_mesh(config.rollout_tp)
     if config.batch_size:
         check_divides("batch_size", config.batch_size, mesh)

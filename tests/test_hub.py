@@ -14,7 +14,7 @@ from foreign import write_flax
 from make_references import REFERENCES
 
 from grpo.config import TINY_MODEL, ConfigError
-from grpo.hub import fetch
+from grpo.hub import download
 from grpo.load import find_model
 from models.convert import read_config
 
@@ -23,10 +23,10 @@ FILES = {path.name: path.read_bytes() for path in Path(TINY_MODEL).iterdir() if 
 FETCH = """
 import json, sys
 from grpo.config import ConfigError
-from grpo.hub import fetch
+from grpo.hub import download
 for name in sys.argv[1:]:
     try:
-        print(json.dumps(str(fetch(name))))
+        print(json.dumps(str(download(name))))
     except ConfigError as error:
         print(json.dumps("error: " + str(error)))
 """
@@ -122,7 +122,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
     for package, name, extra in (("huggingface_hub", "hf:me/tiny", "hub"), ("kagglehub", "kaggle:a/b/flax/c", "kaggle")):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(ConfigError, match=rf"needs the package {package}: pip install 'grpo-gemma\[{extra}\]'"):
-            fetch(name)
+            download(name)
 
 
 def test_a_kaggle_model_is_what_kagglehub_downloads(tmp_path, monkeypatch):
@@ -154,15 +154,15 @@ def test_what_kaggle_refuses_is_one_line(status, reason, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "kagglehub", SimpleNamespace(model_download=refuse))
     with pytest.raises(ConfigError) as error:
-        fetch("kaggle:a/b/flax/c")
+        download("kaggle:a/b/flax/c")
     assert str(error.value).startswith(f"kaggle:a/b/flax/c {reason}") and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["kaggle:google/gemma-2", "kaggle:a/b/c", "kaggle:a/b/c/d/1/more", "hf:a/b/c", "hf:"])
 def test_a_name_that_is_none_says_how_it_would_be_one(name):
     with pytest.raises(ConfigError, match=r"must be (kaggle:OWNER/MODEL/FRAMEWORK/VARIATION|hf:OWNER/NAME)"):
-        fetch(name)
+        download(name)
 
 
 def test_any_other_path_is_itself():
-    assert fetch("models/tiny") == Path("models/tiny") and fetch(Path("/a:b")) == Path("/a:b")
+    assert download("models/tiny") == Path("models/tiny") and download(Path("/a:b")) == Path("/a:b")
