@@ -29,7 +29,10 @@ def download_hugging_face(name: str) -> Path:
     except ImportError:
         raise ConfigError(f"hf:{name} needs the package huggingface_hub: pip install 'grpo-gemma[hub]'") from None
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(FILES)))
+        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(FILES)))
+        if any(folder.rglob("*.safetensors")):
+            return folder
+        reason = "has no safetensors; download a GGUF file or a Flax checkpoint yourself, and give its path"
     except GatedRepoError:
         reason = f"asks for a licence: accept it on https://huggingface.co/{repository}, and set HF_TOKEN"
     except RevisionNotFoundError:

@@ -133,8 +133,6 @@ def read_tunix(path: Path, config: GemmaConfig, alpha: float) -> Adapters:
 class AdapterFile(Safetensors):
     """`adapter_model.safetensors`, its names those of the model's weights."""
 
-    kind = "PEFT adapter"
-
     def __init__(self, folder: Path):
         self.path, self.handles = folder, {}
         self.files = dict.fromkeys(self.opened(folder / WEIGHTS).keys(), folder / WEIGHTS)
