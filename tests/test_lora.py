@@ -23,7 +23,7 @@ from grpo.load import find_model
 from grpo.update import init_state, narrow, policy, resting_bytes, rollout_view, starting_point
 from models.convert import load_params, read_config
 from models.gemma import Adapted, Compute, axes, forward, forward_group, linear, token_logprobs
-from models.lora import PROJECTIONS, Adapters, adapter_axes, attach, count_adapters, init_adapters, merge
+from models.lora import PROJECTIONS, Adapters, adapter_axes, attach, count_adapters, init_adapters, merge, merged
 from models.save import save_params
 from models.sharding import STORE, TRAIN, make_mesh, reshard, spec
 
@@ -177,6 +177,14 @@ def gradients_of(adapters, params, prompts, lengths, completions, config, comput
         return (logprobs * jnp.sin(jnp.arange(completions.shape[1]))).sum()
 
     return jax.value_and_grad(total)(adapters)
+
+
+@pytest.mark.parametrize("dtype, asked", [("float32", "HIGHEST"), ("bfloat16", "DEFAULT")])
+def test_float32_is_merged_in_float32(dtype, asked, one_device):
+    """A TPU would take bfloat16 for the product otherwise."""
+    weight = Adapted(jnp.ones((2, 8, 6), dtype), jnp.ones((2, 8, RANK)), jnp.ones((2, RANK, 6)), SCALE)
+    (product,) = re.findall(r"dot_general.*", jax.jit(merged).lower(weight).as_text())
+    assert f"precision = [{asked}, {asked}]" in product
 
 
 def test_eight_devices_give_the_gradients_and_the_merged_weights_of_one():
