@@ -212,7 +212,11 @@ def read_evaluation(folder: Path, limit: float, notes: list[str]) -> dict[str, A
     of_model = {name: [sample for sample in samples if sample["model"] == name] for name in names}
     missing = len(names) * len(problems) * (1 + len(heat)) - len(samples)
     if missing:
-        notes.append(f"Evaluation: {missing:,} samples are missing, and count as wrong")
+        notes.append(
+            f"Evaluation: {missing:,} samples are missing. In the table and the list of votes they count as wrong; "
+            "calibration, gain by difficulty and the hard cases of analyses.json leave out their problems; "
+            "accuracy by length is of those that are there"
+        )
     sizes: Counter[str] = Counter()
     for sample in samples:
         sizes[sample["problem"]] += len(sample["text"])
