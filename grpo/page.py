@@ -51,13 +51,26 @@ def read_page(run_dirs: list[Path], evaluation: Path | None, megabytes: float) -
 
 
 def read_results(run_dirs: list[Path], evaluation: Path | None) -> dict[str, dict[str, Any]]:
-    """Figures of all models that were evaluated, by run and name: `evaluation` is the first run's, the others lie in theirs."""
-    found = {}
-    for i, run in enumerate(run_dirs):
-        folder = evaluation if i == 0 and evaluation else run / "consensus"
-        models = read_object(folder / "result.json", {}, []).get("models", {})
-        found |= {f"{run.resolve().name}, {name}": figures for name, figures in models.items() if figures}
+    """Figures of all models that were evaluated, by run, step and name: `RUN, trained`, `RUN, step 60, trained`. A run's base
+    is in each of its evaluations, and told once. `evaluation` is the first run's too, wherever it lies.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for run in run_dirs:
+        folders = [evaluation] if evaluation and run == run_dirs[0] else []
+        for folder in dict.fromkeys(path.resolve() for path in [*folders, *find_evaluations(run)]):
+            step = folder.name.removeprefix("consensus-")
+            for name, figures in read_object(folder / "result.json", {}, []).get("models", {}).items():
+                words = [run.resolve().name, *([f"step {step}"] if step.isdecimal() and name != "base" else []), name]
+                if figures:
+                    found.setdefault(", ".join(words), figures)
     return found
+
+
+def find_evaluations(run: Path) -> list[Path]:
+    """RUN/consensus and every RUN/consensus-STEP that are there, the latest step first."""
+    steps = [path for path in run.glob("consensus-*") if path.name.removeprefix("consensus-").isdecimal()]
+    steps.sort(key=lambda path: int(path.name.removeprefix("consensus-")), reverse=True)
+    return [path for path in (run / "consensus", *steps) if path.is_dir()]
 
 
 def read_analyses(run_dir: Path, page: dict[str, Any], evaluation: Path | None) -> dict[str, Any]:

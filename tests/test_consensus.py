@@ -107,7 +107,7 @@ def test_maj_at_k_is_the_share_of_subsets_whose_vote_is_right(seed):
 
 
 def test_many_voters_take_milliseconds():
-    """Of 128, half right and the others as spread as can be, or in a few camps: an evaluation has thousands of such problems."""
+    """Of 128, half right and the others as spread as can be, or in a few camps: an evaluation has thousands of these."""
     heat = [i / 128 for i in range(128)]
     for wrong in (64, 7):
         answers = [str(-1 - i // 2 % wrong) if i % 2 else "18" for i in range(128)]
