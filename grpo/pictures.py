@@ -285,7 +285,8 @@ def draw_seconds(ax: Axes, run: Steps) -> None:
         for phase, seconds, colour in zip([*phases, "other"], [*parts, rest], colours, strict=True):
             ax.stairs(bottom + seconds, edges, baseline=bottom, color=colour, label=phase, fill=True)
             bottom = bottom + seconds
-        ax.set_ylim(0, 1.25 * np.percentile(whole, 90) if len(whole) > 5 else None)
+        top = 1.25 * np.percentile(whole, 90) if len(whole) > 5 else 0
+        ax.set_ylim(0, top or None)
     cut = bool((whole > ax.get_ylim()[1]).any())
     run.finish(ax, "Time", "seconds a step" + " (the longest are cut)" * cut)
 
