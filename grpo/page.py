@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from data.problems import Problem
 from grpo import analysis
 from grpo.config import Config, ConfigError
 from grpo.consensus import majority_vote, plain
+from grpo.records import records
 from grpo.run import choose_problems
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -259,24 +260,6 @@ def read_votes(samples: list[dict[str, Any]], ids: list[str], heat: list[float],
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
-
-
-def records(path: Path, notes: list[str], *keys: str) -> Iterator[dict[str, Any]]:
-    """The records of a file of one JSON object a line; none without a file. What is none, or lacks one of `keys`, is noted."""
-    broken = 0
-    if path.is_file():
-        with path.open(encoding="utf-8", errors="replace", newline="\n") as file:  # a completion may hold U+2028
-            for line in file:
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    record = None
-                if isinstance(record, dict) and all(key in record for key in keys):
-                    yield record
-                else:
-                    broken += line.endswith("\n")  # a run that goes on may be writing its last line
-    if broken:
-        notes.append(f"{broken} lines of {path.name} are no records, and are left out")
 
 
 def read_object(path: Path, missing: Any, notes: list[str]) -> Any:
