@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data.problems import HUB_ID
 from data.prompts import render_prompt
+from grpo.hub import HUBS
 from grpo.load import Model
 
 CARD = """---
@@ -28,6 +30,7 @@ USE = {
     "peft": 'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "DIR")',
 }
 PRIVATE = ("run_dir", "relay_from", "coordinator", "process_id", "processes", "allow_change")  # of this machine
+PATHS = ("model_path", "base_path", "data", "eval_data", "reward")
 
 
 def model_card(model: Model, name: str, dtype: str, lora: str) -> str:
@@ -41,12 +44,19 @@ def model_card(model: Model, name: str, dtype: str, lora: str) -> str:
 def trained(model: Model) -> str:
     """The settings of the run, and how its prompts were made."""
     config = {key: value for key, value in model.meta["config"].items() if key not in PRIVATE}
-    config["model_path"] = config["model_path"].rpartition("/")[2]
+    config |= {key: public(config[key]) for key in PATHS if config.get(key)}
     prompt = render_prompt("QUESTION", config.get("system_prompt", ""))
     return (
         f"\n## Training\n\nStep {model.meta['step']} of a run by GRPO with these settings:\n\n```json\n"
         f"{json.dumps(config, indent=1)}\n```\n\nThe user's turn of every prompt was\n\n```\n{prompt}\n```\n"
     )
+
+
+def public(path: str) -> str:
+    """Without the folders of this machine: /home/me/one.py:f,two.py:g -> one.py:f,two.py:g. What others can find is kept."""
+    if path.startswith((*HUBS, HUB_ID)):
+        return path
+    return ",".join(Path(part).name for part in path.split(","))
 
 
 def measured(model: Model) -> str:
@@ -59,7 +69,7 @@ def measured(model: Model) -> str:
     for at in dict.fromkeys([0, step]):
         if at in lines:
             rows.append(row(at, lines[at]["accuracy"]))
-    held_out = config.get("eval_data") or f"problems held out from {config.get('data')}"
+    held_out = public(config.get("eval_data", "")) or f"problems held out from {public(config.get('data', ''))}"
     count = lines[step]["accuracy"]["n"]
     return f"\n## Measured\n\nOn {count} problems ({held_out}), by the run itself:\n\n" + "\n".join(rows) + "\n"
 

@@ -5,7 +5,7 @@
 
 `meta` says what the state belongs to, and holds a digest of each leaf, the same on any devices. A checkpoint is written while
 training goes on, then read back and compared; only then does it count, and an older one is given up. On restoring, the newest
-one whose digests agree is taken. Left out: exporting to other formats (models/convert.py).
+one whose digests agree is taken. Left out: other formats (models/save.py, scripts/export.py).
 """
 
 import hashlib

@@ -11,15 +11,15 @@ HUBS = ("hf:", "kaggle:")
 FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja")  # never a pickle
 
 
-def fetch(path: str | Path) -> Path:
+def download(path: str | Path) -> Path:
     """`path` itself, or where what it names has been downloaded to. Raises ConfigError."""
     kind, _, name = str(path).partition(":")
     if kind == "hf":
-        return fetch_hugging_face(name)
-    return fetch_kaggle(name) if kind == "kaggle" else Path(path)
+        return download_hugging_face(name)
+    return download_kaggle(name) if kind == "kaggle" else Path(path)
 
 
-def fetch_hugging_face(name: str) -> Path:
+def download_hugging_face(name: str) -> Path:
     repository, _, revision = name.partition("@")
     if repository.count("/") != 1:
         raise ConfigError(f"hf:{name} must be hf:OWNER/NAME or hf:OWNER/NAME@REVISION, such as hf:google/gemma-2-2b-it")
@@ -29,7 +29,10 @@ def fetch_hugging_face(name: str) -> Path:
     except ImportError:
         raise ConfigError(f"hf:{name} needs the package huggingface_hub: pip install 'grpo-gemma[hub]'") from None
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(FILES)))
+        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(FILES)))
+        if any(folder.rglob("*.safetensors")):
+            return folder
+        reason = "has no safetensors; download a GGUF file or a Flax checkpoint yourself, and give its path"
     except GatedRepoError:
         reason = f"asks for a licence: accept it on https://huggingface.co/{repository}, and set HF_TOKEN"
     except RevisionNotFoundError:
@@ -41,7 +44,7 @@ def fetch_hugging_face(name: str) -> Path:
     raise ConfigError(f"hf:{name} {reason}")
 
 
-def fetch_kaggle(name: str) -> Path:
+def download_kaggle(name: str) -> Path:
     if name.count("/") not in (3, 4):
         raise ConfigError(
             f"kaggle:{name} must be kaggle:OWNER/MODEL/FRAMEWORK/VARIATION, such as kaggle:google/gemma-2/flax/gemma2-2b-it"

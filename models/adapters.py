@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from models import ModelError, names
@@ -26,6 +27,7 @@ from models.names import HEADS, Place
 from models.save import Tensor, write_json, write_safetensors
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+CACHED = 2**16  # elements of a product under way at a time: what stays in a cache
 
 
 @dataclass(frozen=True)
@@ -36,21 +38,37 @@ class Adapters:
     rank: int
     scale: float
 
-    @property
-    def size(self) -> int:
-        return sum(one.a.size + one.b.size for one in self.weights.values())
+    def on(self, read: Reader, dtype: str = "float32") -> Reader:
+        """The base that `read` gives with these adapters merged into it, as training in `dtype` merges them.
 
-    def on(self, read: Reader) -> Reader:
-        """The base that `read` gives with these adapters merged into it, in float32."""
+        An element is the same to the bit on every machine and whatever slice it is read in, so that a digest of it is too.
+        """
 
         def merged(leaf: str, layer: int, index: Any) -> np.ndarray:
             base, found = read(leaf, layer, index), self.weights.get(leaf.removeprefix("layers."))
             if found is None:
                 return base
             rows, columns = index
-            return base.astype(np.float32) + self.scale * (found.a[layer, rows] @ found.b[layer][:, columns])
+            base, a, b = (rounded(x, dtype) for x in (base, found.a[layer, rows], found.b[layer][:, columns]))
+            return base + np.float32(self.scale) * ordered_product(a, b)
 
         return merged
+
+
+def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
+    """`x` to the precision of `dtype`, in float32."""
+    return x.astype(jnp.dtype(dtype)).astype(np.float32)
+
+
+def ordered_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a @ b, each element a sum from the first term to the last, each step rounded; the order of BLAS is nobody's promise."""
+    out = np.zeros((len(a), b.shape[1]), np.float32)
+    count = max(CACHED // b.shape[1], 1)
+    for start in range(0, len(a), count):
+        rows = slice(start, start + count)
+        for j in range(len(b)):
+            out[rows] += a[rows, j, None] * b[j]
+    return out
 
 
 def is_peft(path: Path) -> bool:
@@ -60,7 +78,7 @@ def is_peft(path: Path) -> bool:
 def is_tunix(path: Path) -> bool:
     """Whether a tree of orbax's holds adapters; or the folder that Tunix has put it into does."""
     path = tree_of(path)
-    return isinstance(path, Path) and (path / "manifest.ocdbt").is_file() and any("lora_a" in n for n in OrbaxTree(path).names)
+    return (path / "manifest.ocdbt").is_file() and any("lora_a" in n for n in OrbaxTree(path).names)
 
 
 def tree_of(path: Path) -> Path:
@@ -114,8 +132,6 @@ def read_tunix(path: Path, config: GemmaConfig, alpha: float) -> Adapters:
 
 class AdapterFile(Safetensors):
     """`adapter_model.safetensors`, its names those of the model's weights."""
-
-    kind = "PEFT adapter"
 
     def __init__(self, folder: Path):
         self.path, self.handles = folder, {}

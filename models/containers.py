@@ -72,7 +72,6 @@ class Settings:
 class Container:
     """Arrays by name. A subclass says what they are called, how large they are, and reads them."""
 
-    kind: str  # for the user
     path: Path
     names: dict[str, Any]  # a key for each array
     spare_rows = 0  # how many rows of padding an embedding may have
@@ -139,8 +138,6 @@ def is_tree(folder: Path) -> bool:
 
 class Safetensors(Container):
     """`model.safetensors` of a Hugging Face folder, or its shards. Checks names and shards before anything is read."""
-
-    kind = "Hugging Face folder"
 
     def __init__(self, folder: Path):
         self.path = folder
@@ -222,7 +219,6 @@ def flax_name(stored: str) -> str:
 class OrbaxTree(Container):
     """A tree of arrays that orbax wrote, as Google's Flax checkpoints on Kaggle and what Tunix saves are."""
 
-    kind = "Flax checkpoint"
     spare_rows = 128  # of 256,128
 
     def __init__(self, folder: Path):
@@ -307,7 +303,6 @@ def gguf_tensors(path: Path, _changed: int) -> dict[str, Any]:
 class Gguf(Container):
     """A file of llama.cpp's; quantised matrices come out as the floats that they stand for."""
 
-    kind = "GGUF file"
     spare_rows = 128
 
     def __init__(self, path: Path):

@@ -83,9 +83,11 @@ def merged(params: Params) -> Params:
         if not isinstance(weight, Adapted):
             return weight
         a, b = (x.astype(weight.base.dtype) for x in (weight.a, weight.b))  # as training uses them
+        precision = jax.lax.Precision.HIGHEST if weight.base.dtype == jnp.float32 else None  # a TPU's float32 is bfloat16 else
         delta = jnp.einsum(
-            "LDJ,LJF->LDF", a, b, preferred_element_type=jnp.float32, out_sharding=jax.typeof(weight.base).sharding
-        )
+            "LDJ,LJF->LDF", a, b, precision=precision, preferred_element_type=jnp.float32,
+            out_sharding=jax.typeof(weight.base).sharding,
+        )  # fmt: skip
         return (weight.base.astype(jnp.float32) + weight.scale * delta).astype(weight.base.dtype)
 
     return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, Adapted))

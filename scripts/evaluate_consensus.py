@@ -46,7 +46,7 @@ from models.sharding import activation_dtype, check_divides, make_mesh
 @dataclass(frozen=True)
 class ConsensusConfig:
     model_path: str = flag("", "RUN_DIR or RUN_DIR/checkpoints/STEP of a run, a model folder in any form, or adapters")
-    base_path: str = flag("", "the model to compare with, on which adapters lie; default: what the run was trained from")
+    base_path: str = flag("", "the model to compare with, on which adapters lie; default: what a run began with")
     adapter_alpha: float = flag(0.0, "alpha of adapters that do not say it")
     data: str = flag(
         "", "a .jsonl or .parquet file or openai/gsm8k[:test]; default: the run's held-out problems, else openai/gsm8k:test"
@@ -89,6 +89,14 @@ def read_temperatures(config: ConsensusConfig) -> list[float]:
     except Exception:
         raise ConfigError(f"temperatures {config.temperatures!r} must be numbers above 0, such as 0.2,0.6,1.0") from None
     return [t for t in heat for _ in range(config.samples)]
+
+
+def choose_models(config: ConsensusConfig) -> dict[str, Model]:
+    """The model, after the one that it is compared with, if there is one."""
+    model = find_model(config.model_path, config.base_path, config.adapter_alpha)
+    if model.trained_from:
+        return {"base": model.trained_from(), "trained": model}
+    return ({"base": find_model(config.base_path)} if config.base_path else {}) | {"trained": model}
 
 
 def training_config(model: Model) -> Config:
@@ -155,9 +163,8 @@ def sampling_config(config: ConsensusConfig, run: Config, voters: int, devices: 
 
 def main(argv: list[str]) -> dict[str, Any]:
     config = parse(ConsensusConfig, argv, __doc__ or "")
-    model, temperatures = find_model(config.model_path, config.base_path, config.adapter_alpha), read_temperatures(config)
-    base_path = config.base_path or model.base
-    models = ({"base": find_model(base_path)} if base_path else {}) | {"trained": model}
+    models, temperatures = choose_models(config), read_temperatures(config)
+    model = models["trained"]
     run, mesh = training_config(model), make_mesh(config.rollout_tp)
     if config.batch_size:
         check_divides("batch_size", config.batch_size, mesh)

@@ -40,7 +40,7 @@ message['role']) + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}{% e
 class ExportConfig:
     model_path: str = flag("", "what to export: a run's directory or checkpoint, adapters, any model folder")
     out: str = flag("", "folder to write")
-    dtype: str = flag("bfloat16", "of the weights", ("bfloat16", "float32"))
+    dtype: str = flag("auto", "auto: bfloat16 of weights, float32 of adapters", ("auto", "bfloat16", "float32"))
     lora: str = flag("merged", "adapters: merged into their base, or a PEFT folder of their own", ("merged", "peft"))
     base_path: str = flag("", "the model that adapters lie on; a run's base model, if it has moved")
     adapter_alpha: float = flag(0.0, "alpha of adapters that do not say it")
@@ -61,22 +61,26 @@ def main(argv: list[str]) -> dict[str, Any]:
     check_tokenizer(tokenizer, model.config)
     if config.lora == "peft" and not model.adapters:
         raise ConfigError(f"lora peft: {model.found} has no adapters; leave --lora out")
-    with new_folder(Path(config.out), model) as folder:
+    out, dtype = Path(config.out).resolve(), config.dtype
+    if dtype == "auto":
+        dtype = "float32" if config.lora == "peft" else "bfloat16"
+    with new_folder(out, model) as folder:
         write_tokenizer(folder, model, tokenizer)
         if config.lora == "peft":
             assert model.adapters and model.under
-            write_peft(folder, model.adapters(), model.config, str(model.under.path), config.dtype)
+            write_peft(folder, model.adapters(), model.config, public_name(model.under), dtype)
         else:
             assert model.open
             weights = tensors(model.config, model.open())
-            check_space(folder, sum(tensor_bytes(tensor, config.dtype) for tensor in weights))
-            write_json(folder / "config.json", config_of(model, tokenizer, config.dtype))
-            write_weights(folder, weights, config.dtype)
-        (folder / "README.md").write_text(model_card(model, Path(config.out).name, config.dtype, config.lora), "utf-8")
+            check_space(folder, sum(tensor_bytes(tensor, dtype) for tensor in weights))
+            write_json(folder / "config.json", config_of(model, tokenizer, dtype))
+            write_weights(folder, weights, dtype)
+        (folder / "README.md").write_text(model_card(model, out.name, dtype, config.lora), "utf-8")
         sums = {file.name: sha256(file) for file in sorted(folder.iterdir()) if file.name != SUMS}
         (folder / SUMS).write_text("".join(f"{found}  {name}\n" for name, found in sums.items()))
-    size = sum(file.stat().st_size for file in Path(config.out).iterdir())
-    return {"out": config.out, "model": model.line, "dtype": config.dtype, "files": sorted(sums), "bytes": size}
+    size = sum(file.stat().st_size for file in out.iterdir())
+    print(f"written to {out} in {dtype}", file=sys.stderr)
+    return {"out": config.out, "model": model.line, "dtype": dtype, "files": sorted(sums), "bytes": size}
 
 
 # ------------------------------------------------------------------------------------------------------------------ the folder
@@ -85,7 +89,7 @@ def main(argv: list[str]) -> dict[str, Any]:
 @contextmanager
 def new_folder(out: Path, model: Model) -> Iterator[Path]:
     """OUT.part, which becomes OUT when all is written. Only an earlier export is ever replaced."""
-    part = out.with_name(out.name + ".part")
+    part = out.parent / f"{out.name}.part"
     if out.exists() and out.resolve() in (model.path.resolve(), model.folder.resolve()):
         raise ConfigError(f"out {out} is the model itself; give another folder")
     for folder in (out, part):
@@ -117,6 +121,12 @@ def is_export(folder: Path) -> bool:
         return True
     listed = (folder / SUMS).read_text("utf-8").splitlines() if SUMS in there else []
     return {SUMS, *(line.partition("  ")[2] for line in listed)} == there
+
+
+def public_name(model: Model) -> str:
+    """As transformers asks for it: hf:google/gemma-2-2b@main -> google/gemma-2-2b."""
+    path = str(model.path)
+    return path.removeprefix("hf:").partition("@")[0] if path.startswith("hf:") else path
 
 
 def check_space(folder: Path, size: int) -> None:

@@ -21,7 +21,7 @@ from data.prompts import encode_prompt, pad_prompts, render_prompt
 from data.tokenizer import Tokenizer, load_tokenizer
 from grpo.cli import run_script
 from grpo.config import TINY_MODEL, ConfigError, flag, parse
-from grpo.load import find_model
+from grpo.load import find_model, has_tokenizer
 from grpo.run import check_tokenizer
 from models.convert import read_json
 from models.gemma import Compute
@@ -87,8 +87,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     config = parse(SampleConfig, argv, __doc__ or "")
     source = find_model(config.model_path, config.base_path, config.adapter_alpha)
     folder, model = source.folder, source.config
-    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    tokenizer = load_tokenizer(folder) if has_tokenizer or config.prompt else None
+    tokenizer = load_tokenizer(folder) if has_tokenizer(folder) or config.prompt else None
     if tokenizer:
         check_tokenizer(tokenizer, model)
     if config.ids:

@@ -14,11 +14,12 @@ from safetensors.numpy import load_file, save_file
 from test_export import EXPORT, export, script
 
 from data.tokenizer import load_tokenizer
-from grpo.checkpoint import Checkpoints, digest
+from grpo.checkpoint import Checkpoints, digest, read_digest, sealed
 from grpo.config import TINY_MODEL, Config, ConfigError
 from grpo.load import copy_description, find_model
 from grpo.update import init_state
 from models import ModelError
+from models.adapters import ordered_product
 from models.convert import load_params
 from models.lora import init_adapters
 from models.sharding import ROLLOUT, STORE, make_mesh
@@ -80,12 +81,25 @@ def test_a_tunix_tree_adds_a_times_b_to_every_projection(name, value, tmp_path, 
     assert f"LoRA tree {path.parent} on Hugging Face folder" in model.line and f"Gemma {name[5]}, " in model.line
 
 
-def test_eight_devices_merge_their_own_slices(tmp_path, mesh):
+def test_any_devices_merge_to_the_same_bits_and_so_does_the_host(tmp_path, mesh):
+    """A run on adapters is known by a digest of the merged weights, and may go on elsewhere."""
     path, _ = write_tunix(tmp_path / "lora", "gemma3-gqa")
     model = find_model(path, REFERENCES / "gemma3-gqa", ALPHA)
-    one = model.load(mesh, STORE, "float32")
-    for tp, rules in ((2, STORE), (4, ROLLOUT)):
-        expect_close(model.load(make_mesh(tp), rules, "float32"), one)
+    assert model.open
+    for on in (mesh, make_mesh(2)):
+        with jax.set_mesh(on):
+            assert digest(model.load(on, STORE, "float32")) == read_digest(model.open(), model.config)
+    expect_close(model.load(make_mesh(4), ROLLOUT, "float32"), model.load(mesh, STORE, "float32"))
+
+
+def test_an_element_of_a_product_does_not_depend_on_the_slice():
+    """And is, to rounding, that of the exact product; summed from the first term on."""
+    numbers = np.random.default_rng(0)
+    a, b = (numbers.normal(size=shape).astype(np.float32) for shape in ((300, 33), (33, 700)))
+    whole = ordered_product(a, b)
+    for rows, columns in ((slice(7, 8), slice(3, 4)), (slice(0, 300), slice(96, 107)), (slice(131, 260), slice(0, 700))):
+        assert (ordered_product(a[rows], b[:, columns]) == whole[rows, columns]).all()
+    np.testing.assert_allclose(whole, a.astype(np.float64) @ b, rtol=0, atol=2e-5)
 
 
 def test_some_projections_may_have_none(tmp_path, mesh):
@@ -167,11 +181,16 @@ def test_sampling_with_adapters_is_sampling_of_the_exported_folder(base, tmp_pat
 @pytest.fixture
 def lora_run(base, tmp_path, mesh):
     """A run's directory that holds adapters on `base`, as if trained."""
-    model, folder = find_model(base), tmp_path / "run"
+    return write_run(tmp_path / "run", mesh, model_path=str(base))
+
+
+def write_run(folder: Path, mesh, **start) -> Path:
+    """A run of LoRA that began with the model that `find_model(*start)` finds."""
+    model = find_model(*start.values())
     settings = {"lora_rank": RANK, "lora_alpha": ALPHA, "lora_targets": "q,v,down"}
     adapters = init_adapters(jax.random.key(0), model.config, ["q", "v", "down"], RANK, STORE)
     adapters = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape), adapters)
-    meta = {"step": 5, "config": {"model_path": str(base), **settings}}
+    meta = {"step": 5, "config": {**start, **settings}}
     meta["belongs_to"] = {"model": digest(model.load(mesh, STORE, "float32"))}
     (folder / "model").mkdir(parents=True)
     copy_description(model, folder / "model")
@@ -195,6 +214,21 @@ def test_a_lora_run_is_exported_merged_or_as_its_adapters(lora_run, base, tmp_pa
     np.testing.assert_allclose(theirs, real_logits(load(merged), *pad(rows, "right")), rtol=0, atol=1e-5)
 
 
+def test_a_base_that_was_downloaded_keeps_its_name(lora_run, base, tmp_path, monkeypatch):
+    monkeypatch.setattr("grpo.load.download", lambda path: base if str(path).startswith("hf:") else Path(path))
+    out = export(lora_run, tmp_path / "peft", "--lora", "peft", "--base_path", "hf:google/one@main")
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "google/one"
+    assert "adapters for one@main" in (out / "README.md").read_text()
+    assert find_model("hf:google/one").path.resolve().name == "one"
+
+
+def test_adapters_are_written_in_float32_unless_told(lora_run, tmp_path, capsys):
+    for dtype, flags in (("float32", ()), ("bfloat16", ("--dtype", "bfloat16"))):
+        out = export(lora_run, tmp_path / dtype, "--lora", "peft", *flags)
+        assert {str(x.dtype) for x in load_file(out / "adapter_model.safetensors").values()} == {dtype}
+        assert f"written to {out} in {dtype}" in capsys.readouterr().err
+
+
 def test_adapters_of_a_run_are_not_exported_on_another_base(lora_run, base, tmp_path, mesh):
     other = Path(shutil.copytree(base, tmp_path / "other"))
     tensors = load_file(other / "model.safetensors")
@@ -207,6 +241,28 @@ def test_adapters_of_a_run_are_not_exported_on_another_base(lora_run, base, tmp_
     shutil.rmtree(base)
     expect_error(ConfigError, "base, which is not there; give --base_path DIR", find_model, lora_run)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_on_adapters_finds_them_and_what_they_lie_on(base, tmp_path, mesh):
+    """Adapters on adapters, and a run on that run: by the settings that it saved alone."""
+    path, _ = write_tunix(tmp_path / "lora")
+    start = {"model_path": str(path), "base_path": str(base), "adapter_alpha": ALPHA}
+    one = find_model(write_run(tmp_path / "one", mesh, **start))
+    two = find_model(write_run(tmp_path / "two", mesh, model_path=str(tmp_path / "one")))
+    below = find_model(*start.values())
+    for model, under in ((one, below), (two, one)):
+        assert model.open and model.trained_from and model.trained_from().found == under.found
+        params, before = (one.load(mesh, STORE, "float32") for one in (model, under))
+        assert digest(params) == read_digest(model.open(), model.config) != digest(before)
+    evaluation = script("evaluate_consensus")
+    full = Path(shutil.copytree(tmp_path / "one", tmp_path / "full"))
+    meta = json.loads((full / "checkpoints" / "5" / "meta" / "metadata").read_text())
+    (full / "checkpoints" / "5" / "meta" / "metadata").write_text(json.dumps(sealed(meta | {"config": start})))
+    for place, under in ((tmp_path / "one", below), (tmp_path / "two", one), (full, below)):
+        compared = evaluation.choose_models(evaluation.ConsensusConfig(model_path=str(place)))
+        assert list(compared) == ["base", "trained"] and compared["base"].found == under.found
+        assert compared["trained"].run_dir == place
+    assert below.trained_from and below.trained_from().path == base and find_model(base).trained_from is None
 
 
 # Mistakes: one line each.

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from data.prompts import encode_prompt
 from data.tokenizer import load_tokenizer
+from grpo.card import model_card
 from grpo.checkpoint import Checkpoints
 from grpo.config import TINY_MODEL, Config, ConfigError, RunError
 from grpo.load import copy_description, find_model
@@ -212,6 +213,15 @@ def test_the_card_says_what_the_run_measured_and_no_more(run, tmp_path):
     assert "| 7 | 96.8% | 45.0% to 54.0% | 99.8% | 10.0% | 8.0 |" in card and "| 0 | 49.4% |" in card
     assert '"data": "arithmetic"' in card and "Think.\n\nQUESTION" in card and "Step 7 of a run" in card
     assert "/home/me" not in card and str(ROOT) not in card
+    found = script("export").find_model(run)
+    paths = {"model_path": "/home/me/adapters/", "base_path": "/home/me/gemma", "reward": "/home/me/a.py:f,/home/me/b.py:g"}
+    found.meta["config"] |= paths | {"data": "/home/me/train.jsonl", "eval_data": "/home/me/test.jsonl"}
+    card = model_card(found, "lucky", "float32", "merged")
+    assert "/home/me" not in card and '"base_path": "gemma"' in card and '"reward": "a.py:f,b.py:g"' in card
+    assert "500 problems (test.jsonl)" in card and '"model_path": "adapters"' in card
+    found.meta["config"] |= {"model_path": "hf:google/gemma-3-1b-it", "data": "openai/gsm8k", "eval_data": ""}
+    card = model_card(found, "lucky", "float32", "merged")
+    assert '"hf:google/gemma-3-1b-it"' in card and "held out from openai/gsm8k" in card
     early = (export(run / "checkpoints" / "3", tmp_path / "early") / "README.md").read_text()
     assert "not evaluated at step 3" in early and "%" not in early
     plain = (export(TINY, tmp_path / "plain") / "README.md").read_text()
@@ -238,6 +248,17 @@ def test_an_earlier_export_is_replaced_and_nothing_else(run, tmp_path):
     (tmp_path / "other.part" / "mine").touch()
     with pytest.raises(ConfigError, match=r"other\.part is there, and is no earlier export"):
         export(TINY, tmp_path / "other")
+
+
+def test_the_folder_may_be_where_one_is(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export(TINY.absolute(), Path("."))
+    assert (tmp_path / "here" / "model.safetensors").is_file()
+    assert (tmp_path / "here" / "README.md").read_text().count("# here") == 1
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="is there, and is no earlier export"):
+        export(TINY.absolute(), Path("."))
 
 
 def test_mistakes_are_one_line_and_leave_nothing_behind(run, tmp_path, monkeypatch):

@@ -14,19 +14,20 @@ from foreign import write_flax
 from make_references import REFERENCES
 
 from grpo.config import TINY_MODEL, ConfigError
-from grpo.hub import fetch
+from grpo.hub import download
 from grpo.load import find_model
 from models.convert import read_config
 
 ROOT, COMMIT = Path(__file__).parents[1], "0123456789abcdef0123456789abcdef01234567"
 FILES = {path.name: path.read_bytes() for path in Path(TINY_MODEL).iterdir() if path.is_file()} | {"model.bin": b"a pickle"}
+REPOSITORIES = {"me/tiny": FILES, "me/gguf": {"config.json": FILES["config.json"], "tiny.gguf": b"GGUF"}}
 FETCH = """
 import json, sys
 from grpo.config import ConfigError
-from grpo.hub import fetch
+from grpo.hub import download
 for name in sys.argv[1:]:
     try:
-        print(json.dumps(str(fetch(name))))
+        print(json.dumps(str(download(name))))
     except ConfigError as error:
         print(json.dumps("error: " + str(error)))
 """
@@ -45,15 +46,16 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(b"", 403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
         if repository == "me/broken":
             return self.answer(b"", 500, {"X-Error-Message": "the disk is full"})
-        if repository != "me/tiny":
+        if repository not in REPOSITORIES:
             return self.answer(b"", 404, {"X-Error-Code": "RepoNotFound"})
         if parts[-1] == "nowhere":
             return self.answer(b"", 404, {"X-Error-Code": "RevisionNotFound"})
         if api and parts[4] == "revision":
-            siblings = [{"rfilename": name} for name in FILES]
+            siblings = [{"rfilename": name} for name in REPOSITORIES[repository]]
             return self.answer(json.dumps({"id": repository, "sha": COMMIT, "siblings": siblings}).encode())
         if api:
-            tree = [{"type": "file", "path": name, "size": len(data), "oid": name} for name, data in FILES.items()]
+            files = REPOSITORIES[repository].items()
+            tree = [{"type": "file", "path": name, "size": len(data), "oid": name} for name, data in files]
             return self.answer(json.dumps(tree).encode())
         self.answer(FILES[parts[-1]], headers={"ETag": f'"{parts[-1]}"', "X-Repo-Commit": COMMIT})
 
@@ -118,11 +120,19 @@ def test_what_cannot_be_downloaded_is_one_line(hub):
         assert "\n" not in offline
 
 
+def test_a_repository_without_safetensors_is_not_loaded_as_half_of_one(hub):
+    (refused,) = hub("hf:me/gguf")
+    assert refused == (
+        "error: hf:me/gguf has no safetensors; download a GGUF file or a Flax checkpoint yourself, and give its path"
+    )
+    assert not any("tiny.gguf" in path for path in Hub.asked)
+
+
 def test_a_package_that_is_missing_is_named(monkeypatch):
     for package, name, extra in (("huggingface_hub", "hf:me/tiny", "hub"), ("kagglehub", "kaggle:a/b/flax/c", "kaggle")):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(ConfigError, match=rf"needs the package {package}: pip install 'grpo-gemma\[{extra}\]'"):
-            fetch(name)
+            download(name)
 
 
 def test_a_kaggle_model_is_what_kagglehub_downloads(tmp_path, monkeypatch):
@@ -133,6 +143,7 @@ def test_a_kaggle_model_is_what_kagglehub_downloads(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "kagglehub", fake)
     model = find_model("kaggle:google/gemma-2/flax/gemma2-2b-it")
     assert model.found == f"Flax checkpoint {tmp_path / 'gemma2-2b-it'}" and asked == ["google/gemma-2/flax/gemma2-2b-it"]
+    assert model.path == Path("kaggle:google/gemma-2/flax/gemma2-2b-it")  # as it was asked for
 
 
 @pytest.mark.parametrize(
@@ -154,15 +165,15 @@ def test_what_kaggle_refuses_is_one_line(status, reason, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "kagglehub", SimpleNamespace(model_download=refuse))
     with pytest.raises(ConfigError) as error:
-        fetch("kaggle:a/b/flax/c")
+        download("kaggle:a/b/flax/c")
     assert str(error.value).startswith(f"kaggle:a/b/flax/c {reason}") and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["kaggle:google/gemma-2", "kaggle:a/b/c", "kaggle:a/b/c/d/1/more", "hf:a/b/c", "hf:"])
 def test_a_name_that_is_none_says_how_it_would_be_one(name):
     with pytest.raises(ConfigError, match=r"must be (kaggle:OWNER/MODEL/FRAMEWORK/VARIATION|hf:OWNER/NAME)"):
-        fetch(name)
+        download(name)
 
 
 def test_any_other_path_is_itself():
-    assert fetch("models/tiny") == Path("models/tiny") and fetch(Path("/a:b")) == Path("/a:b")
+    assert download("models/tiny") == Path("models/tiny") and download(Path("/a:b")) == Path("/a:b")
