@@ -24,7 +24,9 @@ BINS = 10  # at most, of any histogram
 
 
 def t_quantile(df: int) -> float:
-    """97.5% point of Student's t, by Cornish and Fisher's expansion: within 1% of it from 2 degrees of freedom on."""
+    """97.5% point of Student's t: exact at 1 and 2 degrees of freedom, else within 0.3%: Cornish and Fisher's expansion."""
+    if df < 3:
+        return {1: 12.706205, 2: 4.302653}[df]
     z = 1.959964
     terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     terms += ((79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,)
@@ -53,8 +55,9 @@ def gain_interval(gains: Sequence[float]) -> tuple[float, float]:
 def proportion(samples: Sequence[tuple[str, bool]]) -> dict[str, Any]:
     """The share of (problem, right) that are right: Wilson's interval at the number of independent samples worth as much.
 
-    That number comes from how much problems differ from each other (the linearised variance of a ratio); it lies between the
-    number of problems and that of samples. Of no samples, None.
+    That number is p (1 - p) over the linearised variance of the ratio, which comes from how much problems differ from each
+    other: the number of problems where each has one sample, or equal ones as many; less where few of them hold most samples;
+    never more than all samples. Where problems do not differ at all, it is their number. Of no samples, None.
     """
     if not samples:
         return {"n": 0, "problems": 0, "accuracy": None, "ci_low": None, "ci_high": None}
@@ -62,8 +65,8 @@ def proportion(samples: Sequence[tuple[str, bool]]) -> dict[str, Any]:
     for problem, right in samples:
         groups[problem].append(right)
     n, m, p = len(samples), len(groups), statistics.fmean(right for _, right in samples)
-    variance = sum((sum(group) - p * len(group)) ** 2 for group in groups.values()) / n**2 * m / max(m - 1, 1)
-    worth = min(max(p * (1 - p) / variance, m), n) if variance else m
+    variance = sum((sum(group) - p * len(group)) ** 2 for group in groups.values()) / n**2
+    worth = min(max(p * (1 - p) / variance, 1), n) if variance else m
     low, high = wilson(p * worth, worth)
     return {"n": n, "problems": m, "accuracy": p, "ci_low": low, "ci_high": high}
 
@@ -135,12 +138,16 @@ def within_problem(samples: Records, unit: str) -> dict[str, Any]:
 
 
 def votes_of(samples: Records) -> dict[str, list[Mapping[str, Any]]]:
-    """The samples of each problem that vote, in their order: all but number 0, which is greedy."""
+    """The samples of each problem that vote, in their order: all but number 0, which is greedy. Problems are in the order of
+    their ids, so that the order of the lines changes nothing; one that has fewer votes than another, as after a kill, is left
+    out.
+    """
     votes: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for sample in sorted(samples, key=lambda sample: sample["sample"]):
         if sample["sample"] > 0:
             votes[sample["problem"]].append(sample)
-    return dict(votes)
+    most = max(map(len, votes.values()), default=0)
+    return {problem: group for problem, group in sorted(votes.items()) if len(group) == most}
 
 
 def vote(samples: Records) -> tuple[str | None, bool]:
@@ -234,30 +241,29 @@ def calibration_error(bins: Records) -> float | None:
 
 
 def hard_cases(samples: Records, problems: Records) -> list[dict[str, Any]]:
-    """The problems that no model solves, neither greedily nor by vote, with what each of them says. A problem that some model
-    was not asked yet is none of them.
+    """The problems that no model solves, neither greedily nor by vote, with what each of them says. A problem of which some
+    model's samples are missing is none of them.
     """
     models = sorted({sample["model"] for sample in samples})
-    answers: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
-    for sample in sorted(samples, key=lambda sample: sample["sample"]):
-        answers[sample["problem"], sample["model"]].append(sample)
+    greedy = {(sample["model"], sample["problem"]): sample for sample in samples if sample["sample"] == 0}
+    votes = {model: votes_of([sample for sample in samples if sample["model"] == model]) for model in models}
     cases = []
     for problem in problems:
-        asked = {model: answers[problem["id"], model] for model in models if (problem["id"], model) in answers}
-        if not asked or len(asked) < len(models):
+        name = problem["id"]
+        if not models or not all((model, name) in greedy and name in votes[model] for model in models):
             continue
-        case = {name: problem[name] for name in ("id", "question", "answer", "solution")}
+        case = {key: problem[key] for key in ("id", "question", "answer", "solution")}
         solved = False
-        for model, group in asked.items():
-            greedy, votes = group[:1], group[1:]
-            winner, right = vote(votes)
-            solved |= right or greedy[0]["accuracy"]["tagged"]
-            counts = Counter(sample["answer"] for sample in votes)
+        for model in models:
+            first, voters = greedy[model, name], votes[model][name]
+            winner, right = vote(voters)
+            solved |= right or first["accuracy"]["tagged"]
+            counts = Counter(sample["answer"] for sample in voters)
             case[model] = {
-                "greedy": greedy[0]["answer"],
+                "greedy": first["answer"],
                 "vote": winner,
                 "votes": [{"answer": answer, "count": count} for answer, count in counts.most_common()],
-                "texts": [sample["text"] for sample in group],
+                "texts": [sample["text"] for sample in (first, *voters)],
             }
         if not solved:
             cases.append(case)

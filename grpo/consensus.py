@@ -53,34 +53,30 @@ def maj_at_k(answers: Sequence[Answer], temperatures: Sequence[float], gold: str
     Subsets are not listed but counted. Order the samples by temperature, and say that the gold answer has `count` votes, the
     first one from sample `first`. It wins when every other answer has fewer votes, or as many, all of them after `first`. The
     numbers of ways to choose those, by how many are chosen, are multiplied as polynomials.
+
+    A polynomial is held as one integer, its value at 2^(n + 1), which no coefficient reaches, as there are 2^n subsets: Python
+    multiplies these fast. Answers given too rarely to have `count` votes are any samples, and need no factors of their own.
     """
     n = len(answers)
     places: dict[Answer, list[int]] = defaultdict(list)
     for place, i in enumerate(sorted(range(n), key=lambda i: temperatures[i])):
         places[answers[i]].append(place)
-    golden, abstaining = places.pop(gold, []), len(places.pop(None, []))
-    wins = [0] * (n + 1)  # by k
-    for nth, first in enumerate(golden):
-        behind = len(golden) - nth - 1
-        for count in range(1, behind + 2):
-            ways = [0] * count + [math.comb(behind, count - 1)]
-            for other in places.values():
-                later = sum(place > first for place in other)
-                ways = product(ways, [math.comb(len(other), t) for t in range(count)] + [math.comb(later, count)])
-            ways = product(ways, [math.comb(abstaining, t) for t in range(abstaining + 1)])
-            wins = [won + way for won, way in zip(wins, ways + [0] * n, strict=False)]
-    return [wins[k] / math.comb(n, k) for k in range(1, n + 1)]
+    golden = places.pop(gold, [])
+    places.pop(None, None)
 
+    def choose(m: int, k: int) -> int:
+        """The term of x^k of (1 + x)^m: the ways to choose k of m."""
+        return math.comb(m, k) << k * (n + 1)
 
-def product(a: list[int], b: list[int]) -> list[int]:
-    """Of two polynomials, by their coefficients."""
-    while len(b) > 1 and b[-1] == 0:
-        b = b[:-1]
-    result = [0] * (len(a) + len(b) - 1)
-    for i, x in enumerate(a):
-        for j, y in enumerate(b):
-            result[i + j] += x * y
-    return result
+    wins = 0
+    for count in range(1, len(golden) + 1):
+        rivals = [(other, sum(choose(len(other), k) for k in range(count))) for other in places.values() if len(other) >= count]
+        others = (1 + choose(1, 1)) ** (n - len(golden) - sum(len(other) for other, _ in rivals))
+        for nth, first in enumerate(golden[: len(golden) - count + 1]):
+            factors = Counter(fewer + choose(sum(place > first for place in other), count) for other, fewer in rivals)
+            losing = math.prod(factor**power for factor, power in factors.items())
+            wins += math.comb(len(golden) - nth - 1, count - 1) * losing * others << count * (n + 1)
+    return [(wins >> k * (n + 1)) % 2 ** (n + 1) / math.comb(n, k) for k in range(1, n + 1)]
 
 
 def wilson(right: float, n: float) -> tuple[float, float]:

@@ -118,9 +118,8 @@ def loss(policy: Policy, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
     """The loss of a batch under the policy as it is now, and its terms for each token: `grpo.loss.grpo_loss` names them.  BC"""
     run, config = policy.run, policy.run.config
     with jax.set_mesh(run.mesh):
-        compiled = jax.jit(batch_loss, static_argnames=("model", "compute", "config"))
         weights = AGGREGATIONS[config.aggregation](batch.mask)
-        value, terms = compiled(
+        value, terms = compiled_loss(
             policy.state.params, policy.base, batch, weights, run.model, replace(run.train, remat="none"), config
         )
         return float(value), fetch(terms)

@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from data.problems import Problem
 from grpo import analysis
 from grpo.config import Config, ConfigError
 from grpo.consensus import majority_vote, plain
+from grpo.records import records
 from grpo.run import choose_problems
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -51,13 +52,26 @@ def read_page(run_dirs: list[Path], evaluation: Path | None, megabytes: float) -
 
 
 def read_results(run_dirs: list[Path], evaluation: Path | None) -> dict[str, dict[str, Any]]:
-    """Figures of all models that were evaluated, by run and name: `evaluation` is the first run's, the others lie in theirs."""
-    found = {}
-    for i, run in enumerate(run_dirs):
-        folder = evaluation if i == 0 and evaluation else run / "consensus"
-        models = read_object(folder / "result.json", {}, []).get("models", {})
-        found |= {f"{run.resolve().name}, {name}": figures for name, figures in models.items() if figures}
+    """Figures of all models that were evaluated, by run, step and name: `RUN, trained`, `RUN, step 60, trained`. A run's base
+    is in each of its evaluations, and told once. `evaluation` is the first run's too, wherever it lies.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for run in run_dirs:
+        folders = [evaluation] if evaluation and run == run_dirs[0] else []
+        for folder in dict.fromkeys(path.resolve() for path in [*folders, *find_evaluations(run)]):
+            step = folder.name.removeprefix("consensus-")
+            for name, figures in read_object(folder / "result.json", {}, []).get("models", {}).items():
+                words = [run.resolve().name, *([f"step {step}"] if step.isdecimal() and name != "base" else []), name]
+                if figures:
+                    found.setdefault(", ".join(words), figures)
     return found
+
+
+def find_evaluations(run: Path) -> list[Path]:
+    """RUN/consensus and every RUN/consensus-STEP that are there, the latest step first."""
+    steps = [path for path in run.glob("consensus-*") if path.name.removeprefix("consensus-").isdecimal()]
+    steps.sort(key=lambda path: int(path.name.removeprefix("consensus-")), reverse=True)
+    return [path for path in (run / "consensus", *steps) if path.is_dir()]
 
 
 def read_analyses(run_dir: Path, page: dict[str, Any], evaluation: Path | None) -> dict[str, Any]:
@@ -212,7 +226,11 @@ def read_evaluation(folder: Path, limit: float, notes: list[str]) -> dict[str, A
     of_model = {name: [sample for sample in samples if sample["model"] == name] for name in names}
     missing = len(names) * len(problems) * (1 + len(heat)) - len(samples)
     if missing:
-        notes.append(f"Evaluation: {missing:,} samples are missing, and count as wrong")
+        notes.append(
+            f"Evaluation: {missing:,} samples are missing. In the table and the list of votes they count as wrong; "
+            "calibration, gain by difficulty and the hard cases of analyses.json leave out their problems; "
+            "accuracy by length is of those that are there"
+        )
     sizes: Counter[str] = Counter()
     for sample in samples:
         sizes[sample["problem"]] += len(sample["text"])
@@ -242,24 +260,6 @@ def read_votes(samples: list[dict[str, Any]], ids: list[str], heat: list[float],
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
-
-
-def records(path: Path, notes: list[str], *keys: str) -> Iterator[dict[str, Any]]:
-    """The records of a file of one JSON object a line; none without a file. What is none, or lacks one of `keys`, is noted."""
-    broken = 0
-    if path.is_file():
-        with path.open(encoding="utf-8", errors="replace", newline="\n") as file:  # a completion may hold U+2028
-            for line in file:
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    record = None
-                if isinstance(record, dict) and all(key in record for key in keys):
-                    yield record
-                else:
-                    broken += line.endswith("\n")  # a run that goes on may be writing its last line
-    if broken:
-        notes.append(f"{broken} lines of {path.name} are no records, and are left out")
 
 
 def read_object(path: Path, missing: Any, notes: list[str]) -> Any:

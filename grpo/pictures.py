@@ -34,6 +34,7 @@ from grpo.analysis import (
 )
 from grpo.config import RunError
 from grpo.consensus import wilson
+from grpo.records import records
 
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
 GREY = "#8A8A8A"
@@ -49,11 +50,13 @@ STYLE: dict[Any, Any] = {
 }  # fmt: skip
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a file; none where there is no file. A torn last line is left out."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
+def read_lines(path: Path, *keys: str) -> list[dict[str, Any]]:
+    """The records of a file that have `keys`; others are counted in a warning."""
+    notes: list[str] = []
+    found = list(records(path, notes, *keys))
+    for note in notes:
+        print(f"warning: {note}", file=sys.stderr, flush=True)
+    return found
 
 
 def attempt(draw: Callable[[Path, Path], None], source: Path, path: Path) -> bool:
@@ -150,7 +153,7 @@ class Steps:
 
 def draw_training(folder: Path, path: Path) -> None:
     """The run in `folder` in one look. Draws what there is: runs of one step, without evaluations, without a KL."""
-    metrics, evaluations = read_lines(folder / "metrics.jsonl"), read_lines(folder / "evaluations.jsonl")
+    metrics, evaluations = (read_lines(folder / f"{name}.jsonl", "step") for name in ("metrics", "evaluations"))
     sessions = json.loads((folder / "sessions.json").read_text("utf-8"))
     config = json.loads((folder / "config.json").read_text("utf-8"))
     with rc_context(STYLE):
@@ -285,7 +288,8 @@ def draw_seconds(ax: Axes, run: Steps) -> None:
         for phase, seconds, colour in zip([*phases, "other"], [*parts, rest], colours, strict=True):
             ax.stairs(bottom + seconds, edges, baseline=bottom, color=colour, label=phase, fill=True)
             bottom = bottom + seconds
-        ax.set_ylim(0, 1.25 * np.percentile(whole, 90) if len(whole) > 5 else None)
+        top = 1.25 * np.percentile(whole, 90) if len(whole) > 5 else 0
+        ax.set_ylim(0, top or None)
     cut = bool((whole > ax.get_ylim()[1]).any())
     run.finish(ax, "Time", "seconds a step" + " (the longest are cut)" * cut)
 
@@ -299,7 +303,8 @@ def draw_evaluation(folder: Path, path: Path) -> None:
         raise RunError(f"{folder} has no result.json: finish the evaluation first")
     result = json.loads((folder / "result.json").read_text("utf-8"))
     result["models"] = {name: figures for name, figures in result["models"].items() if figures}  # there may be no base
-    problems, samples = (read_lines(folder / f"{name}.jsonl") for name in ("problems", "samples"))
+    problems = read_lines(folder / "problems.jsonl", "id")
+    samples = read_lines(folder / "samples.jsonl", "model", "problem", "sample")
     of = {name: [sample for sample in samples if sample["model"] == name] for name in result["models"]}
     colours = dict(zip(of, COLOURS, strict=False)) | OF_MODEL
     with rc_context(STYLE):

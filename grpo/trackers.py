@@ -9,6 +9,7 @@ import math
 import queue
 import secrets
 import threading
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,9 +67,13 @@ class Trackers:
                 self.give_up(name)
 
     def close(self) -> None:
-        """Let them finish, for a while."""
+        """Let them finish, all at once and for a while."""
+        deadline = time.monotonic() + ENDING
+        for tracker in self.trackers.values():
+            tracker.end()
         for name, tracker in [*self.trackers.items()]:
-            if not tracker.end(ENDING / len(self.trackers)) or tracker.fault:
+            tracker.join(max(deadline - time.monotonic(), 0))
+            if tracker.is_alive() or tracker.fault:
                 self.give_up(name)
 
     def give_up(self, name: str) -> None:
@@ -94,12 +99,10 @@ class Tracker(threading.Thread):
         except BaseException as error:  # not even its SystemExit is the run's
             self.fault = f"{type(error).__name__}: {error}"
 
-    def end(self, seconds: float) -> bool:
-        """Whether it has taken everything and is done."""
+    def end(self) -> None:
+        """There is nothing more to take."""
         if not self.records.full():
             self.records.put_nowait(None)
-        self.join(seconds)
-        return not self.is_alive()
 
 
 def tensorboard(folder: Path, config: dict[str, Any], done: int) -> Open:

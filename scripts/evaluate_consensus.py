@@ -1,6 +1,7 @@
 """How often a model is right, in a single pass and by vote, beside the model that it was trained from.
 
     python scripts/evaluate_consensus.py --model_path runs/tiny-seed0
+    python scripts/evaluate_consensus.py --model_path runs/tiny-seed0/checkpoints/60       one of the run's checkpoints
     python scripts/evaluate_consensus.py --model_path runs/first --data openai/gsm8k:test --out first-on-test
     python scripts/evaluate_consensus.py --model_path DIR --data gsm8k_test.jsonl          a Hugging Face folder, alone
 
@@ -15,6 +16,7 @@ What has no answer abstains; a tie goes to the answer with the coldest supporter
 is wrong, and so is one that --max_prompt_tokens leaves out. pass@k: one of k voters at least is right; maj@k: the vote of k is;
 both are means over all subsets of k.
 
+A checkpoint's evaluation lies in RUN_DIR/consensus-STEP, and the page of report.py shows what the vote adds to all of them.
 Samples are written as they end: the same command goes on where it stopped; evaluation.png shows the result in one look. The
 last line of standard output is one line of JSON; outside `models`, its `fixed`, `broke`, `both_right`, `both_wrong`,
 `mcnemar_p` and `agreement` are the trained model's, of its vote against its single pass (tagged).
@@ -52,7 +54,9 @@ class ConsensusConfig:
     limit: int = flag(0, "the first so many problems; 0: all")
     temperatures: str = flag("0.2,0.4,0.6,0.8,1.0", "of the completions that vote")
     samples: int = flag(1, "completions at each temperature")
-    out: str = flag("", "directory of the evaluation; default RUN_DIR/consensus, else runs/NAME-consensus")
+    out: str = flag(
+        "", "directory; default RUN_DIR/consensus, of a checkpoint RUN_DIR/consensus-STEP, else runs/NAME-consensus"
+    )
     system_prompt: str = flag("auto", "opens the user's turn; auto: the run's, or the default of training")
     max_new_tokens: int = flag(0, "longest completion, the stop token included; 0: as in the run, or 512")
     max_prompt_tokens: int = flag(0, "problems with longer prompts are named, and count as wrong; 0: no limit")
@@ -112,6 +116,13 @@ def choose(config: ConsensusConfig, trained: Config, model: Model) -> list[Probl
     return problems[: config.limit or None]
 
 
+def default_folder(asked: str, model: Model) -> Path:
+    """Where the evaluation lies: that of a run in it, that of one of its checkpoints beside it."""
+    if not model.run_dir:
+        return Path(f"runs/{model.path.resolve().name}-consensus")
+    return model.run_dir / (f"consensus-{model.path.name}" if Path(asked) == model.path else "consensus")
+
+
 class Progress:
     """A line after a while: how many samples there are, how fast they come, how long it takes yet."""
 
@@ -158,8 +169,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     if config.batch_size:
         check_divides("batch_size", config.batch_size, mesh)
     problems, run = choose(config, run, model), sampling_config(config, run, len(temperatures), mesh.size)
-    default = model.run_dir / "consensus" if model.run_dir else Path(f"runs/{model.path.resolve().name}-consensus")
-    folder = Path(config.out or default)
+    folder = Path(config.out) if config.out else default_folder(config.model_path, model)
     touching = ("system_prompt", "max_new_tokens", "max_prompt_tokens", "top_k", "top_p", "seed", "dtype")
     settings = {"models": list(models)} | {name: getattr(run, name) for name in touching}
     with open_evaluation(folder, problems, temperatures, settings) as evaluation, jax.set_mesh(mesh), Interrupts(0):

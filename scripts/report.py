@@ -3,7 +3,8 @@
     python scripts/report.py RUN_DIR [ANOTHER_RUN_DIR ...] [--evaluation EVAL]
 
 Writes RUN_DIR/report.html, one file that a browser opens without a server and without a network: curves of all runs, and the
-first run's sessions, its groups of completions with the arithmetic of their advantages and losses, and its evaluation. The
+first run's sessions, its groups of completions with the arithmetic of their advantages and losses, and its evaluation. What
+the vote adds is shown for every evaluation of every run: RUN_DIR/consensus and, of checkpoints, RUN_DIR/consensus-STEP. The
 pictures are RUN_DIR/training.png and, of an evaluation, evaluation.png; RUN_DIR/analyses.json has every analysis of
 grpo/analysis.py with its n and intervals. The last line of standard output is one line of JSON.
 """
@@ -17,13 +18,15 @@ from typing import Any
 
 from grpo.cli import run_script
 from grpo.config import ConfigError, RunError, flag, parse
-from grpo.page import read_analyses, read_page, render
+from grpo.page import find_evaluations, read_analyses, read_page, render
 from grpo.pictures import attempt, draw_evaluation, draw_training
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    evaluation: str = flag("", "directory that evaluate_consensus.py wrote; default: RUN_DIR/consensus, if there is one")
+    evaluation: str = flag(
+        "", "directory that evaluate_consensus.py wrote; default: RUN_DIR/consensus, else the latest consensus-STEP"
+    )
     megabytes: float = flag(64.0, "completions, tokens and evaluation texts in the page, each at most, before compression")
 
     def __post_init__(self):
@@ -48,11 +51,9 @@ def main(argv: list[str]) -> dict[str, Any]:
     if not folders:
         raise ConfigError("give the directory of a run: report.py RUN_DIR [ANOTHER_RUN_DIR ...] [--evaluation EVAL]")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the questions of a run come from the hub's cache, or not at all
-    evaluation = Path(config.evaluation) if config.evaluation else folders[0] / "consensus"
-    if not evaluation.is_dir():
-        if config.evaluation:
-            raise ConfigError(f"evaluation {config.evaluation!r} is no directory")
-        evaluation = None
+    evaluation = Path(config.evaluation) if config.evaluation else next(iter(find_evaluations(folders[0])), None)
+    if evaluation and not evaluation.is_dir():
+        raise ConfigError(f"evaluation {config.evaluation!r} is no directory")
     page = read_page(folders, evaluation, config.megabytes)
     report, text = folders[0] / "report.html", render(page)
     analyses = folders[0] / "analyses.json"

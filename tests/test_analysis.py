@@ -46,10 +46,12 @@ def problem(name: str, words: int = 0) -> dict:
 # -------------------------------------------------------------------------------------------------------------- intervals
 
 
-@pytest.mark.parametrize(("df", "value"), [(2, 4.303), (3, 3.182), (5, 2.571), (10, 2.228), (30, 2.042), (10**6, 1.960)])
+@pytest.mark.parametrize(
+    ("df", "value"), [(1, 12.706), (2, 4.303), (3, 3.182), (5, 2.571), (10, 2.228), (30, 2.042), (10**6, 1.96)]
+)
 def test_students_t(df, value):
     """Against the table that every textbook has."""
-    assert t_quantile(df) == pytest.approx(value, rel=0.01 if df == 2 else 0.003)
+    assert t_quantile(df) == pytest.approx(value, rel=1e-4 if df < 3 else 0.003)
 
 
 def test_the_interval_of_a_mean():
@@ -93,6 +95,17 @@ def test_a_proportion_counts_problems_where_samples_agree_and_samples_where_they
     assert wilson(25, 100)[0] < spread["ci_low"] <= wilson(200, 800)[0]
     sure = proportion([("a", True), ("a", True), ("b", True)])
     assert (sure["ci_low"], sure["ci_high"]) == pytest.approx(wilson(2, 2))
+
+
+def test_a_proportion_of_uneven_problems_is_worth_less_than_their_number():
+    """One problem of fifty wrong samples beside 49 of one right sample each: half of what is known is one problem's luck."""
+    samples = [("a", False)] * 50 + [(str(i), True) for i in range(49)]
+    p, residuals = 49 / 99, [-50 * 49 / 99] + [1 - 49 / 99] * 49  # of the ratio, linearised
+    variance = sum(r * r for r in residuals) / 99**2
+    worth = p * (1 - p) / variance
+    found = proportion(samples)
+    assert 3.5 < worth < 4 and (found["ci_low"], found["ci_high"]) == pytest.approx(wilson(p * worth, worth))
+    assert found["ci_high"] - found["ci_low"] > 0.6
 
 
 # ----------------------------------------------------------------------------------------------------------------- length
@@ -155,6 +168,26 @@ def test_gain_by_difficulty():
     assert (bins[1]["gain_low"], bins[1]["gain_high"]) == pytest.approx(gain_interval([1 / 3]))
 
 
+def test_samples_in_any_order_give_the_same_figures():
+    rng = np.random.default_rng(0)
+    samples = [one for i in range(30) for one in answered(str(i), "".join(rng.choice(list("12-"), 6)), model="base")]
+    shuffled = [samples[i] for i in rng.permutation(len(samples))]
+    problems = [problem(str(i)) for i in range(30)]
+    for figures in (gain_by_difficulty, calibration, lambda records: hard_cases(records, problems)):
+        assert figures(shuffled) == figures(samples) != []
+
+
+def test_a_problem_with_missing_samples_is_left_out():
+    """After a kill: a hot sample is not taken for the greedy one, and a vote of four not for one of five."""
+    whole = answered("a", "222233", model="base") + answered("b", "222233", model="base")
+    for lost in (0, 5):
+        samples = [one for one in whole if (one["problem"], one["sample"]) != ("b", lost)]
+        assert [case["id"] for case in hard_cases(samples, [problem("a"), problem("b")])] == ["a"]
+        votes = 2 if lost == 0 else 1  # the greedy one does not vote
+        assert sum(found["n"] for found in calibration(samples)) == votes
+        assert sum(found["n"] for found in gain_by_difficulty(samples)) == votes
+
+
 def test_gain_by_difficulty_sees_no_regression_to_the_mean():
     """Every problem is equally hard and wrong answers never agree: whatever the judges say, the gain is the same."""
     rng = np.random.default_rng(0)
@@ -208,8 +241,8 @@ def test_many_shares_of_agreement_are_ten_bins():
 
 
 def test_hard_cases_are_those_that_nobody_solves():
-    base = answered("a", "222333", model="base") + answered("b", "2222", model="base") + answered("c", "2-22", model="base")
-    trained = answered("a", "2-4444", model="trained") + answered("b", "2112", model="trained")
+    base = answered("a", "222333", model="base") + answered("b", "222222", model="base") + answered("c", "2-2222", model="base")
+    trained = answered("a", "2-4444", model="trained") + answered("b", "211122", model="trained")
     problems = [problem("a", 4), problem("b"), problem("c"), problem("d")]
     (case,) = hard_cases(base[::-1] + trained, problems)
     assert (case["id"], case["question"], case["answer"], case["solution"]) == ("a", "a?", "1", "w w w w ")

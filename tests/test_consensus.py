@@ -1,6 +1,7 @@
 """Laws of grpo/consensus.py: against scipy, closed forms, and every subset written out."""
 
 import random
+import time
 from decimal import Decimal
 from fractions import Fraction
 from itertools import combinations
@@ -103,6 +104,17 @@ def test_maj_at_k_is_the_share_of_subsets_whose_vote_is_right(seed):
     for k in range(1, n + 1):
         votes = [majority_vote([answers[i] for i in s], [temperatures[i] for i in s]) for s in combinations(range(n), k)]
         assert curve[k - 1] == pytest.approx(votes.count("18") / len(votes), abs=1e-15)
+
+
+def test_many_voters_take_milliseconds():
+    """Of 128, half right and the others as spread as can be, or in a few camps: an evaluation has thousands of these."""
+    heat = [i / 128 for i in range(128)]
+    for wrong in (64, 7):
+        answers = [str(-1 - i // 2 % wrong) if i % 2 else "18" for i in range(128)]
+        start = time.process_time()
+        curve = maj_at_k(answers, heat, "18")
+        assert time.process_time() - start < 0.2
+        assert curve[0] == 1 / 2 and curve[-1] == 1
 
 
 def test_the_ends_of_the_curves():

@@ -305,6 +305,9 @@ def test_a_run_brings_its_base_its_held_out_problems_and_its_settings(one_device
     settings = json.loads((run / "consensus" / "config.json").read_text())
     assert (settings["system_prompt"], settings["max_new_tokens"]) == ("", 32)
     assert result["models"]["base"]["greedy"] == result["models"]["trained"]["greedy"]
+    folder_of = sys.modules["evaluate_consensus"].default_folder
+    for asked, name in {run: "consensus", run / "checkpoints" / "2": "consensus-2"}.items():
+        assert folder_of(str(asked), find_model(asked)) == run / name
     assert 0.2 < result["models"]["trained"]["greedy"]["tagged"] < 0.8
     found, _ = figures(problems, [r for r in read(run / "consensus" / "samples.jsonl") if r["model"] == "base"], [0.6])
     assert found == result["models"]["base"]

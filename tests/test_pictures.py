@@ -155,6 +155,25 @@ def test_whatever_is_missing_the_rest_is_drawn(tmp_path, drawn, steps, without):
     assert set(by_title(drawn[0])) == PANELS and hidden(drawn[0]) == []
 
 
+def test_a_broken_line_costs_no_picture(tmp_path, drawn, capsys):
+    """Other than one that is being written, it is told."""
+    folder = write_run(tmp_path, 9)
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join([*lines[:4], lines[4][:20] + "\n", *lines[5:], lines[0][:20]]))
+    draw_training(folder, tmp_path / "training.png")
+    reward = by_title(drawn[0])["Reward and its parts"].lines[0]
+    assert list(reward.get_xdata()) == [1, 2, 3, 4, 6, 7, 8, 9]
+    assert capsys.readouterr().err == "warning: 1 lines of metrics.jsonl are no records, and are left out\n"
+
+
+def test_steps_that_took_no_time_are_drawn(tmp_path, recwarn):
+    folder = write_run(tmp_path, 9)
+    metrics = [metrics_of(step) for step in range(1, 10)]
+    write_lines(folder / "metrics.jsonl", [{k: 0.0 if k.startswith("time/") else v for k, v in m.items()} for m in metrics])
+    draw_training(folder, tmp_path / "training.png")
+    assert not [warning for warning in recwarn if "identical low and high" in str(warning.message)]
+
+
 def test_figures_that_a_step_lacks_are_gaps(tmp_path):
     """Every other step was skipped: the mean is over those that are there."""
     values = grpo.pictures.column([{"kl": 2.0}, {}, {"kl": None}, {"kl": 4.0}] * 30, "kl")

@@ -10,6 +10,7 @@ from test_page import make_evaluation, make_run
 from test_sample import load
 
 from grpo.config import ConfigError, RunError
+from grpo.page import find_evaluations
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,24 @@ def test_every_analysis_of_the_run_and_of_its_evaluation_is_in_one_file(folder):
         assert sum(bin["n"] for bin in of_model["by_length_tokens"]) > 0 <= of_model["calibration_error"]
         assert {"by_length", "within_problem", "calibration", "gain_by_difficulty"} < set(of_model)
     assert [case["id"] for case in found["hard_cases"]] == ["e3"]
+
+
+def test_the_gain_of_every_checkpoint_that_was_evaluated(folder, tmp_path):
+    """The base once; one without a result is none; without RUN/consensus the latest step's evaluation is the page's."""
+    run = Path(shutil.copytree(folder / "run", tmp_path / "run"))
+    for name, right in {"consensus": 60, "consensus-9": 30, "consensus-20": 40, "consensus-30": None}.items():
+        shutil.copytree(folder / "run" / "consensus", run / name, dirs_exist_ok=True)
+        paired = {"fixed": 10, "broke": 5, "both_right": right, "both_wrong": 0}
+        figures = {"greedy": {"tagged": (right or 0) / 100}, "consensus": {"tagged": 0.7}, "paired": paired}
+        if right:
+            (run / name / "result.json").write_text(json.dumps({"models": {"base": figures, "trained": figures}}))
+    gains = json.loads(Path(load("report")([str(run)])["analyses"]).read_text())["gain_by_model"]
+    assert {row["name"]: row["single"] for row in gains} == {
+        "run, step 9, trained": 0.3, "run, step 20, trained": 0.4, "run, base": 0.6, "run, trained": 0.6
+    }  # fmt: skip
+    shutil.rmtree(run / "consensus")
+    assert [path.name for path in find_evaluations(run)] == ["consensus-30", "consensus-20", "consensus-9"]
+    assert "hard_cases" in json.loads(Path(load("report")([str(run)])["analyses"]).read_text())
 
 
 def test_pictures_of_what_has_come_that_far(folder, tmp_path, monkeypatch):

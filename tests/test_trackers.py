@@ -100,6 +100,19 @@ def test_one_that_hangs_holds_nothing_up(tmp_path, monkeypatch, place):
     assert "it has not ended after 0 s" in warning and time.monotonic() - start < 5
 
 
+def test_two_that_hang_hold_up_no_longer_than_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo.trackers, "ENDING", 0.4)
+    free = threading.Event()
+    Listener(monkeypatch, lambda where: free.wait() if where == "close" else None)
+    monkeypatch.setattr(grpo.trackers, "tensorboard", grpo.trackers.wandb)
+    trackers = Trackers("wandb,tensorboard", tmp_path, {}, lambda warning: None)
+    trackers.open(0)
+    start = time.monotonic()
+    trackers.close()
+    free.set()
+    assert 0.4 <= time.monotonic() - start < 0.55 and not trackers.trackers
+
+
 def test_one_that_falls_behind_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(grpo.trackers, "BEHIND", 5)
     free = threading.Event()
