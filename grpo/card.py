@@ -11,6 +11,7 @@ from data.problems import HUB_ID
 from data.prompts import render_prompt
 from grpo.hub import HUBS
 from grpo.load import Model
+from grpo.records import records
 
 CARD = """---
 library_name: {library}
@@ -62,7 +63,8 @@ def public(path: str) -> str:
 def measured(model: Model) -> str:
     """The evaluations before the first step and after this one, as far as the run made them."""
     config, step = model.meta["config"], model.meta["step"]
-    lines = {line["step"]: line for line in read_lines((model.run_dir or Path()) / "evaluations.jsonl") if "accuracy" in line}
+    evaluations = records((model.run_dir or Path()) / "evaluations.jsonl", [], "step", "accuracy")
+    lines = {line["step"]: line for line in evaluations}
     if step not in lines:
         return f"\n## Measured\n\nNothing: the run was not evaluated at step {step}.\n"
     rows = ["| step | greedy accuracy | 95% interval | format right | sampled accuracy | sampled length |", "|---" * 6 + "|"]
@@ -82,9 +84,3 @@ def row(step: int, found: dict[str, Any]) -> str:
     interval = f"{percent('low')} to {percent('high')}"
     cells = (str(step), percent("greedy"), interval, percent("greedy_format"), percent("sampled"), length)
     return f"| {' | '.join(cells)} |"
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON Lines file; none where there is no such file."""
-    text = path.read_text("utf-8") if path.is_file() else ""
-    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]

@@ -81,11 +81,12 @@ class Evaluation:
         numbers = [(problem, j) for problem in asked for j in range(len(heat))]
         wanted = np.array([i for i, (problem, j) in enumerate(numbers) if (problem.id, j) not in there], int)
         compute = Compute(ROLLOUT, activation_dtype(config.dtype), unroll=config.unroll)
+        rewards = UserRewards()  # none: accuracies and formats are all that is asked
         start = time.perf_counter()
         for ended in complete(view, prompt_ids, heat, tokenizer, model.config, compute, config, wanted):
             pairs = [numbers[completion.index] for completion in ended]
             texts, cut = [completion.text for completion in ended], [completion.truncated for completion in ended]
-            judged = judge(texts, [problem for problem, _ in pairs], cut, config, UserRewards())
+            judged = judge(texts, [problem for problem, _ in pairs], cut, config, rewards)
             seconds = (time.perf_counter() - start) / len(ended)
             lines = [
                 record(name, problem.id, j, heat[j], completion, judgement, seconds)

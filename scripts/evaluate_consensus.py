@@ -37,7 +37,6 @@ from grpo.evaluate import Completion
 from grpo.interrupts import Interrupts, Stopped
 from grpo.load import Model, find_model
 from grpo.metrics import clock
-from grpo.pictures import attempt, draw_evaluation
 from grpo.run import choose_problems
 from grpo.vote import open_evaluation
 from models.sharding import activation_dtype, check_divides, make_mesh
@@ -186,6 +185,8 @@ def main(argv: list[str]) -> dict[str, Any]:
             raise
         result = evaluation.result(list(models))
     print(table(result, len(temperatures)))
+    from grpo.pictures import attempt, draw_evaluation  # matplotlib takes a while, and is not needed before
+
     attempt(draw_evaluation, folder, folder / "evaluation.png")
     return result
 
