@@ -93,7 +93,7 @@ class Config:
     epsilon_high: float = flag(0.2, "the ratio is clipped above 1 + epsilon_high")
     advantage_scale: str = flag("group", "what advantages are divided by", ("group", "batch", "none"))
     aggregation: str = flag("grpo", "how tokens are averaged", ("grpo", "dapo", "dr_grpo"))
-    sampler_cap: float = flag(2.0, "cap of the importance weight trainer / sampler; 0: no correction")
+    tis_cap: float = flag(2.0, "cap of the importance weight trainer / sampler; 0: no correction")
     mask_truncated: bool = flag(False, "leave completions that hit the length limit out of the loss")
     # optimizer
     learning_rate: float = flag(1e-6, "peak, after warm-up; a cosine takes it to a tenth")
@@ -108,7 +108,7 @@ class Config:
     lora_alpha: float = flag(64.0, "adapters count lora_alpha / lora_rank times")
     lora_targets: str = flag(PROJECTIONS, "the projections that have adapters")
     max_bad_updates: int = flag(5, "stop after so many non-finite updates in a row; each is skipped")
-    max_dead_steps: int = flag(20, "stop after so many steps in a row whose groups all had equal rewards; 0: never")
+    max_zero_variance_steps: int = flag(20, "stop after so many steps in a row whose groups all had equal rewards; 0: never")
     # evaluation and files
     eval_problems: int = flag(200, "problems of each evaluation; 0: none")
     eval_every: int = flag(0, "evaluate every N steps too, not only before and after; 0: no")
@@ -135,7 +135,6 @@ class Config:
         "what the backward pass recomputes; auto: all but products where memory allows it",
         ("auto", "none", "dots", "full"),
     )
-    attention: str = flag("plain", "of the update: plain, or the TPU kernel splash, which keeps no scores", ("plain", "splash"))
     unroll: bool = flag(False, "unroll the layers: faster on a CPU, slower to compile")
     packing: int = flag(
         4, "training packs a group's completions into shapes that differ by max_new_tokens / packing slots; 0: a row for each"
@@ -159,9 +158,9 @@ class Config:
         for name in positive.split():
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} {getattr(self, name)} must be above 0")
-        zero = "new_problems max_steps seed top_k beta epsilon_low epsilon_high sampler_cap warmup_steps weight_decay"
+        zero = "new_problems max_steps seed top_k beta epsilon_low epsilon_high tis_cap warmup_steps weight_decay"
         zero += " rollout_tp packing halvings eval_problems eval_every adam_b1 adam_b2 max_hours session review_ratio"
-        zero += " retention_problems save_minutes process_id resample max_dead_steps inspect_groups lora_rank adapter_alpha"
+        zero += " retention_problems save_minutes process_id resample max_zero_variance_steps inspect_groups lora_rank adapter_alpha"
         for name in zero.split():
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} {getattr(self, name)} must not be negative")

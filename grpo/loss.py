@@ -69,7 +69,7 @@ def clipped_surrogate(ratio: Array, advantages: Array, epsilon_low: float, epsil
     return jnp.minimum(ratio * advantages[:, None], clipped * advantages[:, None])
 
 
-def sampler_weights(old_logprobs: Array, sampler_logprobs: Array, cap: float) -> Array:
+def tis_weights(old_logprobs: Array, sampler_logprobs: Array, cap: float) -> Array:
     """ν = min(π_old / π_sampler, cap), a constant: corrects for a sampler that rounds unlike the trainer.  BC, BC -> BC"""
     return lax.stop_gradient(jnp.exp(jnp.minimum(old_logprobs - sampler_logprobs, jnp.log(cap))))
 
@@ -94,7 +94,7 @@ def dr_grpo_weights(mask: Array) -> Array:
 def grpo_loss(
     logprobs: Array, old_logprobs: Array, ref_logprobs: Array | None, advantages: Array, weights: Array, *,
     beta: float = 0.04, epsilon_low: float = 0.2, epsilon_high: float = 0.2, sampler_logprobs: Array | None = None,
-    sampler_cap: float = 2.0,
+    tis_cap: float = 2.0,
 ) -> tuple[Array, dict[str, Array]]:  # fmt: skip
     """The loss of a batch or of a part of it, and its terms for each token.  BC, BC, BC, B, BC -> scalar, {name: BC}
 
@@ -107,7 +107,7 @@ def grpo_loss(
     ratio = jnp.exp(jnp.clip(log_ratio, -20.0, 20.0))
     surrogate = clipped_surrogate(ratio, advantages, epsilon_low, epsilon_high)
     if sampler_logprobs is not None:
-        surrogate = surrogate * jnp.where(counts, sampler_weights(old_logprobs, sampler_logprobs, sampler_cap), 0.0)
+        surrogate = surrogate * jnp.where(counts, tis_weights(old_logprobs, sampler_logprobs, tis_cap), 0.0)
     kl = jnp.zeros_like(logprobs) if ref_logprobs is None else kl_k3(logprobs, jnp.where(counts, ref_logprobs, 0.0))
     loss = (weights * (beta * kl - surrogate)).sum()
     rising, falling = (advantages > 0)[:, None], (advantages < 0)[:, None]

@@ -6,7 +6,7 @@
     value, terms = loss(policy, batch)               the loss, and the part that every token has in it
     policy, stats = train_step(policy, batch)        one update
 
-They are what a step of `grpo.train` does, one call after another, by the same functions; nothing is written. Left out:
+They are what a step of `grpo.runs.trainer` does, one call after another, by the same functions; nothing is written. Left out:
 sessions, evaluation, checkpoints, several processes.
 """
 
@@ -23,14 +23,14 @@ from data.problems import Problem
 from data.prompts import drop_long, pad_prompts
 from grpo.config import PRESETS, ConfigError
 from grpo.loss import group_advantages
-from grpo.rollout import SCALES, Batch, counted, generate, judge_all, make_batch
-from grpo.run import Run, prepare
+from grpo.rollout import SCALES, Batch, counted, generate, grade_everywhere, make_batch
+from grpo.runs.setup import Run, prepare
 from grpo.update import AGGREGATIONS, TrainState, batch_loss, completion_logprobs, frozen, init_state, starting_point
 from models.gemma import Params
 from models.sampler import Samples, prefill
-from models.sharding import STORE, check_divides, fetch, put
+from models.sharding import STORE, check_divides, to_devices, to_host
 
-compiled_loss = jax.jit(batch_loss, static_argnames=("model", "compute", "config"))
+compiled_loss = jax.jit(batch_loss, static_argnames=("model", "execution", "config"))
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def sample(policy: Policy, problems: Sequence[Problem]) -> Completions:
     prompts, lengths = pad_prompts(ids, config.max_prompt_tokens, run.tokenizer.pad_id)
     rows = np.arange(len(kept) * config.group_size)
     with jax.set_mesh(run.mesh):
-        view = grpo.update.rollout_view(policy.weights, run.model, run.sample)
-        prefix = prefill(view, put(prompts, "QP"), put(lengths, "Q"), run.model, run.sample)
+        view = grpo.update.sampling_params(policy.weights, run.model, run.sample)
+        prefix = prefill(view, to_devices(prompts, "QP"), to_devices(lengths, "Q"), run.model, run.sample)
         limits = np.full(len(rows), config.max_new_tokens, np.int32)
         samples, texts = generate(
             view, prefix, rows, limits, policy.step + 1, run.tokenizer, run.model, run.sample, config
@@ -101,14 +101,14 @@ def score(policy: Policy, completions: Completions, rewards: Any = None) -> tupl
     if rewards is None:
         asked = [problem for problem in completions.problems for _ in range(G)]
         texts = [text for group in completions.texts for text in group]
-        records = judge_all(texts, asked, np.asarray(completions.samples.truncated), config, run.rewards)
+        records = grade_everywhere(texts, asked, np.asarray(completions.samples.truncated), config, run.rewards)
         rewards = [record["reward"] for record in records]
     rewards = np.asarray(rewards, np.float32).reshape(Q, G)
     advantages = np.asarray(group_advantages(rewards, SCALES[config.advantage_scale])).reshape(-1)
     with jax.set_mesh(run.mesh):
         mask = counted(completions.samples, rewards, config)
         batch = make_batch(completions.prompts, completions.lengths, completions.samples, mask, advantages, config)
-        under = partial(completion_logprobs, batch=batch, model=run.model, compute=run.train, config=config)
+        under = partial(completion_logprobs, batch=batch, model=run.model, execution=run.train, config=config)
         if policy.reference is not None:
             batch = replace(batch, ref_logprobs=under(policy.reference))
         return replace(batch, old_logprobs=under(policy.weights)), rewards
@@ -122,7 +122,7 @@ def loss(policy: Policy, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
         value, terms = compiled_loss(
             policy.state.params, policy.base, batch, weights, run.model, replace(run.train, remat="none"), config
         )
-        return float(value), fetch(terms)
+        return float(value), to_host(terms)
 
 
 def train_step(policy: Policy, batch: Batch, rate: float | None = None) -> tuple[Policy, dict[str, float]]:
@@ -133,9 +133,9 @@ def train_step(policy: Policy, batch: Batch, rate: float | None = None) -> tuple
     run, config = policy.run, policy.run.config
     rate = config.learning_rate if rate is None else rate
     with jax.set_mesh(run.mesh):
-        compute = grpo.update.choose_remat(
+        execution = grpo.update.choose_remat(
             run.train, run.model, batch, config, run.mesh.size, grpo.update.device_memory(run.mesh)
         )
-        state, stats, _ = grpo.update.train_step(policy.state, batch, rate, run.model, compute, config, policy.base)
-        figures = {name: float(value) for name, value in fetch(stats).items()}
+        state, stats, _ = grpo.update.train_step(policy.state, batch, rate, run.model, execution, config, policy.base)
+        figures = {name: float(value) for name, value in to_host(stats).items()}
     return replace(policy, state=state, step=policy.step + 1), figures

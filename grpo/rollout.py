@@ -18,13 +18,13 @@ from data.problems import Problem
 from data.prompts import pad_prompts
 from data.tokenizer import Tokenizer
 from grpo.config import Config, RunError
-from grpo.distributed import agree, is_first
 from grpo.loss import batch_std, group_advantages, group_std, no_scale
 from grpo.reward import accuracies, format_checks, score
-from grpo.workers import UserRewards
-from models.gemma import Compute, GemmaConfig, Params
-from models.sampler import Prefix, Samples, Sampling, decode, prefill, row_keys
-from models.sharding import fetch, put
+from grpo.runs.distributed import broadcast_from_main, is_main_process
+from grpo.runs.reward_worker import UserRewards
+from models.gemma import ExecutionConfig, GemmaConfig, Params
+from models.sampler import PrefillResult, Samples, Sampling, decode, prefill, row_keys
+from models.sharding import to_devices, to_host
 
 SCALES = {"group": group_std, "batch": batch_std, "none": no_scale}
 
@@ -45,7 +45,7 @@ class Batch:
 
 def rollout(
     view: Params, problems: list[Problem], prompt_ids: list[list[int]], step: int, tokenizer: Tokenizer, model: GemmaConfig,
-    compute: Compute, config: Config, rewards: UserRewards,
+    execution: ExecutionConfig, config: Config, rewards: UserRewards,
 ) -> tuple[Batch, list[dict[str, Any]], dict[str, float]]:  # fmt: skip
     """A group of completions for each of Q problems, scored: the batch, a record of each completion, the step's metrics.
 
@@ -57,7 +57,7 @@ def rollout(
     limits = np.array(config.limits(step, B), np.int32)
     prompts, lengths = pad_prompts(prompt_ids, config.max_prompt_tokens, tokenizer.pad_id)
     start = time.perf_counter()
-    prefix = jax.block_until_ready(prefill(view, put(prompts, "QP"), put(lengths, "Q"), model, compute))
+    prefix = jax.block_until_ready(prefill(view, to_devices(prompts, "QP"), to_devices(lengths, "Q"), model, execution))
     times = {"time/prefill": time.perf_counter() - start, "time/decode": 0.0, "time/reward": 0.0}
 
     def attempt(number: int, rows: np.ndarray) -> tuple[Samples, list[dict[str, Any]]]:
@@ -65,26 +65,26 @@ def rollout(
         start = time.perf_counter()
         wanted = np.ones_like(limits)
         wanted[rows] = limits[rows]
-        samples, texts = generate(view, prefix, number * B + np.arange(B), wanted, step, tokenizer, model, compute, config)
+        samples, texts = generate(view, prefix, number * B + np.arange(B), wanted, step, tokenizer, model, execution, config)
         middle = time.perf_counter()
-        records = judge_all([texts[b] for b in rows], [asked[b] for b in rows], samples.truncated[rows], config, rewards)
+        records = grade_everywhere([texts[b] for b in rows], [asked[b] for b in rows], samples.truncated[rows], config, rewards)
         times["time/decode"] += middle - start
         times["time/reward"] += time.perf_counter() - middle
         return samples, records
 
     samples, records = attempt(0, np.arange(B))
-    dead = dead_groups(records, G)
+    dead = zero_variance_groups(records, G)
     resampled = int(dead.sum()) if config.resample else 0
     for number in range(1, config.resample + 1):
         if not dead.any():
             break
         rows = np.flatnonzero(np.repeat(dead, G))
         others, other_records = attempt(number, rows)
-        kept = ~np.repeat(dead_groups(other_records, G), G)
+        kept = ~np.repeat(zero_variance_groups(other_records, G), G)
         samples = replace_rows(samples, others, rows[kept])
         for b, record, keep in zip(rows, other_records, kept, strict=True):
             records[b] = record if keep else records[b]
-        dead = dead_groups(records, G)
+        dead = zero_variance_groups(records, G)
 
     rewards_of = np.array([record["reward"] for record in records], np.float32).reshape(Q, G)
     advantages = np.asarray(group_advantages(rewards_of, SCALES[config.advantage_scale])).reshape(-1)
@@ -110,24 +110,31 @@ def make_batch(
     """QP, Q, samples on the host, BC, B -> what one step trains on, on the devices."""
     packed = pack(np.asarray(samples.tokens), np.asarray(samples.lengths), lengths, config.packing)
     return Batch(
-        prompts=put(prompts, "QP"),
-        lengths=put(lengths, "Q"),
-        packed=Packed(*(put(x, "BC") for x in packed)),
-        mask=put(mask.astype(np.float32), "BC"),
-        sampler_logprobs=put(samples.logprobs, "BC"),
-        advantages=put(advantages, "B"),
+        prompts=to_devices(prompts, "QP"),
+        lengths=to_devices(lengths, "Q"),
+        packed=Packed(*(to_devices(x, "BC") for x in packed)),
+        mask=to_devices(mask.astype(np.float32), "BC"),
+        sampler_logprobs=to_devices(samples.logprobs, "BC"),
+        advantages=to_devices(advantages, "B"),
     )
 
 
 def generate(
-    view: Params, prefix: Prefix, rows: np.ndarray, limits: np.ndarray, step: int, tokenizer: Tokenizer, model: GemmaConfig,
-    compute: Compute, config: Config,
-) -> tuple[Samples, list[str]]:  # fmt: skip
+    view: Params,
+    prefix: PrefillResult,
+    rows: np.ndarray,
+    limits: np.ndarray,
+    step: int,
+    tokenizer: Tokenizer,
+    model: GemmaConfig,
+    execution: ExecutionConfig,
+    config: Config,
+) -> tuple[Samples, list[str]]:
     """A completion of up to `limits` tokens for each of `rows`, which name random streams: samples on the host, and text."""
-    keys = row_keys(config.seed, step, put(rows, "B"))
+    keys = row_keys(config.seed, step, to_devices(rows, "B"))
     temperature = np.full(len(rows), config.temperature, np.float32)
-    settings = put(temperature, "B"), put(limits, "B")
-    samples = fetch(decode(view, prefix, keys, *settings, model, compute, sampling(tokenizer, config)))
+    settings = to_devices(temperature, "B"), to_devices(limits, "B")
+    samples = to_host(decode(view, prefix, keys, *settings, model, execution, sampling(tokenizer, config)))
     return samples, [tokenizer.decode(ids[:length]) for ids, length in zip(samples.tokens, samples.lengths, strict=True)]
 
 
@@ -135,7 +142,7 @@ def sampling(tokenizer: Tokenizer, config: Config) -> Sampling:
     return Sampling(config.max_new_tokens, tokenizer.stop_ids, config.top_k, config.top_p, config.halvings)
 
 
-def judge_all(
+def grade_everywhere(
     texts: list[str], problems: list[Problem], truncated: Iterable[bool], config: Config, rewards: UserRewards
 ) -> list[dict[str, Any]]:
     """A record of each completion: its reward and components, its three accuracies, its format.
@@ -143,18 +150,18 @@ def judge_all(
     Plain Python values, process 0's on every process. The reward is NaN where one of the user's functions gave none.
     """
     fault, records = "", []
-    if is_first():
+    if is_main_process():
         try:
-            records = judge(texts, problems, truncated, config, rewards)
+            records = grade(texts, problems, truncated, config, rewards)
         except RunError as error:
             fault = str(error)  # it ends the run on every process
-    fault, records = agree([fault, records])
+    fault, records = broadcast_from_main([fault, records])
     if fault:
         raise RunError(fault)
     return records
 
 
-def judge(
+def grade(
     texts: list[str], problems: list[Problem], truncated: Iterable[bool], config: Config, rewards: UserRewards
 ) -> list[dict[str, Any]]:
     """`judge_all` on this process alone."""
@@ -174,7 +181,7 @@ def judge(
     return records
 
 
-def dead_groups(records: list[dict[str, Any]], G: int) -> np.ndarray:  # -> Q
+def zero_variance_groups(records: list[dict[str, Any]], G: int) -> np.ndarray:  # -> Q
     """Whether the scored rewards of a group are all equal, or none: every advantage is then 0."""
     totals = np.array([record["reward"] for record in records], np.float32).reshape(-1, G)
     return np.array([len(set(group[~np.isnan(group)].tolist())) < 2 for group in totals], bool)
@@ -214,7 +221,7 @@ def summarise(records: list[dict[str, Any]], G: int, mask: np.ndarray, logprobs:
         "format/strict": mean(not r["format"]["violation"] for r in records),
         "format/reasoning": mean(r["format"]["reasoning_tags"] for r in records),
         "format/answer": mean(r["format"]["answer_tags"] for r in records),
-        "frac_reward_zero_std": mean(dead_groups(records, G)),
+        "frac_reward_zero_std": mean(zero_variance_groups(records, G)),
         "frac_unscorable": 1 - len(scored) / len(records),
         "skipped_update": int(not mask.any()),  # no completion says anything: the optimizer does not even see it
         "frac_truncated": mean(r["truncated"] for r in records),

@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from grpo.config import Config
 from grpo.loss import dapo_weights, dr_grpo_weights, grpo_loss, grpo_weights
 from grpo.rollout import Batch
-from models.gemma import Compute, GemmaConfig, Params, axes, forward_group, shapes, token_logprobs
+from models.gemma import ExecutionConfig, GemmaConfig, Params, axes, forward_group, shapes, token_logprobs
 from models.lora import Adapters, attach, count_adapters, init_adapters, merged
 from models.sharding import STORE
 
@@ -71,18 +71,20 @@ def init_state(params: Any, config: Config) -> TrainState:
     return TrainState(params, make_optimizer(config).init(params), jnp.int32(0), jnp.int32(0))
 
 
-@partial(jax.jit, static_argnames=("model", "compute"))
-def rollout_view(params: Params, model: GemmaConfig, compute: Compute) -> Params:
+@partial(jax.jit, static_argnames=("model", "execution"))
+def sampling_params(params: Params, model: GemmaConfig, execution: ExecutionConfig) -> Params:
     """The weights as sampling wants them: adapters merged, cast once a step, laid out so that none moves while decoding."""
-    return compute.use(merged(params), axes(model))
+    return execution.use(merged(params), axes(model))
 
 
-def logprobs_of(params: Params, part: Batch, model: GemmaConfig, compute: Compute, config: Config) -> Array:  # -> BC
+def logprobs_of(params: Params, part: Batch, model: GemmaConfig, execution: ExecutionConfig, config: Config) -> Array:  # -> BC
     """log π of every completion token, computed on packed rows."""
-    packed, at = part.packed, compute.at
-    hidden = forward_group(params, part.prompts, part.lengths, packed.tokens, model, compute, packed.positions, packed.segments)
+    packed, at = part.packed, execution.at
+    hidden = forward_group(
+        params, part.prompts, part.lengths, packed.tokens, model, execution, packed.positions, packed.segments
+    )
     chunk = max(config.logprob_chunk // len(packed.tokens), 1)
-    logprobs = token_logprobs(params, hidden, packed.tokens, config.temperature, model, compute, chunk)
+    logprobs = token_logprobs(params, hidden, packed.tokens, config.temperature, model, execution, chunk)
     (B, C), Q = packed.slots.shape, len(part.prompts)
     logprobs = lax.reshape(logprobs, (Q, logprobs.size // Q), out_sharding=at("Q."))
     slots = lax.reshape(packed.slots, (Q, B // Q * C), out_sharding=at("Q."))
@@ -108,15 +110,15 @@ def unsplit(x: Array, Q: int, at) -> Array:
     return lax.reshape(jnp.moveaxis(x, 0, 1), (parts * rows, C), out_sharding=at("BC"))
 
 
-@partial(jax.jit, static_argnames=("model", "compute", "config"))
-def completion_logprobs(params: Params, batch: Batch, model: GemmaConfig, compute: Compute, config: Config) -> Array:
+@partial(jax.jit, static_argnames=("model", "execution", "config"))
+def completion_logprobs(params: Params, batch: Batch, model: GemmaConfig, execution: ExecutionConfig, config: Config) -> Array:
     """log π of every completion token under `params`, at the sampling temperature: the reference's, or the old policy's.  BC"""
-    compute = replace(compute, remat="none")  # there is no backward pass
+    execution = replace(execution, remat="none")  # there is no backward pass
     if config.microbatches == 1:
-        return logprobs_of(params, batch, model, compute, config)
-    Q, at = len(batch.prompts), compute.at
+        return logprobs_of(params, batch, model, execution, config)
+    Q, at = len(batch.prompts), execution.at
     _, picked = lax.scan(
-        lambda _, part: (None, logprobs_of(params, part, model, compute, config)),
+        lambda _, part: (None, logprobs_of(params, part, model, execution, config)),
         None,
         split(batch, Q, config.microbatches, at),
     )
@@ -124,22 +126,28 @@ def completion_logprobs(params: Params, batch: Batch, model: GemmaConfig, comput
 
 
 def batch_loss(
-    trained: Any, base: Params | None, batch: Batch, weights: Array, model: GemmaConfig, compute: Compute, config: Config
+    trained: Any,
+    base: Params | None,
+    batch: Batch,
+    weights: Array,
+    model: GemmaConfig,
+    execution: ExecutionConfig,
+    config: Config,
 ) -> tuple[Array, dict[str, Array]]:
     """The loss of a batch, or its share in that of a larger one, and its terms for each token.  ... -> scalar, {name: BC}"""
-    logprobs = logprobs_of(policy(trained, base, config), batch, model, compute, config)
+    logprobs = logprobs_of(policy(trained, base, config), batch, model, execution, config)
     old = lax.stop_gradient(logprobs) if batch.old_logprobs is None else batch.old_logprobs
     loss, terms = grpo_loss(
         logprobs, old, batch.ref_logprobs, batch.advantages, weights, beta=config.beta, epsilon_low=config.epsilon_low,
-        epsilon_high=config.epsilon_high, sampler_logprobs=batch.sampler_logprobs if config.sampler_cap else None,
-        sampler_cap=config.sampler_cap,
+        epsilon_high=config.epsilon_high, sampler_logprobs=batch.sampler_logprobs if config.tis_cap else None,
+        tis_cap=config.tis_cap,
     )  # fmt: skip
     return loss, terms | {"logprobs": lax.stop_gradient(logprobs), "old": old, "weight": weights}
 
 
-@partial(jax.jit, static_argnames=("model", "compute", "config"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("model", "execution", "config"), donate_argnames="state")
 def train_step(
-    state: TrainState, batch: Batch, rate: ArrayLike, model: GemmaConfig, compute: Compute, config: Config,
+    state: TrainState, batch: Batch, rate: ArrayLike, model: GemmaConfig, execution: ExecutionConfig, config: Config,
     base: Params | None = None,
 ) -> tuple[TrainState, dict[str, Array], dict[str, Array]]:  # fmt: skip
     """One update at the learning rate `rate`, of the weights, or with LoRA of the adapters on a `base`.
@@ -151,7 +159,7 @@ def train_step(
 
     def gradient(part: Batch, weights: Array):
         part_loss = jax.value_and_grad(batch_loss, has_aux=True)
-        return part_loss(state.params, base, part, weights, model, compute, config)
+        return part_loss(state.params, base, part, weights, model, execution, config)
 
     def accumulate(total, part):
         (loss, terms), grads = gradient(*part)
@@ -160,7 +168,7 @@ def train_step(
     if config.microbatches == 1:
         (loss, terms), grads = gradient(batch, weights)
     else:
-        Q, at = len(batch.prompts), compute.at
+        Q, at = len(batch.prompts), execution.at
         zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params)
         (loss, grads), terms = lax.scan(accumulate, zero, split((batch, weights), Q, config.microbatches, at))
         terms = {name: unsplit(term, Q, at) for name, term in terms.items()}
@@ -213,19 +221,21 @@ def resting_bytes(model: GemmaConfig, dtype: str, config: Config) -> float:
     return (16 + width * (config.beta > 0)) * weights
 
 
-def choose_remat(compute: Compute, model: GemmaConfig, batch: Batch, config: Config, devices: int, memory: float) -> Compute:
+def choose_remat(
+    execution: ExecutionConfig, model: GemmaConfig, batch: Batch, config: Config, devices: int, memory: float
+) -> ExecutionConfig:
     """`auto` becomes `dots`, which keeps the results of products, where `memory`, bytes a device, has room; else `full`.
 
     Counted: what rests, what `dots` keeps for each slot of the packed rows, and a fifth of the memory for the rest. Compiled
     for v5e, Gemma 2 2B at 4,352 slots a chip needs 7.4 GiB by `full` and 12.9 by `dots`; this counts 14.3 for the latter.
     """
-    if compute.remat != "auto":
-        return compute
+    if execution.remat != "auto":
+        return execution
     slots = (batch.prompts.size + batch.packed.tokens.size) / config.microbatches
     products = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim + 2 * model.embed_dim + 2 * model.mlp_dim
-    kept = slots * model.num_layers * products * jnp.dtype(compute.dtype).itemsize
-    needed = (resting_bytes(model, compute.dtype, config) + kept) / devices
-    return replace(compute, remat="dots" if needed < 0.8 * memory else "full")
+    kept = slots * model.num_layers * products * jnp.dtype(execution.dtype).itemsize
+    needed = (resting_bytes(model, execution.dtype, config) + kept) / devices
+    return replace(execution, remat="dots" if needed < 0.8 * memory else "full")
 
 
 def device_memory(mesh: Mesh) -> float:

@@ -73,14 +73,13 @@ class GemmaConfig:
 
 
 @dataclass(frozen=True)
-class Compute:
+class ExecutionConfig:
     """How a forward pass runs: where arrays lie, in which dtype, what the backward pass keeps, whether layers are unrolled."""
 
     rules: Rules = TRAIN
     dtype: str = "float32"
     remat: str = "none"  # none | dots | full: what the backward pass recomputes
     unroll: bool = False  # the layers: faster on a CPU, slower to compile
-    attention: str = "plain"  # plain | splash: how `forward_group` attends; splash is a kernel for TPUs
 
     def at(self, letters: str):
         return spec(letters, self.rules)
@@ -175,35 +174,39 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:  # ...D, D -> ...D
     return (x32 * (1 + scale)).astype(x.dtype)
 
 
-def linear(x: Array, weight: Any, letters: str, compute: Compute, out: str | None = None, dtype: str | None = None) -> Array:
+def linear(
+    x: Array, weight: Any, letters: str, execution: ExecutionConfig, out: str | None = None, dtype: str | None = None
+) -> Array:
     """x @ weight, a matrix or an `Adapted` one; `remat="dots"` keeps it.  ...D, DF -> ...F"""
     if isinstance(weight, Adapted):
-        narrow = weight.scale * product(x, weight.a, letters[0] + "J", compute)
-        wide = product(narrow, weight.b, "J" + letters[1], compute, out, dtype)
-        y = product(x, weight.base, letters, compute, out, dtype) + wide
+        narrow = weight.scale * product(x, weight.a, letters[0] + "J", execution)
+        wide = product(narrow, weight.b, "J" + letters[1], execution, out, dtype)
+        y = product(x, weight.base, letters, execution, out, dtype) + wide
     else:
-        y = product(x, weight, letters, compute, out, dtype)
+        y = product(x, weight, letters, execution, out, dtype)
     return checkpoint_name(y, "linear")
 
 
-def product(x: Array, weight: Array, letters: str, compute: Compute, out: str | None = None, dtype: str | None = None) -> Array:
+def product(
+    x: Array, weight: Array, letters: str, execution: ExecutionConfig, out: str | None = None, dtype: str | None = None
+) -> Array:
     """x @ weight, where the rules want its result, in `dtype` (the one of x).  ...D, DF -> ...F
 
     The backward pass is written out for two reasons. It keeps the weight as stored and casts and gathers it again, so that no
     gathered weight waits for it. And the weight's gradient is xᵀ·dy, summed straight into the stored layout: automatic
     differentiation has dyᵀ·x, which transposes the larger of the two.
     """
-    placed = None if out is None else compute.at(out)
+    placed = None if out is None else execution.at(out)
 
     def forward(x, weight):
         return jnp.einsum(
-            "...D,DF->...F", x, compute.use(weight, letters), out_sharding=placed, preferred_element_type=dtype or x.dtype
+            "...D,DF->...F", x, execution.use(weight, letters), out_sharding=placed, preferred_element_type=dtype or x.dtype
         )
 
     def backward(kept, dy):
         x, weight = kept
         dy = dy.astype(x.dtype)
-        dx = jnp.einsum("...F,DF->...D", dy, compute.use(weight, letters), out_sharding=jax.typeof(x).sharding)
+        dx = jnp.einsum("...F,DF->...D", dy, execution.use(weight, letters), out_sharding=jax.typeof(x).sharding)
         stored = jax.typeof(weight).sharding
         if x.shape[-1] <= dy.shape[-1]:
             dw = jnp.einsum("...D,...F->DF", x, dy, out_sharding=stored)
@@ -279,13 +282,17 @@ def attend_piece(q: Array, kv: KV, positions: Array, window: Array, config: Gemm
     return rows(values), rows(total), rows(top)
 
 
-def project(x: Array, w: Layers, table: Array, config: GemmaConfig, compute: Compute) -> tuple[Array, Array, Array]:
+def attention_inputs(
+    x: Array, w: Layers, table: Array, config: GemmaConfig, execution: ExecutionConfig
+) -> tuple[Array, Array, Array]:
     """What comes before a layer's attention: queries, keys and values.  BTD -> BTNH, BTKH, BTKH"""
     B, T, _ = x.shape
     h = rms_norm(x, w.pre_attn_norm, config.norm_eps)
 
     def heads(weight, letters, count):
-        return lax.reshape(linear(h, weight, letters, compute), (B, T, count, config.head_dim), out_sharding=compute.at("BTNH"))
+        return lax.reshape(
+            linear(h, weight, letters, execution), (B, T, count, config.head_dim), out_sharding=execution.at("BTNH")
+        )
 
     N, K = config.num_heads, config.num_kv_heads
     q, k, v = heads(w.q, "DA", N), heads(w.k, "DE", K), heads(w.v, "DE", K)
@@ -294,48 +301,48 @@ def project(x: Array, w: Layers, table: Array, config: GemmaConfig, compute: Com
     return rotate(q, table), rotate(k, table), v
 
 
-def finish(x: Array, w: Layers, mixed: Array, config: GemmaConfig, compute: Compute) -> Array:
+def attention_out_and_mlp(x: Array, w: Layers, mixed: Array, config: GemmaConfig, execution: ExecutionConfig) -> Array:
     """What comes behind a layer's attention: its output projection, and the MLP.  BTD, BTA -> BTD"""
-    h = linear(mixed, w.o, "AD", compute)
+    h = linear(mixed, w.o, "AD", execution)
     x = x + (rms_norm(h, w.post_attn_norm, config.norm_eps) if config.post_norms else h)
     h = rms_norm(x, w.pre_mlp_norm, config.norm_eps)
-    h = jax.sharding.reshard(h, compute.at("MTd"))
-    h = jax.nn.gelu(linear(h, w.gate, "dF", compute), approximate=True) * linear(h, w.up, "dF", compute)
-    h = linear(h, w.down, "Fd", compute, out="BTd")
+    h = jax.sharding.reshard(h, execution.at("MTd"))
+    h = jax.nn.gelu(linear(h, w.gate, "dF", execution), approximate=True) * linear(h, w.up, "dF", execution)
+    h = linear(h, w.down, "Fd", execution, out="BTd")
     return x + (rms_norm(h, w.post_mlp_norm, config.norm_eps) if config.post_norms else h)
 
 
-def embed(params: Params, tokens: Array, config: GemmaConfig, compute: Compute) -> Array:  # BT -> BTD
+def embed(params: Params, tokens: Array, config: GemmaConfig, execution: ExecutionConfig) -> Array:  # BT -> BTD
     """Each token's row of the table, whose rows are cut over devices: tokens travel to the rows, what they find travels back.
 
     Every device looks up the tokens of all, and finds those it holds; the sum over devices is taken where the token came from.
     """
-    table = reshard(params.embedding, "Vd", compute.rules)
+    table = reshard(params.embedding, "Vd", execution.rules)
     sizes = jax.sharding.get_abstract_mesh().shape
-    over = tuple(axis for axis in ROWS if axis in (compute.rules.V or ()) and sizes.get(axis, 1) > 1)
-    scale = jnp.asarray(config.embed_dim**0.5, compute.dtype)  # rounded to the dtype, as transformers does
+    over = tuple(axis for axis in ROWS if axis in (execution.rules.V or ()) and sizes.get(axis, 1) > 1)
+    scale = jnp.asarray(config.embed_dim**0.5, execution.dtype)  # rounded to the dtype, as transformers does
     if not over:
-        return table.at[tokens].get(out_sharding=compute.at("BTd")).astype(compute.dtype) * scale
+        return table.at[tokens].get(out_sharding=execution.at("BTd")).astype(execution.dtype) * scale
 
-    @partial(jax.shard_map, in_specs=(compute.at("Vd"), compute.at("BT")), out_specs=compute.at("BTd"))
+    @partial(jax.shard_map, in_specs=(execution.at("Vd"), execution.at("BT")), out_specs=execution.at("BTd"))
     def lookup(table, tokens):
         tokens = lax.all_gather(tokens, over, tiled=True)
-        mine = tokens - lax.axis_index(compute.rules.V) * len(table)
+        mine = tokens - lax.axis_index(execution.rules.V) * len(table)
         found = (mine >= 0) & (mine < len(table))
-        x = jnp.where(found[..., None], table[jnp.where(found, mine, 0)].astype(compute.dtype), 0)
+        x = jnp.where(found[..., None], table[jnp.where(found, mine, 0)].astype(execution.dtype), 0)
         return lax.psum_scatter(x, over, tiled=True)
 
     return lookup(table, tokens) * scale
 
 
-def scan_layers(step, carry, layers: Any, extra: Any, config: GemmaConfig, compute: Compute):
+def scan_layers(step, carry, layers: Any, extra: Any, config: GemmaConfig, execution: ExecutionConfig):
     """Run `step(carry, i, weights, is_local, extra)` for each layer i; `extra` is stacked on L, or apart, as `layers` is.
 
     Stacked layers make a loop of the compiled program, layers apart (`unstack`) one copy of its body for each.
     """
-    if compute.remat != "none":
+    if execution.remat != "none":
         policies = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names("linear")}
-        step = jax.checkpoint(step, policy=policies[compute.remat], prevent_cse=False)
+        step = jax.checkpoint(step, policy=policies[execution.remat], prevent_cse=False)
     local = jnp.array(config.local_layers, jnp.int32)
     if not isinstance(layers, tuple):
         return lax.scan(lambda carry, x: step(carry, *x), carry, (jnp.arange(len(local)), layers, local, extra))
@@ -346,20 +353,20 @@ def scan_layers(step, carry, layers: Any, extra: Any, config: GemmaConfig, compu
     return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
 
 
-def unroll(params: Params, config: GemmaConfig, compute: Compute) -> Params:
+def unroll(params: Params, config: GemmaConfig, execution: ExecutionConfig) -> Params:
     """Weights for a loop to use again and again: layers apart, the head as the product reads it fastest."""
     head = lax.optimization_barrier(params.embedding.T)
-    return replace(params, layers=unstack(params.layers, config, compute), head=head) if compute.unroll else params
+    return replace(params, layers=unstack(params.layers, config, execution), head=head) if execution.unroll else params
 
 
-def unroll_kv(kv: KV, compute: Compute) -> KV:
+def unroll_kv(kv: KV, execution: ExecutionConfig) -> KV:
     """Keys and values, stacked on L, for the same loop: LBKSH, LBKSH -> L of BKHS, L of BKSH."""
-    return KV(tuple(jnp.swapaxes(k, 2, 3) for k in kv.k), tuple(kv.v), kv.positions) if compute.unroll else kv
+    return KV(tuple(jnp.swapaxes(k, 2, 3) for k in kv.k), tuple(kv.v), kv.positions) if execution.unroll else kv
 
 
-def unstack(tree: Any, config: GemmaConfig, compute: Compute) -> Any:
+def unstack(tree: Any, config: GemmaConfig, execution: ExecutionConfig) -> Any:
     """Where layers are to be unrolled: one tree for each, out of one whose leaves are stacked on L."""
-    if isinstance(tree, tuple) or not compute.unroll:
+    if isinstance(tree, tuple) or not execution.unroll:
         return tree
     return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(config.num_layers))
 
@@ -368,7 +375,9 @@ def layer_window(local: Array, config: GemmaConfig) -> Array:
     return jnp.where(local == 1, min(config.sliding_window, FAR), FAR)
 
 
-def forward(params: Params, tokens: Array, positions: Array, config: GemmaConfig, compute: Compute) -> tuple[Array, KV]:
+def forward(
+    params: Params, tokens: Array, positions: Array, config: GemmaConfig, execution: ExecutionConfig
+) -> tuple[Array, KV]:
     """The plain causal model.  BT, BT -> hidden BTD after the final norm, and the keys and values of all layers.
 
     A padded slot has position FAR; what comes out there means nothing.
@@ -376,69 +385,67 @@ def forward(params: Params, tokens: Array, positions: Array, config: GemmaConfig
     table = rope_table(positions, config)
 
     def step(x, _, w, local, __):
-        q, k, v = project(x, w, table[local], config, compute)
+        q, k, v = attention_inputs(x, w, table[local], config, execution)
         kv = KV(jnp.moveaxis(k, 1, 3), jnp.moveaxis(v, 1, 2), positions)
-        mixed = attend(q, [kv], positions, layer_window(local, config), config, compute.at)
-        return finish(x, w, mixed, config, compute), (jnp.swapaxes(kv.k, 2, 3), kv.v)
+        mixed = attend(q, [kv], positions, layer_window(local, config), config, execution.at)
+        return attention_out_and_mlp(x, w, mixed, config, execution), (jnp.swapaxes(kv.k, 2, 3), kv.v)
 
-    x = embed(params, tokens, config, compute)
-    x, (k, v) = scan_layers(step, x, unstack(params.layers, config, compute), None, config, compute)
+    x = embed(params, tokens, config, execution)
+    x, (k, v) = scan_layers(step, x, unstack(params.layers, config, execution), None, config, execution)
     return rms_norm(x, params.final_norm, config.norm_eps), KV(k, v, positions)
 
 
 def forward_group(
-    params: Params, prompts: Array, lengths: Array, tokens: Array, config: GemmaConfig, compute: Compute,
+    params: Params, prompts: Array, lengths: Array, tokens: Array, config: GemmaConfig, execution: ExecutionConfig,
     positions: Array | None = None, segments: Array | None = None,
 ) -> Array:  # fmt: skip
     """Hidden states that predict each completion token, each prompt computed once.  QP, Q, BC -> BCD
 
-    Row b continues prompt b // (B / Q), with one completion, or with several of the group packed one behind the other:
-    `positions` then start again at each, and `segments` tell them apart (both BC). Equal to `forward` on every prompt +
-    completion written out.
+    Row b continues prompt b // (B / Q) with one completion, or with several of the group packed one behind the other: then
+    `positions` restart at each completion, and `segments` tell the completions apart (both BC). Equal to `forward` on every
+    prompt + completion written out.
     """
-    (Q, P), (B, C) = prompts.shape, tokens.shape
-    at = compute.at
+    (Q, P), (B, C), at = prompts.shape, tokens.shape, execution.at
     starts = repeat(lengths, B // Q, at)[:, None]
     positions = starts + jnp.arange(C) if positions is None else positions
     prompt_positions = prompt_slots(lengths, P)
-
-    def join(prompts, rows):  # QP..., BC... -> Q, P + all slots of its rows, ...
-        rows = lax.reshape(rows, (Q, B // Q * C, *rows.shape[2:]), out_sharding=at("Q." + "." * (rows.ndim - 2)))
-        return jnp.concatenate([jax.sharding.reshard(prompts, jax.typeof(rows).sharding), rows], axis=1)
-
-    def rows(x):  # the second part of that: BC...
-        return lax.reshape(x[:, P:], (B, C, *x.shape[2:]), out_sharding=at("BC" + "." * (x.ndim - 2)))
-
-    def plain(q, k, v, window):  # QTNH, QTKH, QTKH -> QTA
-        shared = KV(jnp.moveaxis(k[:, :P], 1, 3), jnp.moveaxis(v[:, :P], 1, 2), prompt_positions)
-        own = KV(jnp.moveaxis(rows(k), 1, 3), jnp.moveaxis(rows(v), 1, 2), positions, segments)
-        prompt = attend(q[:, :P], [shared], prompt_positions, window, config, at)
-        return join(prompt, attend(rows(q), [shared, own], positions, window, config, at))
-
-    def splash(q, k, v, window):
-        from models.kernels import splash_attention  # needs Pallas, which takes a while to import
-
-        own = 1 + jnp.arange(B)[:, None] + jnp.zeros_like(tokens) if segments is None else segments
-        texts = jnp.where(slots == FAR, -1, join(jnp.zeros_like(prompts), own))
-        return splash_attention(q, k, v, slots, texts, window, config.query_scale, config.attn_softcap, at)
-
-    attend_group = {"plain": plain, "splash": splash}[compute.attention]
-    slots = join(prompt_positions, positions)
-    table = rope_table(slots, config)
+    table = rope_table(join_rows(prompt_positions, positions, at), config)
 
     def step(x, _, w, local, __):
-        q, k, v = project(x, w, table[local], config, compute)
-        return finish(x, w, attend_group(q, k, v, layer_window(local, config)), config, compute), None
+        q, k, v = attention_inputs(x, w, table[local], config, execution)
+        window = layer_window(local, config)
+        shared = KV(jnp.moveaxis(k[:, :P], 1, 3), jnp.moveaxis(v[:, :P], 1, 2), prompt_positions)
+        q_own, k_own, v_own = (split_rows(side, P, B, at) for side in (q, k, v))
+        own = KV(jnp.moveaxis(k_own, 1, 3), jnp.moveaxis(v_own, 1, 2), positions, segments)
+        mixed = join_rows(
+            attend(q[:, :P], [shared], prompt_positions, window, config, at),
+            attend(q_own, [shared, own], positions, window, config, at),
+            at,
+        )
+        return attention_out_and_mlp(x, w, mixed, config, execution), None
 
-    x = embed(params, join(prompts, tokens), config, compute)
-    x, _ = scan_layers(step, x, unstack(params.layers, config, compute), None, config, compute)
+    x = embed(params, join_rows(prompts, tokens, at), config, execution)
+    x, _ = scan_layers(step, x, unstack(params.layers, config, execution), None, config, execution)
     last = repeat(last_slot(x[:, :P], lengths), B // Q, at)[:, None]
-    before = jnp.where((positions == starts)[..., None], last, jnp.roll(rows(x), 1, axis=1))
+    before = jnp.where((positions == starts)[..., None], last, jnp.roll(split_rows(x, P, B, at), 1, axis=1))
     return rms_norm(before, params.final_norm, config.norm_eps)
 
 
+def join_rows(prompts: Array, rows: Array, at) -> Array:
+    """A prompt and the slots of all its rows in one line: each product runs once.  QP..., BC... -> Q, P + (B/Q)C, ..."""
+    Q, (B, C) = len(prompts), rows.shape[:2]
+    rows = lax.reshape(rows, (Q, B // Q * C, *rows.shape[2:]), out_sharding=at("Q." + "." * (rows.ndim - 2)))
+    return jnp.concatenate([jax.sharding.reshard(prompts, jax.typeof(rows).sharding), rows], axis=1)
+
+
+def split_rows(x: Array, P: int, B: int, at) -> Array:
+    """The rows that `join_rows` put behind the P slots of each prompt.  Q, P + (B/Q)C, ... -> BC..."""
+    C = (x.shape[1] - P) * len(x) // B
+    return lax.reshape(x[:, P:], (B, C, *x.shape[2:]), out_sharding=at("BC" + "." * (x.ndim - 2)))
+
+
 def forward_cached(
-    params: Params, tokens: Array, slot: Array, prefix: KV, cache: KV, config: GemmaConfig, compute: Compute
+    params: Params, tokens: Array, slot: Array, prefix: KV, cache: KV, config: GemmaConfig, execution: ExecutionConfig
 ) -> tuple[Array, KV]:
     """One token a row, written to `slot` of the cache.  B, scalar, (LQKPH, QP), (LBKCH, BC) -> hidden BD, cache
 
@@ -450,17 +457,17 @@ def forward_cached(
 
     def step(carry, layer, w, local, shared):
         x, all_k, all_v = carry
-        q, k, v = project(x, w, table[local], config, compute)
+        q, k, v = attention_inputs(x, w, table[local], config, execution)
         all_k, k = write_slot(all_k, layer, jnp.moveaxis(k, 1, 3 if apart else 2), slot, axis=3 if apart else 2)
         all_v, v = write_slot(all_v, layer, jnp.moveaxis(v, 1, 2), slot, axis=2)
         keys = (shared[0], k) if apart else (jnp.swapaxes(shared[0], 2, 3), jnp.swapaxes(k, 2, 3))
         pieces = [KV(keys[0], shared[1], prefix.positions), KV(keys[1], v, cache.positions)]
-        mixed = attend(q, pieces, positions, layer_window(local, config), config, compute.at)
-        return (finish(x, w, mixed, config, compute), all_k, all_v), None
+        mixed = attend(q, pieces, positions, layer_window(local, config), config, execution.at)
+        return (attention_out_and_mlp(x, w, mixed, config, execution), all_k, all_v), None
 
     shared = tuple(zip(prefix.k, prefix.v, strict=True)) if apart else [prefix.k, prefix.v]
-    carry = embed(params, tokens[:, None], config, compute), cache.k, cache.v
-    (x, k, v), _ = scan_layers(step, carry, params.layers, shared, config, compute)
+    carry = embed(params, tokens[:, None], config, execution), cache.k, cache.v
+    (x, k, v), _ = scan_layers(step, carry, params.layers, shared, config, execution)
     return rms_norm(x[:, 0], params.final_norm, config.norm_eps), KV(k, v, cache.positions)
 
 
@@ -492,11 +499,11 @@ def repeat(x: Array, times: int, at) -> Array:  # Q... -> B...
     return lax.reshape(grouped, (x.shape[0] * times, *x.shape[1:]), out_sharding=at("B" + "." * (x.ndim - 1)))
 
 
-def vocab_logits(hidden: Array, params: Params, config: GemmaConfig, compute: Compute) -> Array:
+def vocab_logits(hidden: Array, params: Params, config: GemmaConfig, execution: ExecutionConfig) -> Array:
     """float32 logits over the vocabulary, soft-capped.  BTD -> WTV"""
-    hidden = jax.sharding.reshard(hidden, compute.at("WTd"))
+    hidden = jax.sharding.reshard(hidden, execution.at("WTd"))
     head = params.embedding.T if params.head is None else params.head
-    logits = linear(hidden, head, "dV", compute, dtype="float32")
+    logits = linear(hidden, head, "dV", execution, dtype="float32")
     return softcap(logits, config.final_softcap)
 
 
@@ -513,7 +520,13 @@ def pick_logprobs(logits: Array, tokens: Array, temperature: Array) -> Array:
 
 
 def token_logprobs(
-    params: Params, hidden: Array, tokens: Array, temperature: float, config: GemmaConfig, compute: Compute, chunk: int
+    params: Params,
+    hidden: Array,
+    tokens: Array,
+    temperature: float,
+    config: GemmaConfig,
+    execution: ExecutionConfig,
+    chunk: int,
 ):
     """Log-probabilities of `tokens` from the hidden states that predict them.  BCD, BC -> BC
 
@@ -531,9 +544,9 @@ def token_logprobs(
 
     def body(_, xs):
         hidden, tokens = xs
-        tokens = jax.sharding.reshard(tokens, compute.at("WT"))
-        picked = pick_logprobs(vocab_logits(hidden, params, config, compute), tokens, jnp.asarray(temperature))
-        return None, jax.sharding.reshard(picked, compute.at("BT"))
+        tokens = jax.sharding.reshard(tokens, execution.at("WT"))
+        picked = pick_logprobs(vocab_logits(hidden, params, config, execution), tokens, jnp.asarray(temperature))
+        return None, jax.sharding.reshard(picked, execution.at("BT"))
 
     if count > 1:
         body = jax.checkpoint(body, prevent_cse=False)

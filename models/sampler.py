@@ -22,7 +22,7 @@ from jax.typing import ArrayLike
 from models.gemma import (
     FAR,
     KV,
-    Compute,
+    ExecutionConfig,
     GemmaConfig,
     Params,
     forward,
@@ -37,7 +37,7 @@ from models.gemma import (
 
 
 @flax.struct.dataclass
-class Prefix:
+class PrefillResult:
     """What decoding needs of the prompts."""
 
     kv: KV  # LQKPH
@@ -54,7 +54,7 @@ class Samples:
 
 
 @flax.struct.dataclass
-class Rows:
+class DecodeState:
     """Completions under way. Tokens and cache are rings of C slots: all rows write to the same slot, whatever their age."""
 
     keys: Array  # B
@@ -82,122 +82,150 @@ class Sampling:
     halvings: int = 0  # times that the batch may halve as rows stop
 
 
-@partial(jax.jit, static_argnames=("config", "compute"))
-def prefill(params: Params, prompts: Array, lengths: Array, config: GemmaConfig, compute: Compute) -> Prefix:
+@partial(jax.jit, static_argnames=("config", "execution"))
+def prefill(params: Params, prompts: Array, lengths: Array, config: GemmaConfig, execution: ExecutionConfig) -> PrefillResult:
     """Right-padded prompts -> their keys and values, and the hidden states to continue from.  QP, Q"""
-    hidden, kv = forward(params, prompts, prompt_slots(lengths, prompts.shape[1]), config, compute)
-    return Prefix(kv, last_slot(hidden, lengths), lengths)
+    hidden, kv = forward(params, prompts, prompt_slots(lengths, prompts.shape[1]), config, execution)
+    return PrefillResult(kv, last_slot(hidden, lengths), lengths)
 
 
-def row_keys(seed: int, step: int, rows: Array) -> Array:  # B -> B keys
+def row_keys(seed: int, step: int, state: Array) -> Array:  # B -> B keys
     """The random stream of each row of a step; `rows` are indices that do not depend on the layout."""
     key = jax.random.fold_in(jax.random.key(seed), step)
-    return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(state)
 
 
-@partial(jax.jit, static_argnames=("config", "compute", "sampling"))
+@partial(jax.jit, static_argnames=("config", "execution", "sampling"))
 def decode(
-    params: Params, prefix: Prefix, keys: Array, temperature: Array, limits: Array, config: GemmaConfig, compute: Compute,
+    params: Params,
+    prefix: PrefillResult,
+    keys: Array,
+    temperature: Array,
+    limits: Array,
+    config: GemmaConfig,
+    execution: ExecutionConfig,
     sampling: Sampling,
-) -> Samples:  # fmt: skip
+) -> Samples:
     """Up to `limits` <= C tokens a row; B = len(keys) rows in groups of B / Q. Ends as soon as every row has stopped."""
-    params, short = unroll(params, config, compute), replace(sampling, width=-(-sampling.width // 2))
-    rows = start(prefix, keys, temperature, limits, config, compute, short)  # half as many slots to read, until they are full
-    rows, count = advance(params, rows, 0, to_keep(rows, sampling), config, compute, short, short.width)
-    return drain(params, widen(rows, sampling.width), count, config, compute, sampling)
+    params, short = unroll(params, config, execution), replace(sampling, width=-(-sampling.width // 2))
+    state = init_decode_state(
+        prefix, keys, temperature, limits, config, execution, short
+    )  # half as many slots to read, until they are full
+    state, count = decode_until(params, state, 0, to_keep(state, sampling), config, execution, short, short.width)
+    return decode_compacting(params, grow_slots(state, sampling.width), count, config, execution, sampling)
 
 
 def sample(
-    params: Params, prompts: Array, lengths: Array, keys: Array, temperature: Array, config: GemmaConfig, compute: Compute,
+    params: Params,
+    prompts: Array,
+    lengths: Array,
+    keys: Array,
+    temperature: Array,
+    config: GemmaConfig,
+    execution: ExecutionConfig,
     sampling: Sampling,
-) -> Samples:  # fmt: skip
+) -> Samples:
     """`prefill`, then `decode`: QP, Q, B keys, B -> Samples."""
-    prefix = prefill(params, prompts, lengths, config, compute)
+    prefix = prefill(params, prompts, lengths, config, execution)
     limits = jnp.full(keys.shape, sampling.width, jnp.int32)
-    return decode(params, prefix, keys, temperature, limits, config, compute, sampling)
+    return decode(params, prefix, keys, temperature, limits, config, execution, sampling)
 
 
-def start(
-    prefix: Prefix, keys: Array, temperature: Array, limits: Array, config: GemmaConfig, compute: Compute, sampling: Sampling
-) -> Rows:
+def init_decode_state(
+    prefix: PrefillResult,
+    keys: Array,
+    temperature: Array,
+    limits: Array,
+    config: GemmaConfig,
+    execution: ExecutionConfig,
+    sampling: Sampling,
+) -> DecodeState:
     """Rows before their first token.  B keys, B, B"""
     (B,), Q, C = keys.shape, len(prefix.lengths), sampling.width
-    at = compute.at
+    at = execution.at
     zeros = partial(jnp.zeros, B, out_sharding=at("B"))
     grid = partial(jnp.zeros, (B, C), out_sharding=at("BC"))
     shape = (config.num_layers, B, config.num_kv_heads, C, config.head_dim)
-    empty = jnp.zeros(shape, compute.dtype, out_sharding=at("LBKCH"))
+    empty = jnp.zeros(shape, execution.dtype, out_sharding=at("LBKCH"))
     keys, temperature, limits = (jax.sharding.reshard(x, at("B")) for x in (keys, temperature, limits))
-    return Rows(
+    return DecodeState(
         keys, temperature, repeat(prefix.lengths, B // Q, at), zeros(jnp.int32), limits, ~zeros(bool), zeros(bool),
-        grid(jnp.int32), grid(jnp.float32), repeat(prefix.hidden, B // Q, at), unroll_kv(prefix.kv, compute),
-        unroll_kv(KV(empty, empty, grid(jnp.int32) + FAR), compute),
+        grid(jnp.int32), grid(jnp.float32), repeat(prefix.hidden, B // Q, at), unroll_kv(prefix.kv, execution),
+        unroll_kv(KV(empty, empty, grid(jnp.int32) + FAR), execution),
     )  # fmt: skip
 
 
-def drain(params: Params, rows: Rows, count: Array, config: GemmaConfig, compute: Compute, sampling: Sampling) -> Samples:
+def decode_compacting(
+    params: Params, state: DecodeState, count: Array, config: GemmaConfig, execution: ExecutionConfig, sampling: Sampling
+) -> Samples:
     """Decode until every row has stopped.
 
     Once no device has more than half of its rows alive, those go on in a batch of half the size, up to `halvings` times: on a
     device that computes, and does not only wait for memory, the last long completions then cost little.
     """
-    half = to_keep(rows, sampling)
-    rows, count = advance(params, rows, count, half, config, compute, sampling)
-    samples = Samples(rows.tokens, rows.logprobs, rows.lengths, rows.truncated)
+    half = to_keep(state, sampling)
+    state, count = decode_until(params, state, count, half, config, execution, sampling)
+    samples = Samples(state.tokens, state.logprobs, state.lengths, state.truncated)
     if not half:
         return samples
-    order = jnp.argsort(~by_device(rows.alive, compute), axis=1)  # of each device's rows, those alive first
+    order = jnp.argsort(~by_device(state.alive, execution), axis=1)  # of each device's rows, those alive first
     fewer = replace(sampling, halvings=sampling.halvings - 1)
-    going = drain(params, take(rows, order[:, :half], compute), count, config, compute, fewer)
-    done = jax.tree.map(lambda x: pick(x, order[:, half:], compute), samples)
+    going = decode_compacting(params, compact_batch(state, order[:, :half], execution), count, config, execution, fewer)
+    done = jax.tree.map(lambda x: gather_rows(x, order[:, half:], execution), samples)
 
     def merge(going, done):
-        both = jnp.concatenate([by_device(going, compute), by_device(done, compute)], axis=1)
-        both = lax.reshape(both, (len(rows.keys), *both.shape[2:]), out_sharding=compute.at("B" + "." * (both.ndim - 2)))
-        return pick(both, jnp.argsort(order, axis=1), compute)
+        both = jnp.concatenate([by_device(going, execution), by_device(done, execution)], axis=1)
+        both = lax.reshape(both, (len(state.keys), *both.shape[2:]), out_sharding=execution.at("B" + "." * (both.ndim - 2)))
+        return gather_rows(both, jnp.argsort(order, axis=1), execution)
 
     return jax.tree.map(merge, going, done)
 
 
-def to_keep(rows: Rows, sampling: Sampling) -> int:
+def to_keep(state: DecodeState, sampling: Sampling) -> int:
     """With no more rows alive on a device than these, the batch halves; 0 if it does not."""
-    count = rows_a_device(rows)
+    count = rows_a_device(state)
     return 0 if sampling.halvings == 0 or count % 2 else count // 2
 
 
-def widen(rows: Rows, width: int) -> Rows:
+def grow_slots(state: DecodeState, width: int) -> DecodeState:
     """The same rows with `width` slots: those that are there, then empty ones."""
 
     def pad(x, axis, value=0):
         sides = [(0, 0)] * x.ndim
-        sides[axis] = (0, width - rows.tokens.shape[1])
+        sides[axis] = (0, width - state.tokens.shape[1])
         return jnp.pad(x, sides, constant_values=value)
 
-    k, v = jax.tree.map(partial(pad, axis=3), rows.cache.k), jax.tree.map(partial(pad, axis=-2), rows.cache.v)
-    cache = KV(k, v, pad(rows.cache.positions, 1, FAR))
-    return replace(rows, tokens=pad(rows.tokens, 1), logprobs=pad(rows.logprobs, 1), cache=cache)
+    k, v = jax.tree.map(partial(pad, axis=3), state.cache.k), jax.tree.map(partial(pad, axis=-2), state.cache.v)
+    cache = KV(k, v, pad(state.cache.positions, 1, FAR))
+    return replace(state, tokens=pad(state.tokens, 1), logprobs=pad(state.logprobs, 1), cache=cache)
 
 
-def advance(
-    params: Params, rows: Rows, count: ArrayLike, keep: ArrayLike, config: GemmaConfig, compute: Compute, sampling: Sampling,
+def decode_until(
+    params: Params,
+    state: DecodeState,
+    count: ArrayLike,
+    keep: ArrayLike,
+    config: GemmaConfig,
+    execution: ExecutionConfig,
+    sampling: Sampling,
     until: int = FAR,
-) -> tuple[Rows, Array]:  # fmt: skip
+) -> tuple[DecodeState, Array]:
     """Decode until no device has more than `keep` rows alive; `count` is of steps, and says which slot is written.
 
     It goes no further than to `until`, where a ring that may not close yet is full.
     """
-    uniform = random_numbers(rows.keys, sampling.width, compute.at)
+    uniform = random_numbers(state.keys, sampling.width, execution.at)
 
     def going(carry):
-        rows, count = carry
-        return jnp.any(by_device(rows.alive, compute).sum(axis=1) > keep) & (count < until)
+        state, count = carry
+        return jnp.any(by_device(state.alive, execution).sum(axis=1) > keep) & (count < until)
 
     def step(carry):
-        rows, count = carry
-        rows = next_token(params, rows, uniform, count % sampling.width, config, compute, sampling)
-        return rows, count + 1
+        state, count = carry
+        state = next_token(params, state, uniform, count % sampling.width, config, execution, sampling)
+        return state, count + 1
 
-    return lax.while_loop(going, step, (rows, jnp.int32(count)))
+    return lax.while_loop(going, step, (state, jnp.int32(count)))
 
 
 def random_numbers(keys: Array, width: int, at) -> Array:  # B keys -> BC
@@ -208,61 +236,69 @@ def random_numbers(keys: Array, width: int, at) -> Array:  # B keys -> BC
 
 
 def next_token(
-    params: Params, rows: Rows, uniform: Array, slot: Array, config: GemmaConfig, compute: Compute, sampling: Sampling
-) -> Rows:
+    params: Params,
+    state: DecodeState,
+    uniform: Array,
+    slot: Array,
+    config: GemmaConfig,
+    execution: ExecutionConfig,
+    sampling: Sampling,
+) -> DecodeState:
     """Draw a token for every row, and run it through the model.  uniform BC: see `random_numbers`"""
-    at = compute.at
-    logits = vocab_logits(rows.hidden[:, None], params, config, compute)[:, 0]
-    uniform = jnp.where(jnp.arange(sampling.width) == rows.lengths[:, None], uniform, 0.0).sum(axis=1)
-    uniform, temperature = (jax.sharding.reshard(x, at("W")) for x in (uniform, rows.temperature))
-    drawn = draw(logits, uniform, temperature, sampling, compute)
+    at = execution.at
+    logits = vocab_logits(state.hidden[:, None], params, config, execution)[:, 0]
+    uniform = jnp.where(jnp.arange(sampling.width) == state.lengths[:, None], uniform, 0.0).sum(axis=1)
+    uniform, temperature = (jax.sharding.reshard(x, at("W")) for x in (uniform, state.temperature))
+    drawn = draw(logits, uniform, temperature, sampling, execution)
     tokens, logprobs = (jax.sharding.reshard(x, at("B")) for x in drawn)
-    cache = replace(rows.cache, positions=write(rows.cache.positions, rows.starts + rows.lengths, slot, rows.alive))
-    hidden, cache = forward_cached(params, tokens, slot, rows.prefix, cache, config, compute)
+    cache = replace(state.cache, positions=write(state.cache.positions, state.starts + state.lengths, slot, state.alive))
+    hidden, cache = forward_cached(params, tokens, slot, state.prefix, cache, config, execution)
     stopped = jnp.isin(tokens, jnp.array(sampling.stop_ids))
-    lengths = rows.lengths + rows.alive
-    full = lengths >= rows.limits
+    lengths = state.lengths + state.alive
+    full = lengths >= state.limits
     return replace(
-        rows,
-        tokens=write(rows.tokens, tokens, slot, rows.alive),
-        logprobs=write(rows.logprobs, logprobs, slot, rows.alive),
+        state,
+        tokens=write(state.tokens, tokens, slot, state.alive),
+        logprobs=write(state.logprobs, logprobs, slot, state.alive),
         lengths=lengths,
-        alive=rows.alive & ~stopped & ~full,
-        truncated=rows.truncated | (rows.alive & ~stopped & full),
+        alive=state.alive & ~stopped & ~full,
+        truncated=state.truncated | (state.alive & ~stopped & full),
         hidden=hidden,
         cache=cache,
     )
 
 
-def rows_a_device(rows: Rows) -> int:
-    return len(rows.keys) // max(jax.sharding.get_abstract_mesh().size, 1)
+def rows_a_device(state: DecodeState) -> int:
+    return len(state.keys) // max(jax.sharding.get_abstract_mesh().size, 1)
 
 
-def by_device(x: Array, compute: Compute, axis: int = 0) -> Array:
+def by_device(x: Array, execution: ExecutionConfig, axis: int = 0) -> Array:
     """Rows as a grid of devices and their own rows.  B... -> [devices, rows of each, ...]"""
     devices = max(jax.sharding.get_abstract_mesh().size, 1)
     shape = (*x.shape[:axis], devices, x.shape[axis] // devices, *x.shape[axis + 1 :])
-    return lax.reshape(x, shape, out_sharding=compute.at("." * axis + "B" + "." * (x.ndim - axis)))
+    return lax.reshape(x, shape, out_sharding=execution.at("." * axis + "B" + "." * (x.ndim - axis)))
 
 
-def pick(x: Array, index: Array, compute: Compute, axis: int = 0) -> Array:
+def gather_rows(x: Array, index: Array, execution: ExecutionConfig, axis: int = 0) -> Array:
     """The rows of `index` [devices, n], numbered within each device: none moves between devices.  B... -> devices * n..."""
-    x = jax.vmap(partial(jnp.take, axis=axis), in_axes=(axis, 0), out_axes=axis)(by_device(x, compute, axis), index)
+    x = jax.vmap(partial(jnp.take, axis=axis), in_axes=(axis, 0), out_axes=axis)(by_device(x, execution, axis), index)
     shape = (*x.shape[:axis], index.size, *x.shape[axis + 2 :])
-    return lax.reshape(x, shape, out_sharding=compute.at("." * axis + "B" + "." * (x.ndim - axis - 2)))
+    return lax.reshape(x, shape, out_sharding=execution.at("." * axis + "B" + "." * (x.ndim - axis - 2)))
 
 
-def pick_kv(kv: KV, index: Array, compute: Compute) -> KV:
+def gather_kv(kv: KV, index: Array, execution: ExecutionConfig) -> KV:
     axis = 0 if isinstance(kv.k, tuple) else 1  # behind L, where layers are stacked
-    k, v = jax.tree.map(lambda x: pick(x, index, compute, axis), (kv.k, kv.v))
-    return KV(k, v, pick(kv.positions, index, compute))
+    k, v = jax.tree.map(lambda x: gather_rows(x, index, execution, axis), (kv.k, kv.v))
+    return KV(k, v, gather_rows(kv.positions, index, execution))
 
 
-def take(rows: Rows, index: Array, compute: Compute) -> Rows:
+def compact_batch(state: DecodeState, index: Array, execution: ExecutionConfig) -> DecodeState:
     """The rows of `index` [devices, n], each with a copy of its prompt's keys and values."""
-    group = len(rows.keys) // len(rows.prefix.positions)
-    plain = jax.tree.map(lambda x: pick(x, index, compute), replace(rows, prefix=None, cache=None))
-    return replace(plain, prefix=pick_kv(rows.prefix, index // group, compute), cache=pick_kv(rows.cache, index, compute))
+    group = len(state.keys) // len(state.prefix.positions)
+    plain = jax.tree.map(lambda x: gather_rows(x, index, execution), replace(state, prefix=None, cache=None))
+    return replace(
+        plain, prefix=gather_kv(state.prefix, index // group, execution), cache=gather_kv(state.cache, index, execution)
+    )
 
 
 def write(grid: Array, column: Array, slot: Array, alive: Array) -> Array:
@@ -271,23 +307,25 @@ def write(grid: Array, column: Array, slot: Array, alive: Array) -> Array:
     return lax.dynamic_update_slice_in_dim(grid, jnp.where(alive[:, None], column[:, None], old), slot, axis=1)
 
 
-def draw(logits: Array, uniform: Array, temperature: Array, sampling: Sampling, compute: Compute) -> tuple[Array, Array]:
+def draw(
+    logits: Array, uniform: Array, temperature: Array, sampling: Sampling, execution: ExecutionConfig
+) -> tuple[Array, Array]:
     """One token a row from softmax(logits / temperature), cut to top-k and top-p; the best one where temperature is 0.
 
     WV, W, W -> tokens W, and their log-probabilities under the whole softmax, W: as `pick_logprobs` has them, from the
     exponentials that are there already. `uniform` lies in [0, 1).
     """
     greedy = temperature == 0
-    heat = jnp.where(greedy, 1.0, temperature)[:, None]
+    temperatures = jnp.where(greedy, 1.0, temperature)[:, None]
     top = logits.max(axis=-1, keepdims=True)
-    weights = jnp.exp((logits - top) / heat)
+    weights = jnp.exp((logits - top) / temperatures)
     total = weights.sum(axis=-1)
     if sampling.top_k:
         weights = keep_heaviest(weights, count_entries, jnp.full_like(uniform, sampling.top_k))
     if sampling.top_p < 1:
         weights = keep_heaviest(weights, lambda kept: kept.sum(axis=-1), sampling.top_p * weights.sum(axis=-1))
     weights = jnp.where(greedy[:, None], logits == top, weights)
-    tokens, weight = invert_cdf(weights, jnp.where(greedy, 0.0, uniform), compute)
+    tokens, weight = invert_cdf(weights, jnp.where(greedy, 0.0, uniform), execution)
     return tokens, jnp.log(weight / total)
 
 
@@ -319,7 +357,7 @@ def keep_heaviest(weights: Array, measure, target: Array) -> Array:
     return jnp.where(bits >= low[:, None], weights, 0.0)
 
 
-def invert_cdf(weights: Array, uniform: Array, compute: Compute) -> tuple[Array, Array]:
+def invert_cdf(weights: Array, uniform: Array, execution: ExecutionConfig) -> tuple[Array, Array]:
     """The entry at which the running sum of `weights` passes uniform * total, and its weight.  WV, W -> W, W
 
     A block is found first, then the entry in it.
@@ -328,8 +366,8 @@ def invert_cdf(weights: Array, uniform: Array, compute: Compute) -> tuple[Array,
     """
     W, V = weights.shape
     size = block_size(V)
-    blocks = lax.reshape(weights, (W, V // size, size), out_sharding=compute.at("WV."))
-    sums = jax.sharding.reshard(blocks.sum(axis=-1), compute.at("W."))
+    blocks = lax.reshape(weights, (W, V // size, size), out_sharding=execution.at("WV."))
+    sums = jax.sharding.reshard(blocks.sum(axis=-1), execution.at("W."))
     index, fraction, _ = find(sums, uniform)
     chosen = jnp.arange(V // size) == index[:, None]
     inside, _, weight = find(jnp.where(chosen[..., None], blocks, 0.0).sum(axis=1), fraction)

@@ -90,7 +90,7 @@ def reshard(tree, axes, rules: Rules):
     return jax.tree.map(lambda leaf, letters: jax.sharding.reshard(leaf, spec(letters, rules)), tree, axes)
 
 
-def put(x: ArrayLike, letters: str) -> Array:
+def to_devices(x: ArrayLike, letters: str) -> Array:
     """A host array on the devices, rows cut over all of them. With several processes, each gives the whole array."""
     if jax.process_count() == 1:
         return jax.device_put(x, spec(letters, TRAIN))
@@ -100,14 +100,14 @@ def put(x: ArrayLike, letters: str) -> Array:
     )
 
 
-def fetch(tree: Any) -> Any:
+def to_host(tree: Any) -> Any:
     """Arrays on the devices as arrays on the host, whole on every process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def like(function: Callable, *arguments: Any, mesh: Mesh) -> Any:
+def abstract_like(function: Callable, *arguments: Any, mesh: Mesh) -> Any:
     """What `function` would return, as shapes that lie where it would leave them. Nothing is computed."""
     return jax.tree.map(
         lambda a: a.update(sharding=NamedSharding(mesh, a.sharding.spec if a.sharding else PartitionSpec())),

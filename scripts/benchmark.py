@@ -5,8 +5,8 @@
     python scripts/benchmark.py --model gemma2-2b --mean_length 150 --lora_rank 64
     python scripts/benchmark.py --model gemma2-2b --transformers         (beside its generate; needs torch and transformers)
 
-Completions run to `--max_new_tokens`, or to natural lengths around `--mean_length`. A bound is that of models/roofline.py for
-the same lengths, at the peaks that this device shows in a large product and a large copy (nominal ones: see CHIPS there). It
+Completions run to `--max_new_tokens`, or to natural lengths around `--mean_length`. A bound is that of models/bounds/roofline.py
+for the same lengths, at the peaks that this device shows in a large product and a large copy (nominal ones: see CHIPS there). It
 counts no padding and nothing recomputed: where arithmetic binds, the percentage is the MFU, where memory does, the MBU.
 Medians (min-max) over `--repeats`, after a warm-up that compiles; then one line of JSON.
 """
@@ -27,14 +27,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from data.problems import Problem
-from grpo.cli import run_script
 from grpo.config import ConfigError, flag, parse
-from grpo.load import Model
-from grpo.metrics import CompileCounter
 from grpo.rollout import rollout
-from grpo.run import Run
+from grpo.runs.cli import run_script
+from grpo.runs.metrics import CompileCounter
+from grpo.runs.model_source import Model
+from grpo.runs.reward_worker import UserRewards
+from grpo.runs.setup import Run
+from grpo.runs.trainer import one_step
+from grpo.runs.workload import Workload
 from grpo.session import plan_sessions
-from grpo.train import one_step
 from grpo.update import (
     choose_remat,
     completion_logprobs,
@@ -42,17 +44,15 @@ from grpo.update import (
     frozen,
     init_state,
     policy,
-    rollout_view,
+    sampling_params,
     starting_point,
     train_step,
 )
-from grpo.workers import UserRewards
-from grpo.workload import Workload
-from models import roofline
-from models.gemma import Compute, init_params
+from models.bounds import roofline
+from models.bounds.roofline import Bound, Chip
+from models.gemma import ExecutionConfig, init_params
 from models.lora import count_adapters
 from models.presets import MODELS
-from models.roofline import Bound, Chip
 from models.sharding import ROLLOUT, STORE, TRAIN, activation_dtype, check_divides, make_mesh
 
 
@@ -123,7 +123,7 @@ def make_run(config: BenchmarkConfig, mesh: Mesh) -> Run:
     )  # fmt: skip
     return Run(
         config, mesh, weights, model, NumberTokens(), problems, prompt_ids, [], [], [], UserRewards(), sessions,  # type: ignore[arg-type]
-        Compute(TRAIN, dtype, config.remat, config.unroll, config.attention), Compute(ROLLOUT, dtype, unroll=config.unroll),
+        ExecutionConfig(TRAIN, dtype, config.remat, config.unroll), ExecutionConfig(ROLLOUT, dtype, unroll=config.unroll),
     )  # fmt: skip
 
 
@@ -139,8 +139,8 @@ def measure(run: Run, shapes: int) -> dict[str, list[float]]:
         state = init_state(trained, config)
         del trained
         weights = policy(state.params, base, config)
-        view = rollout_view(weights, model, run.sample)
-        figures["view"] = timed(lambda _: rollout_view(weights, model, run.sample), repeats)
+        view = sampling_params(weights, model, run.sample)
+        figures["view"] = timed(lambda _: sampling_params(weights, model, run.sample), repeats)
         rolled = []
 
         def roll(i: int):
@@ -164,8 +164,8 @@ def measure(run: Run, shapes: int) -> dict[str, list[float]]:
 
         def update(i: int):
             nonlocal state
-            compute = choose_remat(run.train, model, batches[i], config, run.mesh.size, device_memory(run.mesh))
-            state, stats, _ = train_step(state, batches[i], config.learning_rate, model, compute, config, base)
+            execution = choose_remat(run.train, model, batches[i], config, run.mesh.size, device_memory(run.mesh))
+            state, stats, _ = train_step(state, batches[i], config.learning_rate, model, execution, config, base)
             return stats
 
         figures["update"] = timed(update, repeats, shapes)
@@ -186,7 +186,7 @@ def bounds(run: Run, chip: Chip, step: int) -> dict[str, Bound]:
     tokens = sum(prompts) + sum(lengths), sum(lengths), roofline.group_pairs(model, prompts, lengths)
     adapters = count_adapters(model, run.config.lora_names, run.config.lora_rank)
     found = {
-        "view": roofline.rollout_view(model, chip, devices, tp, width=width, adapters=adapters),
+        "view": roofline.sampling_params(model, chip, devices, tp, width=width, adapters=adapters),
         "prefill": roofline.prefill(model, chip, devices, tp, prompts, width=width),
         "decode": roofline.decode(model, chip, devices, tp, prompts, lengths, width=width),
         "reference": roofline.forward_logprobs(model, chip, devices, *tokens, width=width),
@@ -202,7 +202,7 @@ def autotune(config: BenchmarkConfig) -> dict[int, float]:
     for k in (k for k in (1, 2, 4, 8) if len(jax.devices()) % k == 0):
         run = make_run(config, make_mesh(k))
         with jax.set_mesh(run.mesh):
-            view = rollout_view(run.base.load(run.mesh, STORE, "float32"), run.model, run.sample)
+            view = sampling_params(run.base.load(run.mesh, STORE, "float32"), run.model, run.sample)
 
             def roll(i: int, run: Run = run, view: Any = view):
                 arguments = run.problems, run.prompt_ids, i, run.tokenizer, run.model, run.sample, config, run.rewards

@@ -31,14 +31,14 @@ from typing import Any
 import jax
 
 from data.problems import Problem, load_problems
-from grpo.cli import run_script
 from grpo.config import Config, ConfigError, flag, parse, parse_float
-from grpo.evaluate import Completion
-from grpo.interrupts import Interrupts, Stopped
-from grpo.load import Model, find_model
-from grpo.metrics import clock
-from grpo.run import choose_problems
-from grpo.vote import open_evaluation
+from grpo.runs.cli import run_script
+from grpo.runs.consensus_eval import open_evaluation
+from grpo.runs.evaluate import Completion
+from grpo.runs.interrupts import Interrupts, Stopped
+from grpo.runs.metrics import clock
+from grpo.runs.model_source import Model, find_model
+from grpo.runs.setup import choose_problems
 from models.sharding import activation_dtype, check_divides, make_mesh
 
 
@@ -82,12 +82,12 @@ class ConsensusConfig:
 def read_temperatures(config: ConsensusConfig) -> list[float]:
     """`0.2,1.0` with two samples -> [0.2, 0.2, 1.0, 1.0]."""
     try:
-        heat = [parse_float(word) for word in config.temperatures.split(",")]
-        if not all(0 < t < float("inf") for t in heat):
+        temperatures = [parse_float(word) for word in config.temperatures.split(",")]
+        if not all(0 < t < float("inf") for t in temperatures):
             raise ValueError
     except Exception:
         raise ConfigError(f"temperatures {config.temperatures!r} must be numbers above 0, such as 0.2,0.6,1.0") from None
-    return [t for t in heat for _ in range(config.samples)]
+    return [t for t in temperatures for _ in range(config.samples)]
 
 
 def choose_models(config: ConsensusConfig) -> dict[str, Model]:
@@ -185,7 +185,7 @@ def main(argv: list[str]) -> dict[str, Any]:
             raise
         result = evaluation.result(list(models))
     print(table(result, len(temperatures)))
-    from grpo.pictures import attempt, draw_evaluation  # matplotlib takes a while, and is not needed before
+    from grpo.reports.plots import attempt, draw_evaluation  # matplotlib takes a while, and is not needed before
 
     attempt(draw_evaluation, folder, folder / "evaluation.png")
     return result

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from data.tokenizer import Tokenizer, load_tokenizer
-from grpo.card import model_card
-from grpo.cli import run_script
 from grpo.config import ConfigError, RunError, flag, parse
-from grpo.load import DESCRIPTION, Model, find_model, has_tokenizer
-from grpo.run import check_tokenizer
-from models.adapters import write_peft
-from models.containers import read_json
-from models.save import config_json, tensor_bytes, tensors, text_config, write_json, write_weights
+from grpo.reports.model_card import model_card
+from grpo.runs.cli import run_script
+from grpo.runs.model_source import DESCRIPTION, Model, find_model, has_tokenizer
+from grpo.runs.setup import check_tokenizer
+from models.formats.adapters import write_peft
+from models.formats.containers import read_json
+from models.formats.save import config_json, tensor_bytes, tensors, text_config, write_json, write_weights
 
 SUMS = "SHA256SUMS"
 SPARE = 2**26  # bytes that the tokenizer's files may take

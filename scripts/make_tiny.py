@@ -28,13 +28,13 @@ from data.arithmetic import NAMES, SENTENCES, THINGS, demonstration, make_proble
 from data.problems import Problem
 from data.prompts import encode_prompt, pad_prompts, render_prompt
 from data.tokenizer import Tokenizer, load_tokenizer
-from grpo.cli import run_script
-from grpo.consensus import wilson
+from grpo.reports.consensus import wilson
 from grpo.reward import TAGS, is_correct, violates_format
-from models.convert import load_params, read_config
-from models.gemma import Compute, GemmaConfig, Params, forward_group, init_params, token_logprobs
+from grpo.runs.cli import run_script
+from models.formats.convert import load_params, read_config
+from models.formats.save import save_params
+from models.gemma import ExecutionConfig, GemmaConfig, Params, forward_group, init_params, token_logprobs
 from models.sampler import Sampling, row_keys, sample
-from models.save import save_params
 from models.sharding import ROLLOUT, TRAIN, make_mesh
 
 FOLDER = Path(__file__).resolve().parents[1] / "models" / "tiny"
@@ -115,9 +115,9 @@ def encode_demonstrations(problems: list[Problem], tokenizer: Tokenizer, style: 
 
 def loss_of(params: Params, prompts: Array, lengths: Array, completions: Array, config: GemmaConfig) -> Array:
     """Mean of -log p over the completion tokens of the batch.  QP, Q, QC -> scalar"""
-    compute = Compute(TRAIN)
-    hidden = forward_group(params, prompts, lengths, completions, config, compute)
-    logprobs = token_logprobs(params, hidden, completions, 1.0, config, compute, COMPLETION_WIDTH)
+    execution = ExecutionConfig(TRAIN)
+    hidden = forward_group(params, prompts, lengths, completions, config, execution)
+    logprobs = token_logprobs(params, hidden, completions, 1.0, config, execution, COMPLETION_WIDTH)
     mask = completions != CONFIG["pad_token_id"]
     return -(logprobs * mask).sum() / mask.sum()
 
@@ -157,15 +157,21 @@ def train_phases(config: GemmaConfig, tokenizer: Tokenizer, steps: int, tuning_s
 
 
 def measure(
-    params: Params, config: GemmaConfig, tokenizer: Tokenizer, problems: list[Problem], samples: int, heat: float
+    params: Params, config: GemmaConfig, tokenizer: Tokenizer, problems: list[Problem], samples: int, temperatures: float
 ) -> Shares:
     """`samples` completions of each problem at temperature `heat`: what share of them does what."""
     prompts, lengths = encode_problems(problems, tokenizer)
     rows = len(problems) * samples
     out = sample(
-        params, jnp.asarray(prompts), jnp.asarray(lengths), row_keys(0, 0, jnp.arange(rows)), jnp.full(rows, heat), config,
-        Compute(ROLLOUT), Sampling(COMPLETION_WIDTH, tokenizer.stop_ids),
-    )  # fmt: skip
+        params,
+        jnp.asarray(prompts),
+        jnp.asarray(lengths),
+        row_keys(0, 0, jnp.arange(rows)),
+        jnp.full(rows, temperatures),
+        config,
+        ExecutionConfig(ROLLOUT),
+        Sampling(COMPLETION_WIDTH, tokenizer.stop_ids),
+    )
     texts = [tokenizer.decode(ids[:n]) for ids, n in zip(np.asarray(out.tokens), np.asarray(out.lengths), strict=True)]
     right = np.array([is_correct(text, problems[i // samples].answer) for i, text in enumerate(texts)])
     worked = np.array([WORK.search(text) is not None for text in texts])

@@ -7,8 +7,8 @@
 
 Takes the command line of train.py; no weights, data or tokenizer are read. A TPU slice is compiled for by libtpu, which any
 machine can install: pip install -e ".[tpu]"; `local` is the devices of this one. Prints a line for each program, then one line
-of JSON. Memory, collectives and copies are the compiler's account; `bound` is that of models/roofline.py, with prompts of full
-length and completions of full or (`--mean_length`) natural length, packed as training packs them: nothing runs faster, and how
+of JSON. Memory, collectives and copies are the compiler's account; `bound` is that of models/bounds/roofline.py, with prompts of
+full length and completions of full or (`--mean_length`) natural length, packed as training packs them: nothing runs faster, and how
 much slower is not known here. Left out: evaluation.
 """
 
@@ -29,20 +29,20 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from data.batches import Packed, pack
-from grpo.cli import run_script
 from grpo.config import PRESETS, ConfigError, flag, parse
 from grpo.rollout import Batch
-from grpo.run import check_shapes
-from grpo.update import choose_remat, completion_logprobs, device_memory, init_state, policy, rollout_view, train_step
-from grpo.workload import Workload
-from models import compiled, roofline
-from models.convert import read_config
-from models.gemma import Compute, GemmaConfig, axes
+from grpo.runs.cli import run_script
+from grpo.runs.setup import check_shapes
+from grpo.runs.workload import Workload
+from grpo.update import choose_remat, completion_logprobs, device_memory, init_state, policy, sampling_params, train_step
+from models.bounds import hlo, roofline
+from models.bounds.roofline import GIB, Chip, find_chip
+from models.formats.convert import read_config
+from models.gemma import ExecutionConfig, GemmaConfig, axes
 from models.lora import adapter_axes, count_adapters
 from models.presets import MODELS
-from models.roofline import GIB, Chip, find_chip
 from models.sampler import Sampling, decode, prefill, row_keys
-from models.sharding import ROLLOUT, STORE, TRAIN, Rules, activation_dtype, like, make_mesh, spec
+from models.sharding import ROLLOUT, STORE, TRAIN, Rules, abstract_like, activation_dtype, make_mesh, spec
 
 STOP_IDS = (1, 107)
 LARGE = 2**20  # bytes; smaller copies do not matter
@@ -163,29 +163,29 @@ def abstract_batch(plan: Plan) -> Batch:
     config = plan.config
     Q, B, P, C = config.prompts_per_step, config.rows, config.max_prompt_tokens, config.max_new_tokens
 
-    def put(shape: Sequence[int], letters: str, dtype: str) -> Any:
+    def to_devices(shape: Sequence[int], letters: str, dtype: str) -> Any:
         return abstract([*shape], dtype, letters, TRAIN, plan.mesh)
 
     packed = pack(np.zeros((B, C), np.int32), np.array(config.limits(0, B)), np.full(Q, P), config.packing)
     return Batch(
-        prompts=put((Q, P), "QP", "int32"), lengths=put((Q,), "Q", "int32"),
-        packed=Packed(*(put(x.shape, "BC", "int32") for x in packed)), mask=put((B, C), "BC", "float32"),
-        sampler_logprobs=put((B, C), "BC", "float32"), advantages=put((B,), "B", "float32"),
+        prompts=to_devices((Q, P), "QP", "int32"), lengths=to_devices((Q,), "Q", "int32"),
+        packed=Packed(*(to_devices(x.shape, "BC", "int32") for x in packed)), mask=to_devices((B, C), "BC", "float32"),
+        sampler_logprobs=to_devices((B, C), "BC", "float32"), advantages=to_devices((B,), "B", "float32"),
     )  # fmt: skip
 
 
-def training(plan: Plan) -> Compute:
+def training(plan: Plan) -> ExecutionConfig:
     """How the update runs, `--remat auto` decided as train.py decides it."""
     config = plan.config
     memory = device_memory(plan.mesh) if config.topology == "local" else plan.memory
-    compute = Compute(TRAIN, plan.dtype, config.remat, config.unroll, config.attention)
-    return choose_remat(compute, plan.model, abstract_batch(plan), config, plan.mesh.size, memory)
+    execution = ExecutionConfig(TRAIN, plan.dtype, config.remat, config.unroll)
+    return choose_remat(execution, plan.model, abstract_batch(plan), config, plan.mesh.size, memory)
 
 
 def programs(plan: Plan) -> dict[str, Program]:
-    """The programs of one training step, called as grpo.train and grpo.rollout call them, in the order in which they run."""
-    config, model, on = plan.config, plan.model, partial(like, mesh=plan.mesh)
-    sample = Compute(ROLLOUT, plan.dtype, unroll=config.unroll)
+    """The programs of one training step, in the order in which they run."""
+    config, model, on = plan.config, plan.model, partial(abstract_like, mesh=plan.mesh)
+    sample = ExecutionConfig(ROLLOUT, plan.dtype, unroll=config.unroll)
     sampling = Sampling(config.max_new_tokens, STOP_IDS, config.top_k, config.top_p, config.halvings)
 
     batch, train = abstract_batch(plan), training(plan)
@@ -194,18 +194,18 @@ def programs(plan: Plan) -> dict[str, Program]:
     frozen = abstract_tree(plan, axes(model), plan.dtype)
     base, reference = frozen if config.lora_rank else None, frozen if config.beta else None  # with LoRA the same weights
     weights, apart = policy(state.params, base, config), None if config.lora_rank else reference
-    view = on(partial(rollout_view, model=model, compute=sample), weights)
-    prefix = on(partial(prefill, config=model, compute=sample), view, batch.prompts, batch.lengths)
-    heat, limits = (abstract([config.rows], dtype, "B", TRAIN, plan.mesh) for dtype in ("float32", "int32"))
+    view = on(partial(sampling_params, model=model, execution=sample), weights)
+    prefix = on(partial(prefill, config=model, execution=sample), view, batch.prompts, batch.lengths)
+    temperatures, limits = (abstract([config.rows], dtype, "B", TRAIN, plan.mesh) for dtype in ("float32", "int32"))
     keys = on(lambda rows: row_keys(config.seed, 0, rows), limits)
-    logprobs = on(partial(completion_logprobs, model=model, compute=train, config=config), weights, batch)
+    logprobs = on(partial(completion_logprobs, model=model, execution=train, config=config), weights, batch)
     old = logprobs if config.updates_per_rollout > 1 else None
     given = replace(batch, ref_logprobs=logprobs if config.beta else None, old_logprobs=old)
     found = {
-        "view": Program(lambda: rollout_view.lower(weights, model, sample), [state.opt_state, apart], adapters),
+        "view": Program(lambda: sampling_params.lower(weights, model, sample), [state.opt_state, apart], adapters),
         "prefill": Program(lambda: prefill.lower(view, batch.prompts, batch.lengths, model, sample), [state, base or apart]),
         "decode": Program(
-            lambda: decode.lower(view, prefix, keys, heat, limits, model, sample, sampling), [state, base or apart]
+            lambda: decode.lower(view, prefix, keys, temperatures, limits, model, sample, sampling), [state, base or apart]
         ),
     }
     if reference is not None:
@@ -231,7 +231,7 @@ def bounds(plan: Plan) -> dict[str, roofline.Bound]:
     forward = roofline.forward_logprobs(model, chip, devices, *tokens, width=width)
     adapters = count_adapters(model, config.lora_names, config.lora_rank)
     return {
-        "view": roofline.rollout_view(model, chip, devices, tp, width=width, adapters=adapters),
+        "view": roofline.sampling_params(model, chip, devices, tp, width=width, adapters=adapters),
         "prefill": roofline.prefill(model, chip, devices, tp, prompts, width=width),
         "decode": roofline.decode(model, chip, devices, tp, prompts, lengths, width=width),
         "reference": forward,
@@ -264,8 +264,8 @@ def examine(program: Program, plan: Plan) -> dict[str, Any]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return {"peak_gib": None, "beside_gib": beside / GIB, "error": str(error).splitlines()[0]}
-    module = compiled.parse(built.as_text())
-    trips = [(loop.condition, loop.body) for loop in compiled.open_loops(module)] or [(module.entry,)]
+    module = hlo.parse(built.as_text())
+    trips = [(loop.condition, loop.body) for loop in hlo.open_loops(module)] or [(module.entry,)]
     weights = weight_shapes(plan, program.adapters)
     moved = [traffic(module, parts, weights, plan) for parts in trips]
     heaviest = max(moved, key=lambda figures: figures["collective_bytes_per_step"])
@@ -279,15 +279,15 @@ def examine(program: Program, plan: Plan) -> dict[str, Any]:
     }
 
 
-def traffic(module: compiled.Module, parts: tuple[str, ...], weights: set[tuple[int, ...]], plan: Plan) -> dict[str, Any]:
+def traffic(module: hlo.Module, parts: tuple[str, ...], weights: set[tuple[int, ...]], plan: Plan) -> dict[str, Any]:
     """What a device receives and copies while `parts` of a program run once."""
-    moved = compiled.collectives(module, *parts)
+    moved = hlo.collectives(module, *parts)
     gathered, reduced = weight_traffic(moved, weights, plan)
     return {
         "collective_bytes_per_step": sum(collective.bytes for collective in moved),
         "weight_bytes_gathered_per_step": gathered,
         "gradient_bytes_reduced_per_step": reduced,
-        "copied_bytes_per_step": compiled.copied_bytes(compiled.copies(module, parts[-1], LARGE)),
+        "copied_bytes_per_step": hlo.copied_bytes(hlo.copies(module, parts[-1], LARGE)),
         "collectives": grouped(moved),
     }
 
@@ -298,7 +298,7 @@ def device_bytes(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def weight_traffic(moved: list[compiled.Collective], weights: set[tuple[int, ...]], plan: Plan) -> tuple[float, float]:
+def weight_traffic(moved: list[hlo.Collective], weights: set[tuple[int, ...]], plan: Plan) -> tuple[float, float]:
     """Bytes received of weights on their way to where they are used, and of their gradients on the way back.
 
     Told by their shapes; [rows, D] is taken for activations even where some matrix has that shape too. A permutation is
@@ -307,7 +307,7 @@ def weight_traffic(moved: list[compiled.Collective], weights: set[tuple[int, ...
     counts = plan.config.prompts_per_step, plan.config.rows
     rows = {count // parts for count in counts for parts in (1, plan.mesh.shape["fsdp"], plan.mesh.shape["tp"], plan.mesh.size)}
 
-    def is_weight(collective: compiled.Collective) -> bool:
+    def is_weight(collective: hlo.Collective) -> bool:
         dims = [tuple(size for size in shape.dims if size > 1) for shape in collective.shapes]
         return any(tuple(sorted(d)) in weights and not (d[0] in rows and d[-1] == plan.model.embed_dim) for d in dims)
 
@@ -316,7 +316,7 @@ def weight_traffic(moved: list[compiled.Collective], weights: set[tuple[int, ...
     return gathered, sum(collective.bytes for collective in of_weights) - gathered
 
 
-def grouped(moved: list[compiled.Collective]) -> list[dict[str, Any]]:
+def grouped(moved: list[hlo.Collective]) -> list[dict[str, Any]]:
     """Collectives of one kind and shape taken together, the heaviest first."""
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     for collective in moved:

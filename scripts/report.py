@@ -6,7 +6,7 @@ Writes RUN_DIR/report.html, one file that a browser opens without a server and w
 first run's sessions, its groups of completions with the arithmetic of their advantages and losses, and its evaluation. What
 the vote adds is shown for every evaluation of every run: RUN_DIR/consensus and, of checkpoints, RUN_DIR/consensus-STEP. The
 pictures are RUN_DIR/training.png and, of an evaluation, evaluation.png; RUN_DIR/analyses.json has every analysis of
-grpo/analysis.py with its n and intervals. The last line of standard output is one line of JSON.
+grpo/reports/analysis.py with its n and intervals. The last line of standard output is one line of JSON.
 """
 
 import json
@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo.cli import run_script
 from grpo.config import ConfigError, RunError, flag, parse
-from grpo.page import find_evaluations, read_analyses, read_page, render
-from grpo.pictures import attempt, draw_evaluation, draw_training
+from grpo.reports.page import find_evaluations, read_analyses, read_page, render
+from grpo.reports.plots import attempt, draw_evaluation, draw_training
+from grpo.runs.cli import run_script
 
 
 @dataclass(frozen=True)

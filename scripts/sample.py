@@ -19,14 +19,14 @@ import numpy as np
 
 from data.prompts import encode_prompt, pad_prompts, render_prompt
 from data.tokenizer import Tokenizer, load_tokenizer
-from grpo.cli import run_script
 from grpo.config import TINY_MODEL, ConfigError, flag, parse
-from grpo.load import find_model, has_tokenizer
-from grpo.run import check_tokenizer
-from models.convert import read_json
-from models.gemma import Compute
+from grpo.runs.cli import run_script
+from grpo.runs.model_source import find_model, has_tokenizer
+from grpo.runs.setup import check_tokenizer
+from models.formats.convert import read_json
+from models.gemma import ExecutionConfig
 from models.sampler import Sampling, row_keys, sample
-from models.sharding import ROLLOUT, activation_dtype, make_mesh, put
+from models.sharding import ROLLOUT, activation_dtype, to_devices, make_mesh
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,15 @@ def main(argv: list[str]) -> dict[str, Any]:
         params = source.load(mesh, ROLLOUT, dtype)
         start = time.perf_counter()
         samples = sample(
-            params, put(tokens, "QP"), put(lengths, "Q"), row_keys(config.seed, 0, put(np.arange(len(padded) * G), "B")),
-            put(np.full(len(padded) * G, config.temperature, np.float32), "B"), model, Compute(ROLLOUT, dtype),
+            params,
+            to_devices(tokens, "QP"),
+            to_devices(lengths, "Q"),
+            row_keys(config.seed, 0, to_devices(np.arange(len(padded) * G), "B")),
+            to_devices(np.full(len(padded) * G, config.temperature, np.float32), "B"),
+            model,
+            ExecutionConfig(ROLLOUT, dtype),
             Sampling(config.max_new_tokens, stop_ids(folder, tokenizer), config.top_k, config.top_p),
-        )  # fmt: skip
+        )
         samples = jax.device_get(samples)
     seconds = time.perf_counter() - start
     completions = []

@@ -8,9 +8,9 @@ The same command again goes on where it stopped. The last line of standard outpu
 
 import sys
 
-from grpo.cli import run_script
 from grpo.config import PRESETS, Config, parse
-from grpo.train import train
+from grpo.runs.cli import run_script
+from grpo.runs.trainer import train
 
 
 def main(argv: list[str]) -> dict:

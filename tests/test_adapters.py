@@ -14,13 +14,13 @@ from safetensors.numpy import load_file, save_file
 from test_export import EXPORT, export, script
 
 from data.tokenizer import load_tokenizer
-from grpo.checkpoint import Checkpoints, digest, read_digest, sealed
 from grpo.config import TINY_MODEL, Config, ConfigError
-from grpo.load import copy_description, find_model
+from grpo.runs.checkpoint import Checkpoints, digest, read_digest, sealed
+from grpo.runs.model_source import copy_description, find_model
 from grpo.update import init_state
 from models import ModelError
-from models.adapters import ordered_product
-from models.convert import load_params
+from models.formats.adapters import ordered_product
+from models.formats.convert import load_params
 from models.lora import init_adapters
 from models.sharding import ROLLOUT, STORE, make_mesh
 
@@ -216,7 +216,7 @@ def test_a_lora_run_is_exported_merged_or_as_its_adapters(lora_run, base, tmp_pa
 
 
 def test_a_base_that_was_downloaded_keeps_its_name(lora_run, base, tmp_path, monkeypatch):
-    monkeypatch.setattr("grpo.load.download", lambda path: base if str(path).startswith("hf:") else Path(path))
+    monkeypatch.setattr("grpo.runs.model_source.download", lambda path: base if str(path).startswith("hf:") else Path(path))
     out = export(lora_run, tmp_path / "peft", "--lora", "peft", "--base_path", "hf:google/one@main")
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "google/one"
     assert "adapters for one@main" in (out / "README.md").read_text()

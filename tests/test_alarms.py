@@ -1,11 +1,11 @@
-"""Laws of grpo/alarms.py, on made-up histories: each alarm rings for what it names, and for nothing near it."""
+"""Laws of grpo/runs/alarms.py, on made-up histories: each alarm rings for what it names, and for nothing near it."""
 
 from typing import Any
 
 import numpy as np
 import pytest
 
-from grpo.alarms import ENTROPY_LOW, KL_HIGH, KL_WINDOW, WINDOW, alarms, dead_steps, diagnose
+from grpo.runs.alarms import ENTROPY_LOW, KL_HIGH, KL_WINDOW, WINDOW, alarms, diagnose, zero_variance_steps
 
 HEALTHY = {
     "accuracy": 0.4, "format/strict": 0.9, "entropy": 0.4, "kl/k3": 0.05, "logp_diff_sampler_trainer/mean": 0.001,
@@ -119,7 +119,7 @@ def test_steps_without_a_figure_are_left_out(missing):
 
 def test_dead_steps_are_counted_from_the_end():
     for zeros, count in (([], 0), ([1, 1], 2), ([1, 0.9, 1, 1, 1], 3), ([1, 1, 0.99], 0), ([0, 1], 1)):
-        assert dead_steps([{"frac_reward_zero_std": zero} for zero in zeros]) == count
+        assert zero_variance_steps([{"frac_reward_zero_std": zero} for zero in zeros]) == count
 
 
 @pytest.mark.parametrize(

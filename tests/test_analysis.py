@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from grpo.analysis import (
+from grpo.reports.analysis import (
     by_length,
     calibration,
     calibration_error,
@@ -21,7 +21,7 @@ from grpo.analysis import (
     t_quantile,
     within_problem,
 )
-from grpo.consensus import wilson
+from grpo.reports.consensus import wilson
 
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 

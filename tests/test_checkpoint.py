@@ -1,4 +1,4 @@
-"""Laws of grpo/checkpoint.py: what is restored is what was saved, bit for bit, or nothing; and a digest sees every bit."""
+"""Laws of grpo/runs/checkpoint.py: what is restored is what was saved, bit for bit, or nothing; and a digest sees every bit."""
 
 import re
 import shutil
@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-import grpo.checkpoint
-from grpo.checkpoint import Checkpoints, digest
+import grpo.runs.checkpoint
 from grpo.config import ConfigError, RunError
+from grpo.runs.checkpoint import Checkpoints, digest
 from models.sharding import STORE, make_mesh, spec
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine")  # orbax's
@@ -65,19 +65,19 @@ def test_restored_is_saved_bit_for_bit_on_every_layout(tmp_path, meshes):
     for hop, devices in enumerate((1, 4, 8)):
         with closing(Checkpoints(tmp_path / str(hop), keep=2)) as writer:
             writer.save(3, state, {"step": 3}, wait=True)
-        like = lay_out(jax.tree.map(np.zeros_like, host_tree()), meshes[devices])
+        abstract_like = lay_out(jax.tree.map(np.zeros_like, host_tree()), meshes[devices])
         with closing(Checkpoints(tmp_path / str(hop), keep=2)) as reader:
-            restored = reader.restore(like, anything)
+            restored = reader.restore(abstract_like, anything)
         assert restored is not None and restored.step == 3 and restored.damaged == []
         state = restored.state
         assert_same_bits(state, host_tree())
         for name, leaf in state.items():
-            assert leaf.sharding == like[name].sharding and len(leaf.sharding.device_set) == meshes[devices].size
+            assert leaf.sharding == abstract_like[name].sharding and len(leaf.sharding.device_set) == meshes[devices].size
     assert meshes[4].shape["tp"] == 2 and state["tall"].sharding.shard_shape((24, 4)) == (3, 4)  # cut, not copied
 
 
 @pytest.fixture
-def like(meshes):
+def abstract_like(meshes):
     return lay_out(host_tree(), meshes[1])
 
 
@@ -87,9 +87,9 @@ def checkpoints(tmp_path):
         yield checkpoints
 
 
-def fill(checkpoints: Checkpoints, like, steps=(1, 2, 3), **meta) -> None:
+def fill(checkpoints: Checkpoints, abstract_like, steps=(1, 2, 3), **meta) -> None:
     for step in steps:
-        checkpoints.save(step, like | {"count": jnp.asarray(step, jnp.int32)}, {"step": step, **meta}, wait=True)
+        checkpoints.save(step, abstract_like | {"count": jnp.asarray(step, jnp.int32)}, {"step": step, **meta}, wait=True)
 
 
 def damage(folder: Path, how: str) -> None:
@@ -127,37 +127,37 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_fault_10_11_a_damaged_checkpoint_gives_way_to_the_one_before(checkpoints, like, how, capsys):
-    fill(checkpoints, like)
+def test_fault_10_11_a_damaged_checkpoint_gives_way_to_the_one_before(checkpoints, abstract_like, how, capsys):
+    fill(checkpoints, abstract_like)
     damage(checkpoints.folder / "3", how)
-    restored = checkpoints.restore(like, anything)
+    restored = checkpoints.restore(abstract_like, anything)
     assert restored.step == 2 and restored.damaged == [3] and int(restored.state["count"]) == 2
     assert_same_bits(restored.state | {"count": np.array(7, np.int32)}, host_tree())
     warning = capsys.readouterr().err
     assert warning.startswith(f"warning: checkpoint {checkpoints.folder / '3'} is damaged: ") and warning.count("\n") == 1
     checkpoints.set_aside(restored.damaged)
     assert checkpoints.steps() == [2] and (checkpoints.folder / "3.damaged").is_dir()
-    fill(checkpoints, like, steps=[3])  # its number is free again
-    assert checkpoints.restore(like, anything).step == 3
+    fill(checkpoints, abstract_like, steps=[3])  # its number is free again
+    assert checkpoints.restore(abstract_like, anything).step == 3
 
 
-def test_fault_10_a_flipped_bit_is_named_by_its_leaf_and_without_another_step_the_run_ends(checkpoints, like, capsys):
-    like["large"] = jax.random.normal(jax.random.key(0), (128, 128))  # small leaves lie in nodes that orbax checks
-    fill(checkpoints, like, steps=[3])
+def test_fault_10_a_flipped_bit_is_named_by_its_leaf_and_without_another_step_the_run_ends(checkpoints, abstract_like, capsys):
+    abstract_like["large"] = jax.random.normal(jax.random.key(0), (128, 128))  # small leaves lie in nodes that orbax checks
+    fill(checkpoints, abstract_like, steps=[3])
     data = max((checkpoints.folder / "3" / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
     octets = bytearray(data.read_bytes())
     octets[len(octets) // 2] ^= 16
     data.write_bytes(octets)
     with pytest.raises(RunError, match=r"^no checkpoint in .* can be restored \(3 .* damaged\)$"):
-        checkpoints.restore(like, anything)
+        checkpoints.restore(abstract_like, anything)
     assert "the digest of large is wrong, of 1 leaves in all" in capsys.readouterr().err
     assert checkpoints.steps() == [3]  # nothing is removed
 
 
-def test_fault_10_sixty_bit_flips(checkpoints, like):
+def test_fault_10_sixty_bit_flips(checkpoints, abstract_like):
     """Anywhere in a checkpoint's files: what is restored is always the right state, of this step or of the one before."""
-    like["large"] = jax.random.normal(jax.random.key(0), (64, 64))
-    fill(checkpoints, like, steps=(2, 3))
+    abstract_like["large"] = jax.random.normal(jax.random.key(0), (64, 64))
+    fill(checkpoints, abstract_like, steps=(2, 3))
     rng, fell_back = np.random.default_rng(0), 0
     files = sorted(path for path in (checkpoints.folder / "3").rglob("*") if path.is_file() and path.stat().st_size)
     weights = np.array([path.stat().st_size for path in files], float)
@@ -167,111 +167,111 @@ def test_fault_10_sixty_bit_flips(checkpoints, like):
         octets = bytearray(before)
         octets[rng.integers(len(octets))] ^= 1 << rng.integers(8)
         path.write_bytes(octets)
-        restored = checkpoints.restore(like, anything)
+        restored = checkpoints.restore(abstract_like, anything)
         path.write_bytes(before)
         assert int(restored.state["count"]) == restored.step == restored.meta["step"]
-        assert_same_bits(restored.state | {"count": np.array(7, np.int32)}, host_tree() | {"large": like["large"]})
+        assert_same_bits(restored.state | {"count": np.array(7, np.int32)}, host_tree() | {"large": abstract_like["large"]})
         fell_back += restored.step == 2
     assert fell_back > 20  # the others hit what orbax reads no more
 
 
-def test_what_does_not_belong_is_refused_before_an_array_is_read(checkpoints, like, monkeypatch):
-    fill(checkpoints, like)
+def test_what_does_not_belong_is_refused_before_an_array_is_read(checkpoints, abstract_like, monkeypatch):
+    fill(checkpoints, abstract_like)
     monkeypatch.setattr(checkpoints, "read_state", None)
 
     def refuse(meta):
         raise ConfigError(f"another run, step {meta['step']}")
 
     with pytest.raises(ConfigError, match="another run, step 3"):
-        checkpoints.restore(like, refuse)
+        checkpoints.restore(abstract_like, refuse)
 
 
-def test_the_oldest_are_given_up_but_not_the_last_of_a_session(checkpoints, like):
+def test_the_oldest_are_given_up_but_not_the_last_of_a_session(checkpoints, abstract_like):
     for step in (1, 2, 3, 10):
-        fill(checkpoints, like, steps=[step], final=step == 1)
+        fill(checkpoints, abstract_like, steps=[step], final=step == 1)
     assert checkpoints.steps() == [1, 3, 10]
-    assert checkpoints.restore(like, anything).meta["final"] is False
+    assert checkpoints.restore(abstract_like, anything).meta["final"] is False
 
 
-def test_an_old_checkpoint_is_kept_until_the_new_one_is_verified(checkpoints, like, monkeypatch, capsys):
+def test_an_old_checkpoint_is_kept_until_the_new_one_is_verified(checkpoints, abstract_like, monkeypatch, capsys):
     """The new one is committed, but on reading it back a leaf differs: it goes, and the old ones stay."""
-    fill(checkpoints, like, steps=(1, 2))
-    monkeypatch.setattr(grpo.checkpoint, "host_digest", lambda folder, name: "0" * 16)
-    checkpoints.save(3, like, {"step": 3})
+    fill(checkpoints, abstract_like, steps=(1, 2))
+    monkeypatch.setattr(grpo.runs.checkpoint, "host_digest", lambda folder, name: "0" * 16)
+    checkpoints.save(3, abstract_like, {"step": 3})
     checkpoints.settle()
     assert checkpoints.steps() == [1, 2]
     assert "is not what was written; one more failure ends the run" in capsys.readouterr().err
     with pytest.raises(RunError, match="twice in a row, so the run stops"):
-        checkpoints.save(4, like, {"step": 4}, wait=True)
+        checkpoints.save(4, abstract_like, {"step": 4}, wait=True)
     assert checkpoints.steps() == [1, 2]
 
 
-def test_fault_8_a_full_disk_is_one_warning_then_the_end(checkpoints, like, monkeypatch, capsys):
-    fill(checkpoints, like, steps=[1])
+def test_fault_8_a_full_disk_is_one_warning_then_the_end(checkpoints, abstract_like, monkeypatch, capsys):
+    fill(checkpoints, abstract_like, steps=[1])
     free = shutil.disk_usage(checkpoints.folder)._replace(free=10**6)
     with monkeypatch.context() as patch:
-        patch.setattr(grpo.checkpoint.shutil, "disk_usage", lambda folder: free)
-        checkpoints.save(2, like, {"step": 2})
+        patch.setattr(grpo.runs.checkpoint.shutil, "disk_usage", lambda folder: free)
+        checkpoints.save(2, abstract_like, {"step": 2})
         checkpoints.settle()
         warning = capsys.readouterr().err
         assert re.search(r"checkpoints/2 could not be saved: 67 MB needed, 1 MB free; one more failure ends the run", warning)
-    fill(checkpoints, like, steps=[3])  # there is room again: the next failure is the first
-    monkeypatch.setattr(grpo.checkpoint.shutil, "disk_usage", lambda folder: free)
-    checkpoints.save(4, like, {"step": 4})
+    fill(checkpoints, abstract_like, steps=[3])  # there is room again: the next failure is the first
+    monkeypatch.setattr(grpo.runs.checkpoint.shutil, "disk_usage", lambda folder: free)
+    checkpoints.save(4, abstract_like, {"step": 4})
     with pytest.raises(RunError, match="older checkpoints are as they were"):
-        checkpoints.save(5, like, {"step": 5}, wait=True)
+        checkpoints.save(5, abstract_like, {"step": 5}, wait=True)
     assert checkpoints.steps() == [1, 3]
 
 
-def test_saving_a_step_again_leaves_it_alone(checkpoints, like):
-    checkpoints.save(4, like, {"step": 4, "first": True})
-    checkpoints.save(4, like | {"count": jnp.asarray(99, jnp.int32)}, {"step": 4, "first": False}, wait=True)
-    restored = checkpoints.restore(like, anything)
+def test_saving_a_step_again_leaves_it_alone(checkpoints, abstract_like):
+    checkpoints.save(4, abstract_like, {"step": 4, "first": True})
+    checkpoints.save(4, abstract_like | {"count": jnp.asarray(99, jnp.int32)}, {"step": 4, "first": False}, wait=True)
+    restored = checkpoints.restore(abstract_like, anything)
     assert restored.meta["first"] is True and int(restored.state["count"]) == 7
 
 
-def test_a_step_that_was_not_finished_is_no_step(checkpoints, like):
+def test_a_step_that_was_not_finished_is_no_step(checkpoints, abstract_like):
     """What a killed process leaves behind: a folder under a temporary name."""
-    fill(checkpoints, like, steps=[1])
+    fill(checkpoints, abstract_like, steps=[1])
     (checkpoints.folder / "2.orbax-checkpoint-tmp-1").mkdir()
     (checkpoints.folder / "best_copy").mkdir()
     (checkpoints.folder / "9").write_text("a file")
-    assert checkpoints.restore(like, anything).step == 1
+    assert checkpoints.restore(abstract_like, anything).step == 1
     checkpoints.clean()
     assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["1", "9", "best_copy"]
 
 
-def test_one_failure_in_line_ends_no_run(tmp_path, like, monkeypatch):
+def test_one_failure_in_line_ends_no_run(tmp_path, abstract_like, monkeypatch):
     """Without a background too, training goes on to the next save."""
     with closing(Checkpoints(tmp_path, background=False)) as checkpoints:
         free = shutil.disk_usage(tmp_path)._replace(free=0)
         with monkeypatch.context() as patch:
-            patch.setattr(grpo.checkpoint.shutil, "disk_usage", lambda folder: free)
-            checkpoints.save(1, like, {"step": 1})
-        checkpoints.save(2, like, {"step": 2})
+            patch.setattr(grpo.runs.checkpoint.shutil, "disk_usage", lambda folder: free)
+            checkpoints.save(1, abstract_like, {"step": 1})
+        checkpoints.save(2, abstract_like, {"step": 2})
         assert checkpoints.steps() == [2]
 
 
-def test_a_step_under_another_steps_name_is_damaged(checkpoints, like):
-    fill(checkpoints, like, steps=[1])
+def test_a_step_under_another_steps_name_is_damaged(checkpoints, abstract_like):
+    fill(checkpoints, abstract_like, steps=[1])
     shutil.copytree(checkpoints.folder / "1", checkpoints.folder / "7")
-    restored = checkpoints.restore(like, anything)
+    restored = checkpoints.restore(abstract_like, anything)
     assert restored.step == 1 and restored.damaged == [7]
 
 
-def test_no_step_is_none(checkpoints, like):
-    assert checkpoints.restore(like, anything) is None
+def test_no_step_is_none(checkpoints, abstract_like):
+    assert checkpoints.restore(abstract_like, anything) is None
 
 
-def test_saving_goes_on_beside_the_training(checkpoints, like):
+def test_saving_goes_on_beside_the_training(checkpoints, abstract_like):
     """What is written is the state as it was, though the training gives its buffers away meanwhile."""
-    state = jax.tree.map(jnp.copy, like)
+    state = jax.tree.map(jnp.copy, abstract_like)
     update = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     checkpoints.save(1, state, {"step": 1})
     for _ in range(3):
         state = update(state)
     checkpoints.settle()
-    assert_same_bits(checkpoints.restore(like, anything).state, host_tree())
+    assert_same_bits(checkpoints.restore(abstract_like, anything).state, host_tree())
 
 
 # -------------------------------------------------------------------------------------------------------------- digest

@@ -5,8 +5,8 @@ import typing
 
 import pytest
 
-from grpo.cli import run_script
 from grpo.config import PRESETS, Config, ConfigError, flag, parse
+from grpo.runs.cli import run_script
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 TYPES = typing.get_type_hints(Config)
@@ -174,10 +174,10 @@ ABOVE_0 = [
     "top_p", "sessions", "processes", "reward_timeout", "lora_alpha",
 ]  # fmt: skip
 FROM_0 = [
-    "new_problems", "max_steps", "seed", "top_k", "beta", "epsilon_low", "epsilon_high", "sampler_cap", "warmup_steps",
+    "new_problems", "max_steps", "seed", "top_k", "beta", "epsilon_low", "epsilon_high", "tis_cap", "warmup_steps",
     "weight_decay", "eval_problems", "eval_every", "adam_b1", "adam_b2", "rollout_tp", "packing",
     "halvings", "max_hours", "session", "review_ratio", "retention_problems", "save_minutes", "process_id", "resample",
-    "max_dead_steps", "inspect_groups", "lora_rank", "adapter_alpha",
+    "max_zero_variance_steps", "inspect_groups", "lora_rank", "adapter_alpha",
 ]  # fmt: skip
 ANY_NUMBER = ["reward_correct", "reward_reasoning_tags", "reward_answer_tags", "reward_operators", "reward_violation"]
 TOO_LARGE = {"top_p": 1.001, "adam_b1": 1.0, "adam_b2": 1.0, "seed": 2**32}

@@ -1,4 +1,4 @@
-"""Laws of grpo/consensus.py: against scipy, closed forms, and every subset written out."""
+"""Laws of grpo/reports/consensus.py: against scipy, closed forms, and every subset written out."""
 
 import random
 import time
@@ -9,7 +9,7 @@ from math import comb
 
 import pytest
 
-from grpo.consensus import agreement, figures, maj_at_k, majority_vote, mcnemar, paired, pass_at_k, plain, wilson
+from grpo.reports.consensus import agreement, figures, maj_at_k, majority_vote, mcnemar, paired, pass_at_k, plain, wilson
 from grpo.reward import extract_answer, parse_gold
 
 HEAT = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -108,11 +108,11 @@ def test_maj_at_k_is_the_share_of_subsets_whose_vote_is_right(seed):
 
 def test_many_voters_take_milliseconds():
     """Of 128, half right and the others as spread as can be, or in a few camps: an evaluation has thousands of these."""
-    heat = [i / 128 for i in range(128)]
+    temperatures = [i / 128 for i in range(128)]
     for wrong in (64, 7):
         answers = [str(-1 - i // 2 % wrong) if i % 2 else "18" for i in range(128)]
         start = time.process_time()
-        curve = maj_at_k(answers, heat, "18")
+        curve = maj_at_k(answers, temperatures, "18")
         assert time.process_time() - start < 0.2
         assert curve[0] == 1 / 2 and curve[-1] == 1
 

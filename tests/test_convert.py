@@ -1,4 +1,4 @@
-"""Laws of models/convert.py: a folder comes back bit for bit, each device reads its own slice, and every mistake is named."""
+"""Laws of models/formats/convert.py: a folder comes back bit for bit, each device reads its own slice, and mistakes are named."""
 
 import json
 import shutil
@@ -13,10 +13,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from models import ModelError
-from models.containers import Safetensors
-from models.convert import load_params, read_config
+from models.formats.containers import Safetensors
+from models.formats.convert import load_params, read_config
+from models.formats.save import save_params
 from models.gemma import FAR, GemmaConfig, Params, axes, init_params, shapes
-from models.save import save_params
 from models.sharding import ROLLOUT, STORE, make_mesh
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"

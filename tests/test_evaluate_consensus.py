@@ -18,19 +18,19 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_sample import load
 
-import grpo.vote
+import grpo.runs.consensus_eval
 from data.arithmetic import make_problems
 from data.prompts import drop_long
 from data.tokenizer import load_tokenizer
-from grpo.checkpoint import Checkpoints
 from grpo.config import PRESETS, TINY_MODEL, ConfigError
-from grpo.consensus import figures, plain, wilson
-from grpo.evaluate import complete
-from grpo.interrupts import Stopped
-from grpo.load import copy_description, find_model
-from grpo.run import choose_problems
+from grpo.reports.consensus import figures, plain, wilson
+from grpo.runs.checkpoint import Checkpoints
+from grpo.runs.evaluate import complete
+from grpo.runs.interrupts import Stopped
+from grpo.runs.model_source import copy_description, find_model
+from grpo.runs.setup import choose_problems
 from grpo.update import init_state
-from models.gemma import Compute
+from models.gemma import ExecutionConfig
 from models.sharding import ROLLOUT, STORE, make_mesh
 
 pytestmark = [
@@ -125,7 +125,7 @@ def test_every_sample_is_a_line_with_what_it_answered(folder, whole):
 
 def test_the_same_command_again_samples_nothing(folder, whole, monkeypatch):
     before = (folder / "whole" / "samples.jsonl").read_bytes()
-    monkeypatch.setattr("models.queue.prefill", lambda *_: pytest.fail("a prompt was prefilled"))
+    monkeypatch.setattr("models.continuous_batching.prefill", lambda *_: pytest.fail("a prompt was prefilled"))
     assert evaluate(flags(folder, "whole")) == whole
     assert (folder / "whole" / "samples.jsonl").read_bytes() == before
 
@@ -245,7 +245,7 @@ def test_other_directories_are_left_alone(folder, whole, tmp_path):
     with pytest.raises(ConfigError, match=r"out .*/file cannot be used: File exists"):
         evaluate(flags(folder, tmp_path / "file"))
     with (
-        grpo.vote.open_evaluation(tmp_path / "busy", make_problems(3, 0, "test"), [1.0], {}),
+        grpo.runs.consensus_eval.open_evaluation(tmp_path / "busy", make_problems(3, 0, "test"), [1.0], {}),
         pytest.raises(ConfigError, match=f"busy is in use by process {os.getpid()}"),
     ):
         evaluate(flags(folder, tmp_path / "busy"))
@@ -323,10 +323,10 @@ def test_greedy_answers_are_those_of_transformers_generate(gemma270m):
     mesh = make_mesh(1, jax.devices()[:1])
     with jax.set_mesh(mesh):
         view = model.load(mesh, ROLLOUT, "float32")
-        compute = Compute(ROLLOUT, "float32")
+        execution = ExecutionConfig(ROLLOUT, "float32")
         ours = [
             completion
-            for ended in complete(view, prompt_ids, [0.0, 1.0], tokenizer, model.config, compute, config)
+            for ended in complete(view, prompt_ids, [0.0, 1.0], tokenizer, model.config, execution, config)
             for completion in ended
         ]
     peer = transformers.AutoModelForCausalLM.from_pretrained(gemma270m, dtype=torch.float32).eval()

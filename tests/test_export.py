@@ -16,13 +16,13 @@ from safetensors.numpy import load_file
 
 from data.prompts import encode_prompt
 from data.tokenizer import load_tokenizer
-from grpo.card import model_card
-from grpo.checkpoint import Checkpoints
 from grpo.config import TINY_MODEL, Config, ConfigError, RunError
-from grpo.load import copy_description, find_model
+from grpo.reports.model_card import model_card
+from grpo.runs.checkpoint import Checkpoints
+from grpo.runs.model_source import copy_description, find_model
 from grpo.update import init_state
-from models.convert import load_params, read_config
-from models.save import tensors, text_config, write_weights
+from models.formats.convert import load_params, read_config
+from models.formats.save import tensors, text_config, write_weights
 from models.sharding import STORE
 
 ROOT = Path(__file__).parents[1]
@@ -107,7 +107,7 @@ def test_bfloat16_is_the_default_and_what_was_bfloat16_is_the_same_to_the_bit(tm
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_flax_checkpoint_becomes_a_folder_that_transformers_reads(name, small_tokenizer_folder, tmp_path, monkeypatch):
     """Without any config.json: then it is ours, and says in transformers' words what the preset says."""
-    monkeypatch.setattr("models.convert.MODELS", {"it": read_config(REFERENCES / name)})
+    monkeypatch.setattr("models.formats.convert.MODELS", {"it": read_config(REFERENCES / name)})
     monkeypatch.setattr(EXPORT, "check_tokenizer", lambda *_: None)  # the small one's pieces are more than these models' rows
     write_flax(tmp_path / "kaggle" / "it", REFERENCES / name)
     shutil.copy(small_tokenizer_folder / "tokenizer.json", tmp_path / "kaggle")

@@ -24,8 +24,8 @@ import jax
 import pytest
 from test_train import REWARDS, lines, without_times, write_model
 
-import grpo.checkpoint
-from grpo.checkpoint import Checkpoints
+import grpo.runs.checkpoint
+from grpo.runs.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 120  # seconds that any wait may take
@@ -263,7 +263,7 @@ def test_fault_8_no_room_for_a_checkpoint(launch, small_disk):
 
 def test_fault_8_the_disk_fills_while_a_checkpoint_is_written(small_disk, monkeypatch, capsys):
     """orbax meets the end of the disk: its half-written files go, the older checkpoint stays and can be restored."""
-    monkeypatch.setattr(grpo.checkpoint, "SPARE", -(10**12))  # as if something else took the room meanwhile
+    monkeypatch.setattr(grpo.runs.checkpoint, "SPARE", -(10**12))  # as if something else took the room meanwhile
     state = {"leaf": jax.random.normal(jax.random.key(0), (4, 2**20))}  # 16 MB that do not compress
     with closing(Checkpoints(small_disk / "checkpoints")) as checkpoints:
         checkpoints.save(1, state, {"step": 1}, wait=True)

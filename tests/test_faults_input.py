@@ -29,17 +29,17 @@ from safetensors.numpy import load_file, save_file
 from test_convert import INDEX, WHOLE
 from test_train import devices, final_state, lines, run, write_model
 
-import grpo.run
-import grpo.train
+import grpo.runs.setup
+import grpo.runs.trainer
 from data.problems import Problem, load_problems
 from data.prompts import encode_prompt
 from data.tokenizer import load_tokenizer
-from grpo.cli import run_script
 from grpo.config import Config, ConfigError
-from grpo.metrics import Progress
 from grpo.reward import accuracies, extract_answer, format_checks, score
+from grpo.runs.cli import run_script
+from grpo.runs.metrics import Progress
 from models import ModelError
-from models.convert import read_config
+from models.formats.convert import read_config
 from scripts import sample
 from scripts import train as train_script
 
@@ -193,9 +193,9 @@ def test_fault_21_prompt_too_long(config, folder, tmp_path, capsys):
     path = tmp_path / "mixed.jsonl"
     path.write_text(text.replace("\n", "\n" + long, 1))
     with devices(1):
-        prepared = grpo.run.prepare(replace(config, data=str(path)))
+        prepared = grpo.runs.setup.prepare(replace(config, data=str(path)))
     assert [problem.id for problem in prepared.dropped] == ["mixed.jsonl:2"]
-    assert "1 too long and dropped (mixed.jsonl:2)\n" in grpo.run.describe(prepared)
+    assert "1 too long and dropped (mixed.jsonl:2)\n" in grpo.runs.setup.describe(prepared)
     assert len(prepared.problems) == 8 and max(map(len, prepared.prompt_ids)) <= config.max_prompt_tokens
     path.write_text(long)
     assert "none of 1 prompts fits in 128 tokens" in mistake(capsys, config, data=path)
@@ -344,7 +344,7 @@ def test_fault_25_which_numerals_count(text, number):
 def test_fault_26_control_pieces_and_tags_in_text(config, silent):
     """A question cannot end its turn, and its own `<answer>` does not count for the completion; nor can a completion."""
     with devices(1):
-        prepared = grpo.run.prepare(config)
+        prepared = grpo.runs.setup.prepare(config)
     tokenizer = prepared.tokenizer
     for ids in prepared.prompt_ids:
         assert ids[0] == tokenizer.bos_id and ids.count(tokenizer.bos_id) == 1
@@ -446,9 +446,9 @@ def test_fault_27_links(config, model, capsys):
     (model / WHOLE).rename(blob)
     (model / WHOLE).symlink_to("../blobs/abc")
     with devices(1):
-        prepared = grpo.run.prepare(replace(config, model_path=str(model)))
+        prepared = grpo.runs.setup.prepare(replace(config, model_path=str(model)))
     with jax.set_mesh(prepared.mesh):
-        grpo.train.load_base(prepared)
+        grpo.runs.trainer.load_base(prepared)
     for target in ("gone", WHOLE):
         (model / WHOLE).unlink()
         (model / WHOLE).symlink_to(target)
@@ -483,7 +483,7 @@ def test_fault_28_run_directories(config, tmp_path, capsys):
     assert "--run_dir: expected one argument" in ended(capsys, 2, ["--run_dir", "-x"])
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "kept"
     for name in ("a b", "sub/../c", "-dash"):
-        with grpo.run.open_run_dir(replace(config, run_dir=f"{tmp_path}/{name}")) as opened:
+        with grpo.runs.setup.open_run_dir(replace(config, run_dir=f"{tmp_path}/{name}")) as opened:
             assert opened.is_dir() and opened.resolve().parent == tmp_path
 
 
@@ -567,14 +567,14 @@ def test_fault_29_wrong_types_in_a_notebook(config, name, value):
 )
 def test_fault_30_what_does_not_divide_over_the_devices(config, capsys, monkeypatch, changes, reason):
     """Said before anything is compiled, with the legal values."""
-    monkeypatch.setattr(grpo.train, "load_base", None)
+    monkeypatch.setattr(grpo.runs.trainer, "load_base", None)
     assert reason in ended(capsys, 2, command(config, **changes), count=8)
 
 
 def test_fault_30_one_kv_head_on_many_devices(config):
     """K = 1 with tp > 1 is legal: attention is whole on every device while sampling."""
     with devices(8):
-        prepared = grpo.run.prepare(replace(config, prompts_per_step=8, rollout_tp=8))
+        prepared = grpo.runs.setup.prepare(replace(config, prompts_per_step=8, rollout_tp=8))
     assert prepared.model.num_kv_heads == 1 and prepared.mesh.shape["tp"] == 8
 
 
@@ -601,10 +601,10 @@ def test_fault_31_tokenizer_of_another_family(pieces, rows, fits):
     tokenizer: Any = SimpleNamespace(vocab_size=pieces, folder="DIR")
     model: Any = SimpleNamespace(vocab_size=rows)
     if fits:
-        grpo.run.check_tokenizer(tokenizer, model)
+        grpo.runs.setup.check_tokenizer(tokenizer, model)
     else:
         with pytest.raises(ModelError, match=f"{pieces} pieces, the model {rows} rows: not this model's tokenizer"):
-            grpo.run.check_tokenizer(tokenizer, model)
+            grpo.runs.setup.check_tokenizer(tokenizer, model)
 
 
 def test_fault_31_tokenizer_that_does_not_fit(config, model, capsys):
@@ -772,13 +772,13 @@ def checkpoint_files(config: Config) -> dict[str, bytes]:
 @pytest.mark.usefixtures("run_dir")
 def test_fault_33_non_finite_gradient(config, monkeypatch):
     """The update is skipped and counted, the run goes on, and what it resumes from is bit for bit the state before."""
-    real, states = grpo.train.train_step, []
+    real, states = grpo.runs.trainer.train_step, []
 
     def poisoned(state, batch, *rest):
         states.append(jax.device_get((state.params, state.opt_state)))
         return real(state, replace(batch, advantages=batch.advantages + jnp.nan) if len(states) == 2 else batch, *rest)
 
-    monkeypatch.setattr(grpo.train, "train_step", poisoned)
+    monkeypatch.setattr(grpo.runs.trainer, "train_step", poisoned)
     result = run(config)
     assert result["steps"] == STEPS
     assert [record["bad_updates"] for record in lines(Path(config.run_dir) / "metrics.jsonl")] == [0, 1]
@@ -791,7 +791,7 @@ def test_fault_33_non_finite_gradient(config, monkeypatch):
 @pytest.mark.usefixtures("run_dir")
 def test_fault_34_out_of_memory(config, capsys, monkeypatch):
     """In the second update: one line with the bytes and three ways out, exit code 1, the checkpoint as it was and resumable."""
-    real, checkpoints = grpo.train.train_step, []
+    real, checkpoints = grpo.runs.trainer.train_step, []
 
     def exhausted(*args):
         if checkpoints:
@@ -800,7 +800,7 @@ def test_fault_34_out_of_memory(config, capsys, monkeypatch):
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(grpo.train, "train_step", exhausted)
+        patch.setattr(grpo.runs.trainer, "train_step", exhausted)
         line = ended(capsys, 1, command(config))
     assert line.startswith("out of memory (RESOURCE_EXHAUSTED: Out of memory") and "281474976710656 bytes" in line
     assert all(knob in line for knob in ("microbatches", "group_size", "max_new_tokens"))

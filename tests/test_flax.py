@@ -10,8 +10,8 @@ from foreign import flax_modules, write_flax, write_tree
 from make_references import REFERENCES, VARIANTS
 
 from models import ModelError, presets
-from models.containers import OrbaxTree, flax_name
-from models.convert import load_params, read_config
+from models.formats.containers import OrbaxTree, flax_name
+from models.formats.convert import load_params, read_config
 from models.sharding import ROLLOUT, STORE, make_mesh
 
 pytestmark = pytest.mark.usefixtures("mesh")
@@ -53,7 +53,7 @@ def test_without_a_config_json_the_preset_that_fits_is_taken(name, tmp_path, mon
         read_config(path)
     others = {"deeper": replace(config, num_layers=5), "wider": replace(config, mlp_dim=80)}
     family = {"later": replace(config, post_norms=True, qk_norms=not config.qk_norms)}
-    monkeypatch.setattr("models.convert.MODELS", presets.MODELS | others | family | {"it": config})
+    monkeypatch.setattr("models.formats.convert.MODELS", presets.MODELS | others | family | {"it": config})
     assert read_config(path) == config
 
 

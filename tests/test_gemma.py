@@ -12,10 +12,10 @@ import pytest
 from make_references import REFERENCES, VARIANTS, load, make, pad, real_logits
 
 from data.tokenizer import load_tokenizer
-from models.convert import load_params, read_config
+from models.formats.convert import load_params, read_config
 from models.gemma import (
     FAR,
-    Compute,
+    ExecutionConfig,
     GemmaConfig,
     Params,
     embed,
@@ -29,7 +29,7 @@ from models.gemma import (
 from models.sampler import Sampling, row_keys, sample
 from models.sharding import STORE
 
-FLOAT32, BFLOAT16 = Compute(), Compute(dtype="bfloat16")
+FLOAT32, BFLOAT16 = ExecutionConfig(), ExecutionConfig(dtype="bfloat16")
 
 
 pytestmark = pytest.mark.usefixtures("mesh")
@@ -46,21 +46,21 @@ def model(mesh):
     return read
 
 
-@partial(jax.jit, static_argnames=("config", "compute"))
-def logits_of(params, tokens, positions, config, compute):  # BT, BT -> BTV
-    hidden, _ = forward(params, tokens, positions, config, compute)
-    return vocab_logits(hidden, params, config, compute)
+@partial(jax.jit, static_argnames=("config", "execution"))
+def logits_of(params, tokens, positions, config, execution):  # BT, BT -> BTV
+    hidden, _ = forward(params, tokens, positions, config, execution)
+    return vocab_logits(hidden, params, config, execution)
 
 
 def rows_of(reference) -> list[np.ndarray]:
     return [row[:length] for row, length in zip(reference["tokens"], reference["lengths"], strict=True)]
 
 
-def our_logits(params, config, rows, side, compute=FLOAT32, shift=0) -> np.ndarray:
+def our_logits(params, config, rows, side, execution=FLOAT32, shift=0) -> np.ndarray:
     """Logits of every real token, row after row; padding sits at position FAR."""
     tokens, mask = pad(rows, side)
     positions = np.where(mask, mask.cumsum(axis=1) - 1 + shift, FAR)
-    return np.asarray(logits_of(params, tokens, positions, config, compute))[mask]
+    return np.asarray(logits_of(params, tokens, positions, config, execution))[mask]
 
 
 def close(ours, theirs, tolerance) -> None:
@@ -109,9 +109,9 @@ def test_transformers_reads_our_older_dialect_alike(name, tmp_path):
 # The matrix product whose backward pass is written out.
 
 
-@partial(jax.jit, static_argnames=("compute", "dtype"))
-def linear_and_gradients(x, weight, dy, compute, dtype=None):
-    y, backward = jax.vjp(lambda x, weight: linear(x, weight, "DF", compute, dtype=dtype), x, weight)
+@partial(jax.jit, static_argnames=("execution", "dtype"))
+def linear_and_gradients(x, weight, dy, execution, dtype=None):
+    y, backward = jax.vjp(lambda x, weight: linear(x, weight, "DF", execution, dtype=dtype), x, weight)
     return y, *backward(dy.astype(y.dtype))
 
 
@@ -172,12 +172,12 @@ def group(config: GemmaConfig) -> SimpleNamespace:
     )  # fmt: skip
 
 
-@partial(jax.jit, static_argnames=("config", "compute"))
-def grouped(params, prompts, completions, weights, config, compute):
+@partial(jax.jit, static_argnames=("config", "execution"))
+def grouped(params, prompts, completions, weights, config, execution):
     """Hidden states that predict the completions, and the gradients of their weighted sum."""
 
     def scalar(params):
-        hidden = forward_group(params, prompts, jnp.asarray(PROMPT_LENGTHS), completions, config, compute)
+        hidden = forward_group(params, prompts, jnp.asarray(PROMPT_LENGTHS), completions, config, execution)
         return (hidden * weights).sum(), hidden
 
     gradients, hidden = jax.grad(scalar, has_aux=True)(params)
@@ -201,11 +201,11 @@ def expect_equal_gradients(ours: Params, theirs: Params, tolerance: float) -> No
         close(one / np.abs(other).max(), other / np.abs(other).max(), tolerance)
 
 
-def run_group(config: GemmaConfig, params: Params, compute: Compute):
+def run_group(config: GemmaConfig, params: Params, execution: ExecutionConfig):
     """Hidden states, gradients, and the bytes that the program needs besides."""
     g = group(config)
     arguments = params, g.prompts, g.completions, g.weights
-    compiled = grouped.lower(*arguments, config, compute).compile()
+    compiled = grouped.lower(*arguments, config, execution).compile()
     memory = compiled.memory_analysis()
     assert memory is not None
     return *compiled(*arguments), memory.temp_size_in_bytes
@@ -227,11 +227,11 @@ def test_remat_and_unroll_change_memory_and_no_gradient(model):
     config, params, _ = model(REFERENCES / "gemma2-mqa")
     hidden, gradients, most = run_group(config, params, FLOAT32)
     memory = {}
-    for compute in (Compute(remat="dots"), Compute(remat="full"), Compute(unroll=True)):
-        other_hidden, other_gradients, memory[compute] = run_group(config, params, compute)
+    for execution in (ExecutionConfig(remat="dots"), ExecutionConfig(remat="full"), ExecutionConfig(unroll=True)):
+        other_hidden, other_gradients, memory[execution] = run_group(config, params, execution)
         close(other_hidden, hidden, 1e-5)
         expect_equal_gradients(other_gradients, gradients, 1e-5)
-    assert most > memory[Compute(remat="dots")] > memory[Compute(remat="full")]
+    assert most > memory[ExecutionConfig(remat="dots")] > memory[ExecutionConfig(remat="full")]
 
 
 def relative_error(ours, exact) -> float:
@@ -251,7 +251,7 @@ def rounding_noise(config: GemmaConfig) -> float:
 @pytest.mark.parametrize("name", ["gemma1-mqa", "gemma2-gqa", "gemma3-gqa"])
 def test_bfloat16_costs_no_more_than_its_roundings(model, name):
     config, params, reference = model(REFERENCES / name)
-    exact, rounded = (our_logits(params, config, rows_of(reference), "right", compute) for compute in (FLOAT32, BFLOAT16))
+    exact, rounded = (our_logits(params, config, rows_of(reference), "right", execution) for execution in (FLOAT32, BFLOAT16))
     assert 2**-9 < relative_error(rounded, exact) < rounding_noise(config)  # the first: it does compute in bfloat16
 
 
@@ -279,13 +279,13 @@ def test_powers_roots_and_angles_are_taken_in_float32(model):
     assert all(found == {"float32"} for found in dtypes.values())
 
 
-@pytest.mark.parametrize("compute", [FLOAT32, BFLOAT16], ids=lambda compute: compute.dtype)
-def test_only_differences_of_positions_matter(model, compute):
+@pytest.mark.parametrize("execution", [FLOAT32, BFLOAT16], ids=lambda execution: execution.dtype)
+def test_only_differences_of_positions_matter(model, execution):
     """Positions 0... and 1000... give the same logits: no angle loses its digits, in bfloat16 either."""
     config, params, reference = model(REFERENCES / "gemma3-gqa")
-    near, far = (our_logits(params, config, rows_of(reference), "right", compute, shift) for shift in (0, 1000))
+    near, far = (our_logits(params, config, rows_of(reference), "right", execution, shift) for shift in (0, 1000))
     angle_error = 1000 * 2**-23  # of the fastest rotation, one radian a position
-    assert relative_error(far, near) < (10 * angle_error if compute is FLOAT32 else math.sqrt(2) * rounding_noise(config))
+    assert relative_error(far, near) < (10 * angle_error if execution is FLOAT32 else math.sqrt(2) * rounding_noise(config))
 
 
 def hidden_and_tokens(config: GemmaConfig, B: int, C: int):
@@ -354,9 +354,9 @@ def test_the_embedding_scale_is_rounded_as_transformers_does(width):
         FLOAT32: table * np.float32(math.sqrt(width)),
         BFLOAT16: round_to_bfloat16(table * round_to_bfloat16(math.sqrt(width))),
     }
-    for compute, rows in expected.items():
-        embedded = embed(params, jnp.array([[0, 7]]), config, compute)
-        assert embedded.dtype == compute.dtype
+    for execution, rows in expected.items():
+        embedded = embed(params, jnp.array([[0, 7]]), config, execution)
+        assert embedded.dtype == execution.dtype
         assert (np.asarray(embedded[0], np.float32) == rows[[0, 7]]).all()
 
 

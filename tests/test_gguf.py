@@ -11,12 +11,12 @@ from foreign import write_gguf
 from make_references import REFERENCES, VARIANTS
 from safetensors.numpy import save_file
 
-from grpo.load import find_model
+from grpo.runs.model_source import find_model
 from models import ModelError
-from models.containers import open_container
-from models.convert import load_params, read_config
+from models.formats.containers import open_container
+from models.formats.convert import load_params, read_config
+from models.formats.save import config_json, tensors
 from models.gemma import GemmaConfig
-from models.save import config_json, tensors
 from models.sharding import ROLLOUT, STORE, make_mesh
 
 pytest.importorskip("gguf")

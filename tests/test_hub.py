@@ -1,4 +1,4 @@
-"""Laws of grpo/hub.py: a model is downloaded once, only the files that we read, and every way to fail is one line."""
+"""Laws of grpo/runs/hub.py: a model is downloaded once, only the files that we read, and every way to fail is one line."""
 
 import json
 import os
@@ -14,9 +14,9 @@ from foreign import write_flax
 from make_references import REFERENCES
 
 from grpo.config import TINY_MODEL, ConfigError
-from grpo.hub import download
-from grpo.load import find_model
-from models.convert import read_config
+from grpo.runs.hub import download
+from grpo.runs.model_source import find_model
+from models.formats.convert import read_config
 
 ROOT, COMMIT = Path(__file__).parents[1], "0123456789abcdef0123456789abcdef01234567"
 FILES = {path.name: path.read_bytes() for path in Path(TINY_MODEL).iterdir() if path.is_file()} | {"model.bin": b"a pickle"}
@@ -24,7 +24,7 @@ REPOSITORIES = {"me/tiny": FILES, "me/gguf": {"config.json": FILES["config.json"
 FETCH = """
 import json, sys
 from grpo.config import ConfigError
-from grpo.hub import download
+from grpo.runs.hub import download
 for name in sys.argv[1:]:
     try:
         print(json.dumps(str(download(name))))

@@ -16,15 +16,15 @@ from test_gemma import close, logits_of
 from test_relay import config as relay_config  # noqa: F401
 from test_train import devices, folder, interrupted, read_files, run, without_times  # noqa: F401
 
-import grpo.run
-from grpo.checkpoint import Checkpoints, sealed
+import grpo.runs.setup
 from grpo.config import Config, ConfigError
-from grpo.load import find_model
-from grpo.update import init_state, narrow, policy, resting_bytes, rollout_view, starting_point
-from models.convert import load_params, read_config
-from models.gemma import Adapted, Compute, axes, forward, forward_group, linear, token_logprobs
+from grpo.runs.checkpoint import Checkpoints, sealed
+from grpo.runs.model_source import find_model
+from grpo.update import init_state, narrow, policy, resting_bytes, sampling_params, starting_point
+from models.formats.convert import load_params, read_config
+from models.formats.save import save_params
+from models.gemma import Adapted, ExecutionConfig, axes, forward, forward_group, linear, token_logprobs
 from models.lora import PROJECTIONS, Adapters, adapter_axes, attach, count_adapters, init_adapters, merge, merged
-from models.save import save_params
 from models.sharding import STORE, TRAIN, make_mesh, reshard, spec
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
@@ -82,7 +82,7 @@ def test_outputs_and_gradients_equal_pefts(name, one_device):
     (logits * torch.tensor(numbers)).sum().backward()
 
     def loss(adapters):
-        logits = logits_of(attach(params, adapters, SCALE), TOKENS, POSITIONS, config, Compute(remat="dots"))
+        logits = logits_of(attach(params, adapters, SCALE), TOKENS, POSITIONS, config, ExecutionConfig(remat="dots"))
         return (logits * numbers).sum(), logits
 
     (_, ours), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(adapters)
@@ -98,12 +98,12 @@ def test_outputs_and_gradients_equal_pefts(name, one_device):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_product_and_its_gradients_equal_float64(dtype, one_device):
     numbers = np.random.default_rng(3)
-    compute, tolerance = Compute(dtype=dtype), 1e-5 if dtype == "float32" else 2**-6
+    execution, tolerance = ExecutionConfig(dtype=dtype), 1e-5 if dtype == "float32" else 2**-6
     shapes = {"x": (2, 5, 12), "base": (12, 20), "a": (12, 4), "b": (4, 20), "dy": (2, 5, 20)}
     x, base, a, b, dy = (numbers.normal(size=shape).astype(jnp.dtype(dtype)) for shape in shapes.values())
 
     def product(x, a, b):
-        return linear(x, Adapted(jnp.asarray(base), a, b, 0.5), "DF", compute)
+        return linear(x, Adapted(jnp.asarray(base), a, b, 0.5), "DF", execution)
 
     y, backward = jax.vjp(product, jnp.asarray(x), jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32))
     dx, da, db = backward(jnp.asarray(dy))
@@ -128,7 +128,7 @@ def test_merged_is_unmerged_in_outputs_and_gradients(remat, unroll, one_device):
             jnp.asarray(TOKENS),
             jnp.asarray(POSITIONS),
             config,
-            Compute(remat=remat, unroll=unroll),
+            ExecutionConfig(remat=remat, unroll=unroll),
         )
         return (hidden * numbers).sum(), hidden
 
@@ -158,7 +158,8 @@ def test_fresh_adapters_change_nothing_and_depend_on_the_seed_alone():
     with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
         params = load_params(REFERENCES / "gemma3-gqa", config, mesh, STORE)
         base, adapted = (
-            logits_of(weights, TOKENS, POSITIONS, config, Compute()) for weights in (params, attach(params, first, SCALE))
+            logits_of(weights, TOKENS, POSITIONS, config, ExecutionConfig())
+            for weights in (params, attach(params, first, SCALE))
         )
     np.testing.assert_array_equal(np.asarray(base), np.asarray(adapted))
 
@@ -166,14 +167,14 @@ def test_fresh_adapters_change_nothing_and_depend_on_the_seed_alone():
 # ------------------------------------------------------------------------------------------------------------ on a mesh
 
 
-@partial(jax.jit, static_argnames=("config", "compute"))
-def gradients_of(adapters, params, prompts, lengths, completions, config, compute):
+@partial(jax.jit, static_argnames=("config", "execution"))
+def gradients_of(adapters, params, prompts, lengths, completions, config, execution):
     """Of a weighted sum of log-probabilities."""
 
     def total(adapters):
         weights = attach(params, adapters, SCALE)
-        hidden = forward_group(weights, prompts, lengths, completions, config, compute)
-        logprobs = token_logprobs(weights, hidden, completions, 0.7, config, compute, chunk=3)
+        hidden = forward_group(weights, prompts, lengths, completions, config, execution)
+        logprobs = token_logprobs(weights, hidden, completions, 0.7, config, execution, chunk=3)
         return (logprobs * jnp.sin(jnp.arange(completions.shape[1]))).sum()
 
     return jax.value_and_grad(total)(adapters)
@@ -195,7 +196,7 @@ def test_eight_devices_give_the_gradients_and_the_merged_weights_of_one():
         with jax.set_mesh(mesh):
             params, adapters = load_params(REFERENCES / "gemma3-gqa", config, mesh, STORE), random_adapters(config)
             batch = [jax.device_put(x, spec(letters, TRAIN)) for x, letters in zip(rows, ("QP", "Q", "BC"), strict=True)]
-            total, gradients = gradients_of(adapters, params, *batch, config, Compute(remat="dots"))
+            total, gradients = gradients_of(adapters, params, *batch, config, ExecutionConfig(remat="dots"))
             merged = jax.jit(merge, static_argnums=2)(params, adapters, SCALE)
             for leaf, other in zip(jax.tree.leaves((adapters, params)), jax.tree.leaves((gradients, merged)), strict=True):
                 assert leaf.sharding == other.sharding  # nothing has moved
@@ -217,7 +218,7 @@ def test_no_gradient_of_a_frozen_weight_is_computed(remat, one_device):
     rows = [jnp.asarray(x) for x in (np.full((1, 7), 5), np.array([7]), np.full((2, 11), 9))]
 
     def products(trained) -> set[tuple[int, ...]]:
-        program = trained.lower(adapters, params, *rows, config, Compute(remat=remat)).compile().as_text()
+        program = trained.lower(adapters, params, *rows, config, ExecutionConfig(remat=remat)).compile().as_text()
         shapes = re.findall(r"= \w+\[([\d,]+)\]\S* dot\(", program)
         return {tuple(sorted(map(int, shape.split(",")))) for shape in shapes}
 
@@ -249,7 +250,7 @@ def finished(config):
 
 def base_of(config: Config):
     with devices(1):
-        prepared = grpo.run.prepare(config)
+        prepared = grpo.runs.setup.prepare(config)
     return prepared, prepared.base.load(prepared.mesh, STORE, "float32")
 
 
@@ -286,7 +287,7 @@ def test_a_checkpoint_holds_adapters_and_moments_and_nothing_of_the_base(config,
     assert {name for name in names if name.startswith("params.")} == {f"params.{p}.{m}" for p in PROJECTIONS for m in "ab"}
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(final_state_of(config))) == 12 * count + 3 * 4
     assert resting_bytes(prepared.model, "bfloat16", config) == 2 * sum(x.size for x in jax.tree.leaves(weights)) + 16 * count
-    assert f"({count / 1e6:.1f}M parameters" in grpo.run.describe(prepared)
+    assert f"({count / 1e6:.1f}M parameters" in grpo.runs.setup.describe(prepared)
 
 
 def test_an_interrupted_and_relayed_run_is_the_same_to_the_bit(config, finished, tmp_path):
@@ -312,7 +313,7 @@ def test_a_checkpoint_loads_as_the_weights_that_it_samples_with(config, finished
     state = final_state_of(config)
     with jax.set_mesh(prepared.mesh):
         params = policy(jax.tree.map(jnp.asarray, state.params), narrow(weights, dtype), config)
-        view = rollout_view(params, prepared.model, replace(prepared.sample, dtype=dtype))
+        view = sampling_params(params, prepared.model, replace(prepared.sample, dtype=dtype))
     loaded = find_model(config.run_dir).load(prepared.mesh, STORE, dtype)
     for leaf, other in zip(jax.tree.leaves(view), jax.tree.leaves(loaded), strict=True):
         assert leaf.dtype == other.dtype == dtype

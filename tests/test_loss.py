@@ -23,7 +23,7 @@ from grpo.loss import (
 
 Q, G, C = 3, 4, 6
 B = Q * G
-LOW, HIGH, CAP = 0.2, 0.3, 1.2  # epsilon_low, epsilon_high, sampler_cap
+LOW, HIGH, CAP = 0.2, 0.3, 1.2  # epsilon_low, epsilon_high, tis_cap
 LENGTHS = np.array([6, 1, 3, 4, 2, 6, 5, 0, 3, 3, 1, 6])  # 0: a completion that mask_truncated left out
 MASK = (np.arange(C) < LENGTHS[:, None]).astype(np.float32)
 
@@ -92,7 +92,7 @@ def test_loss_and_gradient_equal_float64(aggregation, scale, corrected, beta, on
     advantages = group_advantages(jnp.asarray(rewards), SCALES[scale]).reshape(-1)
     loss, grad, terms = value_and_grad(
         logprobs, old, ref if beta else None, advantages, AGGREGATIONS[aggregation](jnp.asarray(MASK)),
-        beta=beta, epsilon_low=LOW, epsilon_high=HIGH, sampler_logprobs=sampler if corrected else None, sampler_cap=CAP,
+        beta=beta, epsilon_low=LOW, epsilon_high=HIGH, sampler_logprobs=sampler if corrected else None, tis_cap=CAP,
     )  # fmt: skip
     exact = expected_advantages(rewards.astype(float), scale).reshape(-1)
     logprobs, old, ref, sampler = (x.astype(float) for x in (logprobs, old, ref, sampler))
@@ -186,7 +186,7 @@ def test_masked_tokens_have_no_effect(which, junk):
             epsilon_low=LOW,
             epsilon_high=HIGH,
             sampler_logprobs=sampler,
-            sampler_cap=CAP,
+            tis_cap=CAP,
         )
 
     names = ("logprobs", "old", "ref", "sampler")
@@ -207,7 +207,7 @@ def test_the_sampler_weight_is_a_constant_of_the_policy():
 
     def loss(x, constant):
         old = jax.lax.stop_gradient(x) if constant else x
-        return grpo_loss(x, old, None, advantages, weights, beta=0.0, sampler_logprobs=jnp.asarray(sampler), sampler_cap=CAP)[0]
+        return grpo_loss(x, old, None, advantages, weights, beta=0.0, sampler_logprobs=jnp.asarray(sampler), tis_cap=CAP)[0]
 
     nu = np.minimum(np.exp(logprobs.astype(float) - sampler), CAP)
     want = -np.asarray(weights) * nu * np.asarray(advantages)[:, None]
@@ -229,7 +229,7 @@ def test_splitting_a_batch_changes_nothing(aggregation):
             advantages[rows],
             weights[rows],
             sampler_logprobs=sampler[rows],
-            sampler_cap=CAP,
+            tis_cap=CAP,
         )
 
     whole, whole_grad, _ = run(slice(None))

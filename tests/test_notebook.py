@@ -12,7 +12,7 @@ from data.problems import Problem
 from grpo.config import ConfigError
 from grpo.loss import grpo_loss, grpo_weights
 from grpo.notebook import load, loss, sample, score
-from grpo.train import learning_rates, one_step
+from grpo.runs.trainer import learning_rates, one_step
 from models import ModelError
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")

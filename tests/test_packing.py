@@ -14,8 +14,8 @@ from data.batches import Packed, pack
 from grpo.config import Config
 from grpo.rollout import Batch
 from grpo.update import logprobs_of
-from models.convert import load_params, read_config
-from models.gemma import FAR, Compute, GemmaConfig, Params
+from models.formats.convert import load_params, read_config
+from models.gemma import FAR, ExecutionConfig, GemmaConfig, Params
 from models.sharding import STORE
 
 # Four prompts, four completions each. A window of 8 starts inside the prompt at first, inside a long completion at last.
@@ -59,7 +59,7 @@ def logprobs_and_gradients(params: Params, batch: Batch, weights: Array, config:
     """Log-probabilities of all tokens, and the gradients of a weighted sum of those that count."""
 
     def scalar(params):
-        logprobs = logprobs_of(params, batch, config, Compute(), CONFIG)
+        logprobs = logprobs_of(params, batch, config, ExecutionConfig(), CONFIG)
         return (logprobs * weights * batch.mask).sum(), logprobs
 
     gradients, logprobs = jax.grad(scalar, has_aux=True)(params)

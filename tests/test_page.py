@@ -1,5 +1,5 @@
-"""Laws of grpo/page.py: what the page holds is what the run's files say, and what it leaves out it says. And of the page, in
-a headless Chromium: its numbers are those of grpo/loss.py, its filters filter, and no text of a completion is ever markup.
+"""Laws of grpo/reports/page.py: what the page holds is what the run's files say, and what it leaves out it says. And of the page,
+in a headless Chromium: its numbers are those of grpo/loss.py, its filters filter, and no text of a completion is ever markup.
 """
 
 import json
@@ -15,7 +15,7 @@ import pytest
 
 from grpo.config import TINY_MODEL, ConfigError
 from grpo.loss import batch_std, group_advantages, group_std, grpo_loss, grpo_weights, no_scale
-from grpo.page import FLAGS, constant, read_page, render, rounded, spread
+from grpo.reports.page import FLAGS, constant, read_page, render, rounded, spread
 
 STEPS, Q, G, C = 40, 2, 4, 5
 MARKUP = "<img src=x onerror=\"document.title='broken'\"></script><script>document.title='broken'</script><!-- \u2028 &amp;"
@@ -52,7 +52,7 @@ def make_run(folder: Path, scale: str = "group") -> Path:
     """A run of every file, as training leaves them."""
     folder.mkdir()
     rewards, advantages = rewards_of(scale)
-    config = {"preset": "tiny", "seed": 0, "data": "gone.jsonl", "model_path": TINY_MODEL, "group_size": G, "sampler_cap": 1.5}
+    config = {"preset": "tiny", "seed": 0, "data": "gone.jsonl", "model_path": TINY_MODEL, "group_size": G, "tis_cap": 1.5}
     (folder / "config.json").write_text(json.dumps(config | {"advantage_scale": scale, "beta": 0.04}))
     steps = range(1, STEPS + 1)
     write(folder / "metrics.jsonl", [
@@ -94,7 +94,7 @@ def saved_tokens(advantages: np.ndarray) -> tuple[dict, np.ndarray]:
 
     @jax.jit
     def loss_of(weights):
-        return grpo_loss(policy, before, reference, group, weights, sampler_logprobs=sampled, sampler_cap=1.5)
+        return grpo_loss(policy, before, reference, group, weights, sampler_logprobs=sampled, tis_cap=1.5)
 
     terms = loss_of(weights)[1]
     losses = np.array([float(loss_of(weights * (jnp.arange(G) == row)[:, None])[0]) for row in range(G)])

@@ -7,8 +7,8 @@ import math
 import jax
 import pytest
 
-from grpo.cli import run_script
-from models.roofline import GIB
+from grpo.runs.cli import run_script
+from models.bounds.roofline import GIB
 from scripts import plan
 
 SMALL = [

@@ -1,4 +1,4 @@
-"""Laws of relay sessions in grpo/train.py: what carries over, what does not, what is measured at each end."""
+"""Laws of relay sessions in grpo/runs/trainer.py: what carries over, what does not, what is measured at each end."""
 
 import signal
 from dataclasses import replace
@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from test_train import devices, final_state, folder, interrupted, lines, read_files, run, without_times  # noqa: F401
 
-import grpo.run
-import grpo.train
-from grpo.checkpoint import Checkpoints
+import grpo.runs.setup
+import grpo.runs.trainer
 from grpo.config import Config, ConfigError
-from grpo.interrupts import Interrupts, Stopped
+from grpo.runs.checkpoint import Checkpoints
+from grpo.runs.interrupts import Interrupts, Stopped
 from grpo.session import plan_sessions
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
@@ -56,13 +56,13 @@ def test_sessions_one_by_one_are_sessions_in_a_row(config, in_a_row, tmp_path):
 
 def test_a_run_ends_with_its_picture_and_a_fault_of_drawing_is_a_warning(config, in_a_row, tmp_path, capsys):
     assert (Path(config.run_dir) / "training.png").read_bytes().startswith(b"\x89PNG")
-    grpo.train.picture(tmp_path)
+    grpo.runs.trainer.picture(tmp_path)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"warning: {tmp_path / 'training.png'} could not be drawn: ")
 
 
 def test_the_problems_of_every_step_are_those_of_the_plan_and_are_recorded(config, in_a_row):
-    problems = grpo.run.choose_problems(config)[0]
+    problems = grpo.runs.setup.choose_problems(config)[0]
     sessions = plan_sessions(config, len(problems))
     completions = in_a_row[1]["completions.jsonl"]
     for session, roll in zip(sessions, in_a_row[1]["sessions.json"], strict=True):
@@ -83,13 +83,13 @@ def test_each_end_measures_held_out_problems_and_those_of_every_session_so_far(c
     assert [list(record.get("retention", {})) for record in evaluations] == [[], ["1"], ["1", "2"]]
     assert [session["retention"] for session in result["sessions"]] == [record["retention"] for record in evaluations[1:]]
     with devices(1):
-        prepared = grpo.run.prepare(config)
+        prepared = grpo.runs.setup.prepare(config)
     state = final_state(config)
     with jax.set_mesh(prepared.mesh), prepared.rewards:
-        view = grpo.train.rollout_view(jax.tree.map(jax.numpy.asarray, state.params), prepared.model, prepared.sample)
+        view = grpo.runs.trainer.sampling_params(jax.tree.map(jax.numpy.asarray, state.params), prepared.model, prepared.sample)
         for number, session in zip("12", prepared.sessions, strict=True):
             of = session.new[:4]
-            figures = grpo.train.evaluate(
+            figures = grpo.runs.trainer.evaluate(
                 view, [prepared.problems[i] for i in of], [prepared.prompt_ids[i] for i in of], prepared.tokenizer,
                 prepared.model, prepared.sample, config, prepared.rewards, sampled=False,
             )  # fmt: skip

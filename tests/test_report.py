@@ -10,7 +10,7 @@ from test_page import make_evaluation, make_run
 from test_sample import load
 
 from grpo.config import ConfigError, RunError
-from grpo.page import find_evaluations
+from grpo.reports.page import find_evaluations
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Laws of models/roofline.py: counts against brute force and a compiled forward pass, bounds against their closed forms."""
+"""Laws of models/bounds/roofline.py: counts against brute force and a compiled forward pass, bounds against closed forms."""
 
 import math
 import subprocess
@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from models import compiled, roofline
-from models.gemma import FAR, Compute, GemmaConfig, forward, shapes, vocab_logits
+from models.bounds import hlo, roofline
+from models.bounds.roofline import CHIPS, Bound, Chip, find_chip
+from models.gemma import FAR, ExecutionConfig, GemmaConfig, forward, shapes, vocab_logits
 from models.presets import MODELS
-from models.roofline import CHIPS, Bound, Chip, find_chip
 from models.sharding import make_mesh
 
 GLOBAL = GemmaConfig(3, 16, 4, 2, 8, 32, 64, 8**-0.5, (False,) * 3)
@@ -64,15 +64,15 @@ def test_model_flops_are_the_products_of_the_compiled_forward_pass(unroll):
     B, T = 2, 6
 
     def logits(params, tokens, positions):
-        compute = Compute(unroll=unroll)
-        hidden, _ = forward(params, tokens, positions, MIXED, compute)
-        return vocab_logits(hidden, params, MIXED, compute)
+        execution = ExecutionConfig(unroll=unroll)
+        hidden, _ = forward(params, tokens, positions, MIXED, execution)
+        return vocab_logits(hidden, params, MIXED, execution)
 
     with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
         tokens = jax.ShapeDtypeStruct((B, T), jnp.int32)
-        module = compiled.parse(jax.jit(logits).lower(shapes(MIXED), tokens, tokens).compile().as_text())
+        module = hlo.parse(jax.jit(logits).lower(shapes(MIXED), tokens, tokens).compile().as_text())
     products = 0
-    for operation, where, times in compiled.operations(module, module.entry):
+    for operation, where, times in hlo.operations(module, module.entry):
         if operation.kind == "dot":
             left = module.computations[where][operation.operands[0]].shapes[0].dims
             summed = operation.attributes.partition("lhs_contracting_dims={")[2].partition("}")[0]
@@ -146,11 +146,11 @@ def test_prefill_and_view_in_closed_form():
     assert bound.flops == (2 * 8 * (attention + mlp) + 4 * A * L * (6 + 15)) / 8
     assert bound.memory_bytes == 2 * (attention + mlp / 4 + 2 * E * L * 8 / 8)
     assert bound.network_bytes == 2 * 2 * L * 3 / 4 * (8 / 2) * D
-    view = roofline.rollout_view(GLOBAL, CHIP, 8, 4, width=2)
+    view = roofline.sampling_params(GLOBAL, CHIP, 8, 4, width=2)
     assert view.memory_bytes == 4 * (attention + mlp + head) / 8 + 2 * (attention + (mlp + head) / 4)
     assert view.network_bytes == 2 * (attention * 7 / 8 + (mlp + head) * (1 / 4 - 1 / 8))
-    assert roofline.rollout_view(GLOBAL, CHIP, 1, 1).network_bytes == 0
-    merged = roofline.rollout_view(GLOBAL, CHIP, 8, 4, width=2, adapters=100)
+    assert roofline.sampling_params(GLOBAL, CHIP, 1, 1).network_bytes == 0
+    merged = roofline.sampling_params(GLOBAL, CHIP, 8, 4, width=2, adapters=100)
     assert view.memory_bytes - merged.memory_bytes == ((4 - 2) * (attention + mlp + head) - 4 * 100) / 8
 
 
@@ -184,5 +184,5 @@ def test_chips_are_found_by_the_name_jax_has_for_them():
 
 
 def test_bounds_need_no_jax():
-    code = "import sys, models.roofline; sys.exit('jax' in sys.modules)"
+    code = "import sys, models.bounds.roofline; sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)

@@ -12,11 +12,11 @@ import pytest
 from make_references import REFERENCES, pad
 
 import models.sampler
-from grpo.metrics import CompileCounter
-from models.convert import load_params, read_config
+from grpo.runs.metrics import CompileCounter
+from models.formats.convert import load_params, read_config
 from models.gemma import (
     FAR,
-    Compute,
+    ExecutionConfig,
     GemmaConfig,
     Params,
     axes,
@@ -27,9 +27,9 @@ from models.gemma import (
     vocab_logits,
 )
 from models.sampler import Samples, Sampling, decode, draw, keep_heaviest, prefill, row_keys, sample
-from models.sharding import ROLLOUT, STORE, make_mesh, put
+from models.sharding import ROLLOUT, STORE, to_devices, make_mesh
 
-COMPUTE = Compute(ROLLOUT)
+COMPUTE = ExecutionConfig(ROLLOUT)
 # Three prompts, three completions each. A window of 8 starts inside the prompt at first, inside the completion at last.
 Q, G, P, C = 3, 3, 13, 12
 B = Q * G
@@ -66,17 +66,17 @@ def any_model(request, mesh, model) -> Model:
 
 def run(
     model: Model, prompts: Any = PROMPTS, lengths: Any = LENGTHS, rows=range(B), temperature: np.ndarray = TEMPERATURES, seed=0,
-    step=0, limits=None, compute=COMPUTE, **more
+    step=0, limits=None, execution=COMPUTE, **more
 ) -> Samples:  # fmt: skip
     """Samples as numpy arrays."""
     keys = row_keys(seed, step, jnp.array(rows))
-    prompts, lengths, heat = (jnp.asarray(x) for x in (prompts, lengths, temperature.astype(np.float32)))
+    prompts, lengths, temperatures = (jnp.asarray(x) for x in (prompts, lengths, temperature.astype(np.float32)))
     sampling = Sampling(**{"width": C, "stop_ids": (), **more})
     if limits is None:
-        samples = sample(model.params, prompts, lengths, keys, heat, model.config, compute, sampling)
+        samples = sample(model.params, prompts, lengths, keys, temperatures, model.config, execution, sampling)
     else:
-        prefix = prefill(model.params, prompts, lengths, model.config, compute)
-        samples = decode(model.params, prefix, keys, heat, jnp.asarray(limits), model.config, compute, sampling)
+        prefix = prefill(model.params, prompts, lengths, model.config, execution)
+        samples = decode(model.params, prefix, keys, temperatures, jnp.asarray(limits), model.config, execution, sampling)
     return jax.tree.map(np.asarray, samples)
 
 
@@ -102,8 +102,8 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def logprobs_of(logits, tokens, temperature) -> np.ndarray:  # BCV, BC, B -> BC
-    heat = np.where(temperature > 0, temperature, 1).astype(np.float64)
-    return np.log(np.take_along_axis(softmax(logits / heat[:, None, None]), tokens[..., None], axis=-1)[..., 0])
+    temperatures = np.where(temperature > 0, temperature, 1).astype(np.float64)
+    return np.log(np.take_along_axis(softmax(logits / temperatures[:, None, None]), tokens[..., None], axis=-1)[..., 0])
 
 
 # Decoding against the plain model.
@@ -128,11 +128,11 @@ def test_greedy_rows_take_the_argmax_of_the_full_forward_pass(any_model):
 def test_the_sampler_gives_the_trainers_logprobs(any_model):
     samples = run(any_model)
     config, params = any_model.config, any_model.params
-    hidden = jax.jit(forward_group, static_argnums=(4, 5))(params, PROMPTS, LENGTHS, samples.tokens, config, Compute())
+    hidden = jax.jit(forward_group, static_argnums=(4, 5))(params, PROMPTS, LENGTHS, samples.tokens, config, ExecutionConfig())
     trainer = jax.jit(token_logprobs, static_argnums=(4, 5, 6))
     for temperature in (0.5, 1.0, 2.0):
         rows = np.equal(TEMPERATURES, temperature)
-        logprobs = np.asarray(trainer(params, hidden, samples.tokens, temperature, config, Compute(), 5))
+        logprobs = np.asarray(trainer(params, hidden, samples.tokens, temperature, config, ExecutionConfig(), 5))
         assert rows.sum() >= 2
         np.testing.assert_allclose(samples.logprobs[rows], logprobs[rows], rtol=0, atol=1e-5)
 
@@ -153,7 +153,7 @@ def expect_equal(samples: Samples, others: Samples) -> None:
 
 
 def test_unrolled_layers_give_the_same_samples(any_model):
-    expect_equal(run(any_model, compute=replace(COMPUTE, unroll=True)), run(any_model))
+    expect_equal(run(any_model, execution=replace(COMPUTE, unroll=True)), run(any_model))
 
 
 # Stopping.
@@ -227,7 +227,7 @@ def test_a_step_reads_half_of_the_slots_while_they_hold_all_tokens(model, monkey
     steps = watch_steps(monkeypatch, slots=True)
     for unroll in (False, True):
         for width, stages in ((1, [1]), (2, [1, 2]), (7, [4, 7]), (16, [8, 16])):
-            run(model, width=width, compute=replace(COMPUTE, unroll=unroll))
+            run(model, width=width, execution=replace(COMPUTE, unroll=unroll))
             jax.effects_barrier()
             assert sorted(steps) == [(step, min(size for size in stages if step < size)) for step in range(width)]
             steps.clear()
@@ -253,9 +253,16 @@ def run_natural(devices: int, tp: int, halvings: int) -> Samples:
     with jax.set_mesh(make_mesh(tp, jax.devices()[:devices])):
         model = small_model()
         view = replace(model, params=COMPUTE.use(model.params, axes(model.config)))
-        heat = np.tile([0, 0.7, 1, 1.5], 16)
+        temperatures = np.tile([0, 0.7, 1, 1.5], 16)
         return run(
-            view, put(prompts, "QP"), put(lengths, "Q"), range(64), heat, limits=NATURAL, halvings=halvings, stop_ids=(1, 40)
+            view,
+            to_devices(prompts, "QP"),
+            to_devices(lengths, "Q"),
+            range(64),
+            temperatures,
+            limits=NATURAL,
+            halvings=halvings,
+            stop_ids=(1, 40),
         )
 
 
@@ -304,9 +311,9 @@ def test_samples_of_a_group_differ(model):
 
 
 def test_a_row_depends_neither_on_its_neighbours_nor_on_their_number(model, endless):
-    prompts, heat = PROMPTS[::-1].copy(), TEMPERATURES[::-1].copy()
-    prompts[1], heat[G : 2 * G] = PROMPTS[1], TEMPERATURES[G : 2 * G]
-    beside_others = run(model, prompts, np.array([2, LENGTHS[1], 13]), temperature=heat)
+    prompts, temperatures = PROMPTS[::-1].copy(), TEMPERATURES[::-1].copy()
+    prompts[1], temperatures[G : 2 * G] = PROMPTS[1], TEMPERATURES[G : 2 * G]
+    beside_others = run(model, prompts, np.array([2, LENGTHS[1], 13]), temperature=temperatures)
     alone = run(model, PROMPTS[1:2], LENGTHS[1:2], range(G, 2 * G), TEMPERATURES[G : 2 * G])
     same = jax.tree.map(lambda x: x[G : 2 * G], beside_others)
     for samples in (same, alone):
@@ -389,9 +396,9 @@ def test_first_tokens_of_a_large_group_follow_the_softmax(model):
     temperature = np.repeat([0.7, 1.5], n // 2)
     tokens = run(model, PROMPTS[:1], LENGTHS[:1], range(n), temperature, width=1).tokens[:, 0]
     logits = np.asarray(plain_logits(model.params, PROMPTS[:1], np.arange(P)[None], model.config), np.float64)[0, -1]
-    for heat, drawn_tokens in zip((0.7, 1.5), np.split(tokens, 2), strict=True):
+    for temperatures, drawn_tokens in zip((0.7, 1.5), np.split(tokens, 2), strict=True):
         counts = np.bincount(drawn_tokens, minlength=len(logits))
-        assert chi_square_p(counts, n // 2 * softmax(logits / heat)) > 1e-3
+        assert chi_square_p(counts, n // 2 * softmax(logits / temperatures)) > 1e-3
 
 
 def test_every_row_slot_step_and_seed_has_its_own_random_number(model):
@@ -403,8 +410,8 @@ def test_every_row_slot_step_and_seed_has_its_own_random_number(model):
     assert chi_square_p(np.bincount(tokens.reshape(-1), minlength=V), np.full(V, tokens.size / V)) > 1e-3
     for axis in range(tokens.ndim):
         one, next_one = np.delete(tokens, 0, axis), np.delete(tokens, -1, axis)
-        agree = (one == next_one).mean()
-        assert agree < 1 / V + 4 * math.sqrt(1 / V / one.size)  # chance, and four standard deviations
+        broadcast_from_main = (one == next_one).mean()
+        assert broadcast_from_main < 1 / V + 4 * math.sqrt(1 / V / one.size)  # chance, and four standard deviations
 
 
 # Top-k and top-p.
@@ -482,9 +489,9 @@ def primitives(jaxpr) -> set[str]:
 
 def test_nothing_sorts(model):
     prefix = prefill(model.params, PROMPTS, LENGTHS, model.config, COMPUTE)
-    keys, heat = row_keys(0, 0, jnp.arange(B)), jnp.asarray(TEMPERATURES)
+    keys, temperatures = row_keys(0, 0, jnp.arange(B)), jnp.asarray(TEMPERATURES)
     sampling = Sampling(C, (1,), top_k=5, top_p=0.9)
-    trace = decode.trace(model.params, prefix, keys, heat, jnp.full(B, C), model.config, COMPUTE, sampling)
+    trace = decode.trace(model.params, prefix, keys, temperatures, jnp.full(B, C), model.config, COMPUTE, sampling)
     names = primitives(trace.jaxpr.jaxpr)
     assert {"while", "dot_general", "cumsum", "exp"} <= names
     sorters = jax.make_jaxpr(lambda x: (jnp.sort(x), jax.lax.top_k(x, 2), jax.lax.approx_max_k(x, 2)))(jnp.ones(4))
@@ -522,13 +529,13 @@ def test_each_row_has_its_own_temperature_and_zero_takes_the_first_of_the_best()
     n, size = 600, 17
     numbers = np.random.default_rng(2)
     logits = np.round(numbers.normal(size=(n, size)), 1).astype(np.float32)
-    heat = numbers.choice([0, 0.5, 3], n).astype(np.float32)
+    temperatures = numbers.choice([0, 0.5, 3], n).astype(np.float32)
     uniform = numbers.random(n).astype(np.float32)
-    tokens = np.asarray(drawn(logits, uniform, heat))
-    assert (tokens == np.asarray(drawn(logits, uniform, heat, 3, 0.7)))[heat == 0].all()
-    assert (tokens[heat == 0] == logits[heat == 0].argmax(axis=1)).all()
+    tokens = np.asarray(drawn(logits, uniform, temperatures))
+    assert (tokens == np.asarray(drawn(logits, uniform, temperatures, 3, 0.7)))[temperatures == 0].all()
+    assert (tokens[temperatures == 0] == logits[temperatures == 0].argmax(axis=1)).all()
     for temperature in (0.5, 3.0):
-        rows = heat == temperature
+        rows = temperatures == temperature
         running = np.cumsum(softmax(logits[rows].astype(np.float64) / temperature), axis=1)
         near = np.abs(running - uniform[rows, None]).min(axis=1) < 1e-6  # where float32 may round either way
         assert near.mean() < 0.01

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from test_train import REWARDS, write_model
 
-from grpo.checkpoint import read_digest
-from grpo.load import find_model
+from grpo.runs.checkpoint import read_digest
+from grpo.runs.model_source import find_model
 
 ROOT = Path(__file__).parents[1]
 KEYS = [

@@ -13,8 +13,8 @@ from make_references import REFERENCES
 
 from grpo.loss import grpo_loss
 from models import ModelError
-from models.convert import load_params, read_config
-from models.gemma import Compute, GemmaConfig, Params, axes, forward_group, init_params, linear, token_logprobs
+from models.formats.convert import load_params, read_config
+from models.gemma import ExecutionConfig, GemmaConfig, Params, axes, forward_group, init_params, linear, token_logprobs
 from models.sampler import Samples, Sampling, decode, prefill, row_keys
 from models.sharding import ROLLOUT, STORE, TRAIN, Rules, check_divides, make_mesh, reshard, spec, specs
 
@@ -115,31 +115,31 @@ class Result:
     program: str  # the compiled decoding
 
 
-def put(x, letters: str):
+def to_devices(x, letters: str):
     return jax.device_put(x, spec(letters, TRAIN))
 
 
 @partial(jax.jit, static_argnames="config")
-def rollout_view(params: Params, config: GemmaConfig) -> Params:
-    return Compute(ROLLOUT).use(params, axes(config))
+def sampling_params(params: Params, config: GemmaConfig) -> Params:
+    return ExecutionConfig(ROLLOUT).use(params, axes(config))
 
 
 def compile_decode(params: Params, config: GemmaConfig) -> tuple[Samples, str]:
     """Samples, and the program that made them."""
-    compute = Compute(ROLLOUT)
-    prefix = prefill(params, put(PROMPTS, "QP"), put(LENGTHS, "Q"), config, compute)
-    keys, heat = row_keys(0, 0, put(np.arange(B), "B")), put(TEMPERATURES, "B")
-    limits, sampling = put(np.full(B, C), "B"), Sampling(C, (1, 20), top_p=0.95)
-    compiled = decode.lower(params, prefix, keys, heat, limits, config, compute, sampling).compile()
-    return compiled(params, prefix, keys, heat, limits), compiled.as_text() or ""
+    execution = ExecutionConfig(ROLLOUT)
+    prefix = prefill(params, to_devices(PROMPTS, "QP"), to_devices(LENGTHS, "Q"), config, execution)
+    keys, temperatures = row_keys(0, 0, to_devices(np.arange(B), "B")), to_devices(TEMPERATURES, "B")
+    limits, sampling = to_devices(np.full(B, C), "B"), Sampling(C, (1, 20), top_p=0.95)
+    compiled = decode.lower(params, prefix, keys, temperatures, limits, config, execution, sampling).compile()
+    return compiled(params, prefix, keys, temperatures, limits), compiled.as_text() or ""
 
 
 @partial(jax.jit, static_argnames="config")
 def loss_and_gradients(params, prompts, lengths, completions, old, ref, advantages, weights, config):
     def loss_of(params):
-        compute = Compute(TRAIN, remat="full")
-        hidden = forward_group(params, prompts, lengths, completions, config, compute)
-        logprobs = token_logprobs(params, hidden, completions, 0.7, config, compute, chunk=3)
+        execution = ExecutionConfig(TRAIN, remat="full")
+        hidden = forward_group(params, prompts, lengths, completions, config, execution)
+        logprobs = token_logprobs(params, hidden, completions, 0.7, config, execution, chunk=3)
         loss, _ = grpo_loss(logprobs, old, ref, advantages, weights)
         return loss, logprobs
 
@@ -151,10 +151,12 @@ def result(devices: int, tp: int, config: GemmaConfig) -> Result:
     mesh = make_mesh(tp, jax.devices()[:devices])
     with jax.set_mesh(mesh):
         params = load_params(REFERENCES / "gemma3-gqa", config, mesh, STORE)
-        view = rollout_view(params, config)
+        view = sampling_params(params, config)
         samples, program = compile_decode(view, config)
-        rows = [put(x, "B" if x.ndim == 1 else "BC") for x in (COMPLETIONS, OLD, REF, ADVANTAGES, WEIGHTS)]
-        (loss, logprobs), gradients = loss_and_gradients(params, put(PROMPTS, "QP"), put(LENGTHS, "Q"), *rows, config)
+        rows = [to_devices(x, "B" if x.ndim == 1 else "BC") for x in (COMPLETIONS, OLD, REF, ADVANTAGES, WEIGHTS)]
+        (loss, logprobs), gradients = loss_and_gradients(
+            params, to_devices(PROMPTS, "QP"), to_devices(LENGTHS, "Q"), *rows, config
+        )
     return Result(jax.tree.map(np.asarray, samples), view, float(loss), np.asarray(logprobs), params, gradients, program)
 
 
@@ -226,7 +228,7 @@ def test_fresh_weights_are_cut_and_the_same_on_every_mesh(config):
 
 def test_reshard_moves_numbers_and_changes_none(config):
     with jax.set_mesh(make_mesh(2)):
-        grid = put(np.arange(64.0).reshape(16, 4), "BC")
+        grid = to_devices(np.arange(64.0).reshape(16, 4), "BC")
         moved = reshard({"grid": grid}, {"grid": "MC"}, ROLLOUT)["grid"]
         assert (np.asarray(moved) == np.asarray(grid)).all()
         assert [s.data.shape for s in grid.addressable_shards] == [(2, 4)] * 8
@@ -244,11 +246,11 @@ def test_the_gradient_of_a_stored_weight_is_summed_where_the_weight_lies(tp, let
 
     @jax.jit
     def gradients(x, weight):
-        return jax.grad(lambda x, w: (linear(x, w, letters, Compute()) ** 2).sum(), argnums=(0, 1))(x, weight)
+        return jax.grad(lambda x, w: (linear(x, w, letters, ExecutionConfig()) ** 2).sum(), argnums=(0, 1))(x, weight)
 
     with jax.set_mesh(make_mesh(tp)):
         stored = jax.device_put(weight.astype(np.float32), spec(letters, STORE))
-        rows = put(x.astype(np.float32), "BTD")
+        rows = to_devices(x.astype(np.float32), "BTD")
         dx, dw = gradients(rows, stored)
     assert (dw.sharding, dx.sharding) == (stored.sharding, rows.sharding)
     assert {shard.data.size for shard in dw.addressable_shards} == {weight.size // 8}

@@ -1,4 +1,4 @@
-"""Laws of grpo/trackers.py: figures arrive under TRL's names, and nothing that a back end does reaches the run."""
+"""Laws of grpo/runs/trackers.py: figures arrive under TRL's names, and nothing that a back end does reaches the run."""
 
 import struct
 import threading
@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-import grpo.trackers
+import grpo.runs.trackers
 from grpo.config import Config, ConfigError
-from grpo.trackers import Trackers, check_installed
+from grpo.runs.trackers import Trackers, check_installed
 
 
 def read_events(folder: Path) -> list[tuple[int, str, float]]:
@@ -49,7 +49,7 @@ class Listener:
 
             return write, close
 
-        monkeypatch.setattr(grpo.trackers, "wandb", connect)
+        monkeypatch.setattr(grpo.runs.trackers, "wandb", connect)
 
 
 def follow(tmp_path, names="wandb", steps=3, done=0) -> list[str]:
@@ -91,7 +91,7 @@ def test_one_that_fails_is_named_once_and_left(tmp_path, monkeypatch, place, fau
 
 @pytest.mark.parametrize("place", ["connect", "write", "close"])
 def test_one_that_hangs_holds_nothing_up(tmp_path, monkeypatch, place):
-    monkeypatch.setattr(grpo.trackers, "ENDING", 0.2)
+    monkeypatch.setattr(grpo.runs.trackers, "ENDING", 0.2)
     free = threading.Event()
     Listener(monkeypatch, lambda where: free.wait() if where == place else None)
     start = time.monotonic()
@@ -101,10 +101,10 @@ def test_one_that_hangs_holds_nothing_up(tmp_path, monkeypatch, place):
 
 
 def test_two_that_hang_hold_up_no_longer_than_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(grpo.trackers, "ENDING", 0.4)
+    monkeypatch.setattr(grpo.runs.trackers, "ENDING", 0.4)
     free = threading.Event()
     Listener(monkeypatch, lambda where: free.wait() if where == "close" else None)
-    monkeypatch.setattr(grpo.trackers, "tensorboard", grpo.trackers.wandb)
+    monkeypatch.setattr(grpo.runs.trackers, "tensorboard", grpo.runs.trackers.wandb)
     trackers = Trackers("wandb,tensorboard", tmp_path, {}, lambda warning: None)
     trackers.open(0)
     start = time.monotonic()
@@ -114,7 +114,7 @@ def test_two_that_hang_hold_up_no_longer_than_one(tmp_path, monkeypatch):
 
 
 def test_one_that_falls_behind_is_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(grpo.trackers, "BEHIND", 5)
+    monkeypatch.setattr(grpo.runs.trackers, "BEHIND", 5)
     free = threading.Event()
     Listener(monkeypatch, lambda where: free.wait() if where == "write" else None)
     (warning,) = follow(tmp_path, steps=20)
@@ -149,7 +149,7 @@ def test_wandb_offline_keeps_the_figures_in_one_run_that_a_resumed_one_goes_on_w
 def test_what_cannot_be_tracked_is_said_at_the_door(monkeypatch):
     with pytest.raises(ConfigError, match="track 'mlflow' must be one of tensorboard, wandb"):
         Config(track="tensorboard,mlflow")
-    monkeypatch.setattr(grpo.trackers, "find_spec", lambda name: None if name == "wandb" else name)
+    monkeypatch.setattr(grpo.runs.trackers, "find_spec", lambda name: None if name == "wandb" else name)
     with pytest.raises(ConfigError, match=r'track \'wandb\' needs the package wandb: pip install -e "\.\[wandb\]"'):
         check_installed("tensorboard,wandb")
     check_installed("tensorboard")

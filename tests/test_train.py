@@ -1,4 +1,4 @@
-"""Laws of the loop in grpo/train.py and grpo/rollout.py, on a random Gemma of two layers: what a run writes, how it resumes.
+"""Laws of the loop in grpo/runs/trainer.py and grpo/rollout.py, on a random Gemma of two layers: what a run writes and resumes.
 
 Programs are compiled without most optimizations, and configurations are shared, because compiling is what takes time here.
 """
@@ -18,25 +18,25 @@ import numpy as np
 import pytest
 from test_trackers import read_events
 
-import grpo.evaluate
-import grpo.load
-import grpo.run
-import grpo.train
+import grpo.runs.evaluate
+import grpo.runs.model_source
+import grpo.runs.setup
+import grpo.runs.trainer
 import grpo.update
 from data.arithmetic import make_problems
 from data.batches import Packed, pack
 from data.prompts import encode_prompt, render_prompt
 from data.tokenizer import load_tokenizer
-from grpo.checkpoint import Checkpoints
 from grpo.config import Config, ConfigError, RunError
-from grpo.metrics import JsonLines
-from grpo.rollout import Batch, generate, judge_all, put, rollout
-from grpo.tokens import groups_due
-from grpo.workers import UserRewards
+from grpo.rollout import Batch, to_devices, generate, grade_everywhere, rollout
+from grpo.runs.checkpoint import Checkpoints
+from grpo.runs.metrics import JsonLines
+from grpo.runs.reward_worker import UserRewards
+from grpo.runs.token_trace import groups_due
 from models import ModelError
-from models.convert import read_config
+from models.formats.convert import read_config
+from models.formats.save import save_params
 from models.gemma import init_params
-from models.save import save_params
 from models.sharding import STORE, make_mesh
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
@@ -110,13 +110,13 @@ def config(folder) -> Config:
 def devices(count: int) -> Iterator[None]:
     """The loop sees so many devices."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo.run, "make_mesh", lambda tp: make_mesh(tp, jax.devices()[:count]))
+        patch.setattr(grpo.runs.setup, "make_mesh", lambda tp: make_mesh(tp, jax.devices()[:count]))
         yield
 
 
 def run(config: Config, count: int = 1) -> dict[str, Any]:
     with devices(count):
-        return grpo.train.train(config)
+        return grpo.runs.trainer.train(config)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -132,16 +132,16 @@ def read_files(config: Config) -> dict[str, Any]:
 def final_state(config: Config) -> grpo.update.TrainState:
     """The last checkpoint on the host, whatever devices wrote it."""
     with devices(1):
-        prepared = grpo.run.prepare(config)
+        prepared = grpo.runs.setup.prepare(config)
     with jax.set_mesh(prepared.mesh), closing(Checkpoints(Path(config.run_dir) / "checkpoints")) as checkpoints:
         restored = checkpoints.restore(initial(prepared), lambda meta: None)
     assert restored is not None
     return jax.device_get(restored.state)
 
 
-def initial(run: grpo.run.Run) -> grpo.update.TrainState:
+def initial(run: grpo.runs.setup.Run) -> grpo.update.TrainState:
     """The state before the first step."""
-    return grpo.update.init_state(grpo.train.load_base(run), run.config)
+    return grpo.update.init_state(grpo.runs.trainer.load_base(run), run.config)
 
 
 def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -179,7 +179,7 @@ def free_run_dir(config) -> Iterator[None]:
 @contextmanager
 def interrupted(step: int, where: str) -> Iterator[None]:
     """Ctrl-C in `step`: after its rollout; with its records written but not its checkpoint; in the evaluation at the end."""
-    real_rollout, real_save, real_evaluate, calls = grpo.train.rollout, Checkpoints.save, grpo.train.evaluate, []
+    real_rollout, real_save, real_evaluate, calls = grpo.runs.trainer.rollout, Checkpoints.save, grpo.runs.trainer.evaluate, []
 
     def stop_in_rollout(view, problems, prompt_ids, at, *rest):
         out = real_rollout(view, problems, prompt_ids, at, *rest)
@@ -200,11 +200,11 @@ def interrupted(step: int, where: str) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         if where == "rollout":
-            patch.setattr(grpo.train, "rollout", stop_in_rollout)
+            patch.setattr(grpo.runs.trainer, "rollout", stop_in_rollout)
         elif where == "save":
             patch.setattr(Checkpoints, "save", stop_in_save)
         else:
-            patch.setattr(grpo.train, "evaluate", stop_in_evaluation)
+            patch.setattr(grpo.runs.trainer, "evaluate", stop_in_evaluation)
         with pytest.raises(KeyboardInterrupt):
             yield
 
@@ -344,10 +344,10 @@ def test_an_evaluation_does_not_depend_on_the_batch_it_is_computed_in(config, fi
     """Three prompts at a time with room for fifteen samples, or all with room for more than there are."""
     for prompts, group in ((3, 5), (Q, 4)):
         with devices(1):
-            run = grpo.run.prepare(replace(config, prompts_per_step=prompts, group_size=group))
+            run = grpo.runs.setup.prepare(replace(config, prompts_per_step=prompts, group_size=group))
         with jax.set_mesh(run.mesh):
-            view = grpo.update.rollout_view(grpo.train.load_base(run), run.model, run.sample)
-            figures = grpo.train.evaluate(
+            view = grpo.update.sampling_params(grpo.runs.trainer.load_base(run), run.model, run.sample)
+            figures = grpo.runs.trainer.evaluate(
                 view, run.eval_problems, run.eval_ids, run.tokenizer, run.model, run.sample, run.config, run.rewards
             )
         assert figures == finished.files["evaluations.jsonl"][0]["accuracy"]
@@ -359,10 +359,10 @@ def test_an_evaluation_does_not_depend_on_the_batch_it_is_computed_in(config, fi
 def test_an_evaluation_takes_the_mean_over_all_its_problems(config, monkeypatch, sampled, lengths):
     """Of completions that have 1, 2, 3, ... tokens, in another order."""
     problems, count = make_problems(4, 0, "test"), 8 if sampled else 4
-    completions = [grpo.evaluate.Completion(i, [0] * (i + 1), "", False) for i in range(count)]
-    monkeypatch.setattr(grpo.evaluate, "complete", lambda *_: iter([completions[3:], completions[:3]]))
+    completions = [grpo.runs.evaluate.Completion(i, [0] * (i + 1), "", False) for i in range(count)]
+    monkeypatch.setattr(grpo.runs.evaluate, "complete", lambda *_: iter([completions[3:], completions[:3]]))
     nothing: Any = None
-    figures = grpo.evaluate.evaluate(nothing, problems, [], nothing, nothing, nothing, config, UserRewards(), sampled)
+    figures = grpo.runs.evaluate.evaluate(nothing, problems, [], nothing, nothing, nothing, config, UserRewards(), sampled)
     assert {name: value for name, value in figures.items() if name.endswith("length")} == lengths
 
 
@@ -452,9 +452,9 @@ def distance(a, b) -> float:
 def way(config: Config, finished: Finished) -> float:
     """How far training has taken the parameters."""
     with devices(1):
-        prepared = grpo.run.prepare(config)
+        prepared = grpo.runs.setup.prepare(config)
     with jax.set_mesh(prepared.mesh):
-        start = jax.device_get(grpo.train.load_base(prepared))
+        start = jax.device_get(grpo.runs.trainer.load_base(prepared))
     return distance(finished.state.params, start)
 
 
@@ -491,7 +491,7 @@ class Bench:
 
     def prepared(self, count: int = 1, **changes):
         with devices(count):
-            return grpo.run.prepare(replace(self.config, **changes))
+            return grpo.runs.setup.prepare(replace(self.config, **changes))
 
     def updates(self, batches: list[Batch], count: int = 1, **changes) -> tuple[list, list[dict[str, float]]]:
         """States and statistics after each batch, beginning with the state before the first."""
@@ -524,7 +524,7 @@ class Bench:
         prepared = self.prepared(**changes)
         with jax.set_mesh(prepared.mesh):
             state = initial(prepared)
-            view = grpo.update.rollout_view(state.params, prepared.model, prepared.sample)
+            view = grpo.update.sampling_params(state.params, prepared.model, prepared.sample)
             batch, records, metrics = rollout(
                 view, prepared.problems[:Q], prepared.prompt_ids[:Q], 1, prepared.tokenizer, prepared.model, prepared.sample,
                 prepared.config, prepared.rewards,
@@ -545,7 +545,7 @@ def completions(batch: Batch) -> np.ndarray:
 def laid_out(batch: Batch) -> Batch:
     letters = {"prompts": "QP", "lengths": "Q", "advantages": "B", "packed": Packed(*["BC"] * 4)}
     return jax.tree.map(
-        put, batch, replace(batch, **{n: letters.get(n, "BC") for n, x in vars(batch).items() if x is not None})
+        to_devices, batch, replace(batch, **{n: letters.get(n, "BC") for n, x in vars(batch).items() if x is not None})
     )
 
 
@@ -651,13 +651,13 @@ def test_a_non_finite_update_is_skipped_and_counted(bench, bad):
 @pytest.mark.usefixtures("free_run_dir")
 def test_bad_updates_in_a_row_end_the_run(config, monkeypatch):
     """Bad in steps 1, 3 and 4: with max_bad_updates 2 the run goes on after 1 and 3, and ends at 4."""
-    real_rollout = grpo.train.rollout
+    real_rollout = grpo.runs.trainer.rollout
 
     def poisoned(*args):
         batch, records, metrics = real_rollout(*args)
         return replace(batch, advantages=batch.advantages * (1 if args[3] == 2 else jnp.nan)), records, metrics
 
-    monkeypatch.setattr(grpo.train, "rollout", poisoned)
+    monkeypatch.setattr(grpo.runs.trainer, "rollout", poisoned)
     with pytest.raises(RunError, match=r"^step 4: 2 non-finite updates in a row"):
         run(config)
     metrics = lines(Path(config.run_dir) / "metrics.jsonl")
@@ -665,14 +665,14 @@ def test_bad_updates_in_a_row_end_the_run(config, monkeypatch):
 
 
 def test_a_second_update_on_a_rollout_compares_with_the_old_policy(config, tmp_path, monkeypatch):
-    seen, real_step = [], grpo.train.train_step
+    seen, real_step = [], grpo.runs.trainer.train_step
 
     def spy(*args):
         out = real_step(*args)
         seen.append(jax.device_get(out[1]))
         return out
 
-    monkeypatch.setattr(grpo.train, "train_step", spy)
+    monkeypatch.setattr(grpo.runs.trainer, "train_step", spy)
     run(replace(config, run_dir=str(tmp_path / "run"), updates_per_rollout=2, max_steps=1, eval_problems=0, warmup_steps=0))
     first, second = seen
     for ratio in ("ratio/min", "ratio/mean", "ratio/max"):
@@ -714,7 +714,7 @@ def test_every_token_that_is_recorded_is_as_the_loss_had_it(request, name):
     files = request.getfixturevalue(name).files
     config = Config(**files["config.json"])
     tokenizer, low, high = load_tokenizer(config.model_path), 1 - config.epsilon_low, 1 + config.epsilon_high
-    questions = {problem.id: problem.question for problem in grpo.run.choose_problems(config)[0]}
+    questions = {problem.id: problem.question for problem in grpo.runs.setup.choose_problems(config)[0]}
     assert len(files["tokens.jsonl"]) == Q * len(files["metrics.jsonl"])
     met = set()
     for metrics in files["metrics.jsonl"]:
@@ -723,8 +723,8 @@ def test_every_token_that_is_recorded_is_as_the_loss_had_it(request, name):
         completions = [record for record in files["completions.jsonl"] if record["step"] == step]
         for group in groups:
             assert (group["session"], group["question"]) == (metrics["session"], questions[group["problem"]])
-            assert {name: group[name] for name in ("beta", "epsilon_low", "epsilon_high", "sampler_cap")} == {
-                name: getattr(config, name) for name in ("beta", "epsilon_low", "epsilon_high", "sampler_cap")
+            assert {name: group[name] for name in ("beta", "epsilon_low", "epsilon_high", "tis_cap")} == {
+                name: getattr(config, name) for name in ("beta", "epsilon_low", "epsilon_high", "tis_cap")
             }
             records = [record for record in completions if record["problem"] == group["problem"]]
             for row, (tokens, record) in enumerate(zip(group["completions"], records, strict=True)):
@@ -748,7 +748,7 @@ def test_every_token_that_is_recorded_is_as_the_loss_had_it(request, name):
                 edge = np.minimum(abs(ratio - low), abs(ratio - high)) > 2e-4  # rounding decides nearer to a bound
                 np.testing.assert_array_equal(np.array(tokens["clipped"])[edge], clipped[edge])
                 met |= {("clipped", bool(x)) for x in clipped[edge]}
-                correction = np.minimum(np.exp(old - sampler), config.sampler_cap)
+                correction = np.minimum(np.exp(old - sampler), config.tis_cap)
                 surrogate = np.minimum(ratio * advantage, np.clip(ratio, low, high) * advantage) * correction
                 parts = np.array(tokens["weight"]) * (config.beta * kl - surrogate)
                 loss, size, counted = loss + parts.sum(), size + abs(parts).sum(), counted + length
@@ -764,8 +764,8 @@ def test_every_token_that_is_recorded_is_as_the_loss_had_it(request, name):
 
 def test_inspecting_changes_nothing_and_costs_nothing_where_it_is_not_due(config, folder, finished, monkeypatch):
     """Two groups, of the first step and of the last."""
-    calls, real = [], grpo.train.token_records
-    monkeypatch.setattr(grpo.train, "token_records", lambda *args: calls.append(len(args[0])) or real(*args))
+    calls, real = [], grpo.runs.trainer.token_records
+    monkeypatch.setattr(grpo.runs.trainer, "token_records", lambda *args: calls.append(len(args[0])) or real(*args))
     few = replace(config, run_dir=str(folder / "few"), inspect_groups=2)
     assert run(few)["params_digest"] == finished.result["params_digest"]
     files, all_groups = read_files(few), finished.files["tokens.jsonl"]
@@ -780,15 +780,15 @@ def test_inspecting_changes_nothing_and_costs_nothing_where_it_is_not_due(config
 def bare(config, folder) -> Config:
     """No KL, no correction for the sampler, no evaluation, and time enough to learn."""
     return replace(
-        config, run_dir=str(folder / "bare"), beta=0.0, sampler_cap=0.0, eval_problems=0, max_steps=50, learning_rate=1e-2,
+        config, run_dir=str(folder / "bare"), beta=0.0, tis_cap=0.0, eval_problems=0, max_steps=50, learning_rate=1e-2,
         new_problems=400, save_every=100, track="tensorboard",
     )  # fmt: skip
 
 
 def test_without_a_kl_no_reference_is_loaded_and_the_reward_rises(bare, monkeypatch):
     """The mean of the last ten steps lies more than four standard errors above that of the first, untrained one."""
-    loads, real_load = [], grpo.load.load_params
-    monkeypatch.setattr(grpo.load, "load_params", lambda *args: loads.append(args) or real_load(*args))
+    loads, real_load = [], grpo.runs.model_source.load_params
+    monkeypatch.setattr(grpo.runs.model_source, "load_params", lambda *args: loads.append(args) or real_load(*args))
     result = run(bare)
     assert len(loads) == 1
     files = read_files(bare)
@@ -804,7 +804,7 @@ def test_without_a_kl_no_reference_is_loaded_and_the_reward_rises(bare, monkeypa
     assert trained > np.mean(untrained) + 4 * np.std(untrained, ddof=1) / math.sqrt(Q * G)
 
 
-def test_with_sampler_cap_0_the_samplers_logprobs_do_not_matter(bench, bare, one_update):
+def test_with_tis_cap_0_the_samplers_logprobs_do_not_matter(bench, bare, one_update):
     shifted = replace(bench.batch, sampler_logprobs=bench.batch.sampler_logprobs + np.float32(0.5))
     _, with_cap = bench.updates([shifted])
     assert with_cap[0]["grad_norm"] != pytest.approx(one_update[1][0]["grad_norm"], rel=0.01)
@@ -877,7 +877,7 @@ def test_rows_without_a_score_are_left_out(bench, folder):
 @pytest.mark.usefixtures("free_run_dir")
 def test_a_step_of_which_no_row_has_a_score_changes_nothing_and_counts(config, monkeypatch, finished):
     """Steps 2 and 3 of 4: parameters, moments and counters stay bit for bit, and the records are valid JSON."""
-    states, real_step = [], grpo.train.one_step
+    states, real_step = [], grpo.runs.trainer.one_step
 
     def spy(step, *rest):
         with pytest.MonkeyPatch.context() as patch:
@@ -887,7 +887,7 @@ def test_a_step_of_which_no_row_has_a_score_changes_nothing_and_counts(config, m
         states.append(jax.device_get(out[0]))
         return out
 
-    monkeypatch.setattr(grpo.train, "one_step", spy)
+    monkeypatch.setattr(grpo.runs.trainer, "one_step", spy)
     result = run(config)
     for after in states[1:3]:
         for leaf, before in zip(jax.tree.leaves(after), jax.tree.leaves(states[0]), strict=True):
@@ -955,9 +955,9 @@ def test_groups_of_equal_rewards_are_sampled_again(bench, folder, monkeypatch):
 def test_records_are_judged_in_one_place_and_are_json(config, folder):
     """What a rollout and an evaluation get for a completion, with the user's components beside ours."""
     texts = ["<reasoning>5 + 13 = 18</reasoning><answer>18</answer>", "no tags"]
-    problem = replace(grpo.run.choose_problems(config)[0][0], answer="18")
+    problem = replace(grpo.runs.setup.choose_problems(config)[0][0], answer="18")
     with UserRewards(f"{folder / 'rewards.py'}:variety,{folder / 'rewards.py'}:broken") as rewards:
-        records = judge_all(texts, [problem] * 2, np.array([False, True]), config, rewards)
+        records = grade_everywhere(texts, [problem] * 2, np.array([False, True]), config, rewards)
     assert [record["components"]["variety"] for record in records] == [len(set(text)) / 2 for text in texts]
     assert [record["components"]["correct"] for record in records] == [25, 0]
     assert all(math.isnan(record["reward"]) and math.isnan(record["components"]["broken"]) for record in records)
@@ -968,18 +968,20 @@ def test_records_are_judged_in_one_place_and_are_json(config, folder):
 
 def test_steps_in_a_row_that_teach_nothing_end_the_run(config, folder, tmp_path):
     """Without the user's reward, every completion of a random model gets -15. The last checkpoint is that of the last step."""
-    dull = replace(config, run_dir=str(tmp_path / "run"), reward="", max_dead_steps=3, eval_problems=0)
+    dull = replace(config, run_dir=str(tmp_path / "run"), reward="", max_zero_variance_steps=3, eval_problems=0)
     with pytest.raises(RunError, match=r"^steps 1-3 had no group with two different rewards, .*: none has the format; "):
         run(dull)
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 3
     assert Checkpoints(tmp_path / "run" / "checkpoints").steps()[-1] == 3
-    assert run(replace(dull, max_dead_steps=0))["steps"] == STEPS
+    assert run(replace(dull, max_zero_variance_steps=0))["steps"] == STEPS
 
 
 @pytest.mark.usefixtures("free_run_dir")
 def test_an_alarm_is_printed_when_it_begins_and_recorded_while_it_rings(config, monkeypatch, capsys):
     ringing = [set(), {"one"}, {"one", "two"}, {"two"}]
-    monkeypatch.setattr(grpo.train, "alarms", lambda history: {name: f"line of {name}" for name in ringing[len(history) - 1]})
+    monkeypatch.setattr(
+        grpo.runs.trainer, "alarms", lambda history: {name: f"line of {name}" for name in ringing[len(history) - 1]}
+    )
     with interrupted(4, "rollout"):
         run(config)
     run(config)  # a resumed run knows what rings
@@ -993,7 +995,9 @@ def test_an_alarm_is_printed_when_it_begins_and_recorded_while_it_rings(config, 
 
 def test_no_arithmetic_problem_is_trained_on_and_evaluated(config):
     for eval_data in ("", "arithmetic:tune"):
-        train, held_out = grpo.run.choose_problems(replace(config, new_problems=2000, eval_problems=500, eval_data=eval_data))
+        train, held_out = grpo.runs.setup.choose_problems(
+            replace(config, new_problems=2000, eval_problems=500, eval_data=eval_data)
+        )
         assert (len(train), len(held_out)) == (2000, 500)
         assert not {problem.id for problem in train} & {problem.id for problem in held_out}
 
@@ -1010,7 +1014,7 @@ def test_no_problem_of_a_file_is_trained_on_and_evaluated(config, tmp_path):
     held_sets = []
     for seed in (0, 1):
         drawn = replace(config, data=str(path), eval_problems=4, new_problems=0, seed=seed)
-        train, held_out = grpo.run.choose_problems(drawn)
+        train, held_out = grpo.runs.setup.choose_problems(drawn)
         assert len(held_out) == 4 and len(train) == 2 * 6
         assert not asked(train) & asked(held_out)
         held_sets.append([problem.id for problem in held_out])
@@ -1019,16 +1023,16 @@ def test_no_problem_of_a_file_is_trained_on_and_evaluated(config, tmp_path):
 
 def test_prompts_too_long_are_dropped_and_counted(config):
     tokenizer = load_tokenizer(config.model_path)
-    problems, held_out = grpo.run.choose_problems(config)
+    problems, held_out = grpo.runs.setup.choose_problems(config)
     lengths = [len(encode_prompt(tokenizer, render_prompt(problem.question, ""))) for problem in problems]
     held_lengths = [len(encode_prompt(tokenizer, render_prompt(problem.question, ""))) for problem in held_out]
     width = sorted(lengths)[len(lengths) // 2]
     with devices(1):
-        prepared = grpo.run.prepare(replace(config, max_prompt_tokens=width))
+        prepared = grpo.runs.setup.prepare(replace(config, max_prompt_tokens=width))
     assert prepared.problems == [problem for problem, length in zip(problems, lengths, strict=True) if length <= width]
     assert len(prepared.dropped) == sum(length > width for length in lengths + held_lengths) > 0
     assert [len(ids) for ids in prepared.prompt_ids] == [length for length in lengths if length <= width]
-    assert f"{len(prepared.dropped)} too long and dropped ({prepared.dropped[0].id}" in grpo.run.describe(prepared)
+    assert f"{len(prepared.dropped)} too long and dropped ({prepared.dropped[0].id}" in grpo.runs.setup.describe(prepared)
 
 
 def test_a_tokenizer_of_another_size_is_refused(config, tmp_path):
@@ -1036,12 +1040,12 @@ def test_a_tokenizer_of_another_size_is_refused(config, tmp_path):
     values = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**values, "vocab_size": 2 * values["vocab_size"]}))
     with devices(1), pytest.raises(ModelError, match="has 360 pieces, the model 720 rows: not this model's tokenizer"):
-        grpo.run.prepare(replace(config, model_path=str(model)))
+        grpo.runs.setup.prepare(replace(config, model_path=str(model)))
 
 
 def test_a_step_needs_as_many_problems_as_prompts(config):
     with devices(1), pytest.raises(ConfigError, match=r"^prompts_per_step 8 must be at most 5"):
-        grpo.run.prepare(replace(config, new_problems=5))
+        grpo.runs.setup.prepare(replace(config, new_problems=5))
 
 
 # ---------------------------------------------------------------------------------------------------------------- records

@@ -3,9 +3,9 @@
 import sys
 
 import grpo.rollout
-import grpo.train
-from grpo.checkpoint import Checkpoints
-from grpo.cli import run_script
+import grpo.runs.trainer
+from grpo.runs.checkpoint import Checkpoints
+from grpo.runs.cli import run_script
 from scripts.train import main
 
 
@@ -21,9 +21,9 @@ def tell(owner, name: str, phase: str) -> None:
 
 if __name__ == "__main__":
     tell(grpo.rollout, "generate", "rollout")
-    tell(grpo.rollout, "judge_all", "reward")
-    tell(grpo.train, "train_step", "update")
+    tell(grpo.rollout, "grade_everywhere", "reward")
+    tell(grpo.runs.trainer, "train_step", "update")
     tell(Checkpoints, "begin", "save")
     tell(Checkpoints, "give_up_old", "retention")
-    tell(grpo.train, "evaluate", "evaluation")
+    tell(grpo.runs.trainer, "evaluate", "evaluation")
     run_script(main, sys.argv[1:])

@@ -1,0 +1,105 @@
+"""What goes wrong in reinforcement learning without a crash, read off a run's metrics.
+
+Pure functions of the history, the records of metrics.jsonl, so that a resumed run sees what an uninterrupted one would. A
+figure may be missing or null where a step had none. Left out: doing anything about it.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+History = Sequence[dict[str, Any]]
+
+WINDOW = 20  # steps whose mean is compared with another mean: one step's accuracy wanders by a tenth
+NOISE = 4.0  # standard errors: with a comparison a step, three would be passed by chance
+ACCURACY_FALLS, FORMAT_RISES = 0.05, 0.02  # less is no news, however certain it is
+ENTROPY_LOW = 0.02  # nats a token: one nat in fifty tokens, about three texts to choose from
+ENTROPY_FALLS = 0.1  # of what it was at first: learning alone takes away three quarters
+KL_WINDOW = 5  # steps: it doubles within a few
+KL_HIGH = 1.0  # nats a token from the reference: every token e times likelier than it was; healthy runs stay below 0.3
+GAP_HIGH = 0.1  # nats a token between sampler and trainer: bfloat16 alone gives a hundredth
+MOST = 0.9  # of the rows, where one cause is to explain them all
+
+
+def alarms(history: History) -> dict[str, str]:
+    """The alarms that ring after the last step: name -> one line."""
+    found = {}
+    now, first = history[-WINDOW:], history[:WINDOW]
+    full = len(history) >= 2 * WINDOW
+    if full:
+        blocks = [history[i : i + WINDOW] for i in range(0, len(history) - 2 * WINDOW + 1, WINDOW)]  # none overlaps with now
+        best = max(blocks, key=lambda block: mean(block, "accuracy"))
+        if change(best, now, "accuracy") < -ACCURACY_FALLS and change(best, now, "format/strict") > FORMAT_RISES:
+            found["format_without_accuracy"] = (
+                f"accuracy fell from {mean(best, 'accuracy'):.1%} (steps {span(best)}) to {mean(now, 'accuracy'):.1%} "
+                f"while format rose to {mean(now, 'format/strict'):.1%}: lower the weights of the format, or --learning_rate"
+            )
+    entropy, before = mean(now, "entropy"), mean(first, "entropy")
+    if full and entropy < min(ENTROPY_LOW, ENTROPY_FALLS * before):
+        found["entropy_collapse"] = (
+            f"entropy fell from {before:.3f} to {entropy:.3f} nats a token: samples hardly differ; "
+            "raise --temperature, --epsilon_high or --beta, or lower --learning_rate"
+        )
+    kl, gap = (mean(history[-KL_WINDOW:], name) for name in ("kl/k3", "logp_diff_sampler_trainer/mean"))
+    if len(history) >= KL_WINDOW and kl > KL_HIGH:
+        found["kl_explosion"] = f"KL to the reference is {kl:.2f} nats a token; lower --learning_rate or raise --beta"
+    if len(history) >= KL_WINDOW and gap > GAP_HIGH:
+        found["sampler_gap"] = f"sampler and trainer differ by {gap:.2f} nats a token: one of them is not this policy"
+    return found
+
+
+def values(history: Iterable[dict[str, Any]], name: str) -> np.ndarray:
+    """A figure of every step that has it."""
+    found = np.array([record.get(name) for record in history], float)  # None becomes NaN
+    return found[np.isfinite(found)]
+
+
+def mean(history: Iterable[dict[str, Any]], name: str) -> float:
+    """NaN, with which every comparison is false, where no step has the figure."""
+    found = values(history, name)
+    return float(found.mean()) if len(found) else float("nan")
+
+
+def change(before: History, after: History, name: str) -> float:
+    """How far the mean moved; 0 where that may be chance."""
+    one, other = values(before, name), values(after, name)
+    if len(one) < 2 or len(other) < 2:
+        return 0.0
+    moved = other.mean() - one.mean()
+    error = np.sqrt(one.var(ddof=1) / len(one) + other.var(ddof=1) / len(other))
+    return float(moved) if abs(moved) > NOISE * error else 0.0
+
+
+def span(history: History) -> str:
+    return f"{history[0]['step']}-{history[-1]['step']}"
+
+
+def zero_variance_steps(history: History) -> int:
+    """How many of the last steps in a row had not one group with two different rewards."""
+    alive = [i for i, record in enumerate(history) if record["frac_reward_zero_std"] < 1]
+    return len(history) - (alive[-1] + 1 if alive else 0)
+
+
+def diagnose(history: History) -> str:
+    """Why nothing is learned in the dead steps at the end, with figures and what to change: one line."""
+    dead = history[-zero_variance_steps(history) :]
+    unscorable, truncated, format_right, right = (
+        mean(dead, name) for name in ("frac_unscorable", "frac_truncated", "format/strict", "accuracy")
+    )
+    if unscorable > MOST:
+        cause = "the rewards fail; --strict_rewards true stops at the first failure"
+    elif truncated > MOST:
+        cause = "completions hit the length limit; raise --max_new_tokens"
+    elif right > MOST:
+        cause = "all are right; give harder problems by --data"
+    elif format_right < 1 - MOST:
+        cause = "none has the format; use an instruction-tuned --model_path, or a --system_prompt that shows the tags"
+    elif right < 1 - MOST:
+        cause = "all are wrong; give easier problems by --data, a better --model_path or a larger --group_size"
+    else:
+        cause = "the completions of a group are equally good; raise --temperature, --group_size or --resample"
+    return (
+        f"steps {span(dead)} had no group with two different rewards, so nothing was learned: {cause} "
+        f"(unscorable {unscorable:.0%}, truncated {truncated:.0%}, format right {format_right:.0%}, answers right {right:.0%})"
+    )

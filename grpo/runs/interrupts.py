@@ -1,0 +1,84 @@
+"""Signals and the clock: a run that is asked to stop saves at the next safe point, and ends with the code of what asked.
+
+One process has handlers of its own. Of several, jax's coordinator notices a SIGTERM to any, and names a step at which all stop.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from grpo.runs.distributed import broadcast_from_main
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(BaseException):
+    """The run was asked to stop; nothing is lost. `code` is the exit code: 130 or 143, or 0 when its hours are over.
+
+    As a KeyboardInterrupt: it may be raised anywhere, and no `except Exception` takes it for a fault of what it interrupts.
+    """
+
+    def __init__(self, reason: str, code: int):
+        super().__init__(reason)
+        self.code = code
+
+
+class Interrupts:
+    """Context in which SIGINT and SIGTERM raise `Stopped`, at once or, inside `held`, not before `check`."""
+
+    def __init__(self, max_hours: float):
+        self.deadline = time.monotonic() + 3600 * max_hours if max_hours else float("inf")
+        self.asked = 0  # the signal that came
+        self.holding = False
+        self.former: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupts":
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            self.former = {number: signal.signal(number, self.handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, _) -> None:
+        if self.asked:  # the second one: at once, whatever is under way
+            os._exit(128 + number)
+        self.asked = number
+        if not self.holding:
+            self.stop()
+
+    def stop(self) -> None:
+        raise Stopped(signal.Signals(self.asked).name, 128 + self.asked)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While it lasts, a signal waits for `check`, or for the end."""
+        self.holding = True
+        try:
+            yield
+        finally:
+            self.holding = False
+        if self.asked:
+            self.stop()
+
+    def due(self, step: int) -> bool:
+        """Whether the run is to stop after `step`: the same answer on every process."""
+        if jax.process_count() > 1:
+            late = broadcast_from_main(time.monotonic() > self.deadline)
+            return multihost_utils.reached_preemption_sync_point(step) or late
+        return bool(self.asked) or time.monotonic() > self.deadline
+
+    def check(self) -> None:
+        """Raise `Stopped` for what has made `due` true."""
+        if self.asked:
+            self.stop()
+        late = broadcast_from_main(time.monotonic() > self.deadline)
+        raise Stopped("max_hours" if late else "SIGTERM", 0 if late else 128 + signal.SIGTERM)

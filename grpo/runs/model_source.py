@@ -1,0 +1,172 @@
+"""A model from wherever it lies, in whatever form.
+
+    RUN_DIR, RUN_DIR/checkpoints/STEP      the run's newest checkpoint, or one of them; RUN_DIR/model says how to read it;
+                                           one of LoRA holds adapters, and needs its base model too, to be merged with them
+    a folder, a tree, a .gguf file         Hugging Face, Flax (Kaggle), llama.cpp: what models/formats/containers.py reads
+    adapters of peft's or Tunix's          LoRA: they are merged into the model at `base_path`
+    hf:OWNER/NAME                          a Hugging Face folder or PEFT adapters, downloaded first (hub.py)
+    kaggle:OWNER/...                       any model folder, downloaded first
+
+What is found is known before any weight is read. Left out: optimizer states (checkpoint.py).
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from grpo.runs.checkpoint import open_params, read_adapters, read_digest, read_meta, read_params, saved_steps
+from grpo.config import ConfigError
+from grpo.runs.hub import HUBS, download
+from models.formats.adapters import SETTINGS, Adapters, is_peft, is_tunix, read_peft, read_tunix
+from models.formats.containers import is_tree, locate, read_json
+from models.formats.convert import Reader, load_params, open_weights, place_params, read_config
+from models.gemma import GemmaConfig, Params, axes, shapes
+from models.formats.save import config_json, write_json
+from models.sharding import Rules
+
+# What a model folder holds beside its weights.
+DESCRIPTION = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that can be loaded."""
+
+    path: Path  # what was asked for, hf:OWNER/NAME too
+    found: str  # what that is, for the user
+    folder: Path  # of the tokenizer, and of config.json if there is one
+    config: GemmaConfig
+    load: Callable[[Mesh, Rules, str], Params]  # reads the weights, each leaf cast to a dtype and laid out
+    open: Callable[[], Reader] | None = None  # reads them leaf by leaf, on the host
+    run_dir: Path | None = None  # the run that made it, when it is a checkpoint
+    meta: dict[str, Any] = field(default_factory=dict)  # what that checkpoint says of itself
+    under: "Model | None" = None  # what its adapters lie on, when it is LoRA
+    adapters: Callable[[], Adapters] | None = None
+    trained_from: "Callable[[], Model] | None" = None  # finds the model that a run, or adapters, began with
+
+    @property
+    def line(self) -> str:
+        """What was found, its family and its size."""
+        return f"{self.found}: {self.size}"
+
+    @property
+    def size(self) -> str:
+        count = sum(leaf.size for leaf in jax.tree.leaves(shapes(self.config)))
+        return f"Gemma {self.config.family}, {count / 1e6:.1f}M parameters, {self.config.num_layers} layers"
+
+
+def find_model(path: str | Path, base_path: str | Path = "", adapter_alpha: float = 0.0) -> Model:
+    """The model at `path`. `base_path` is what adapters lie on, or where a run's base model is now, if it has moved.
+
+    `adapter_alpha` is that of adapters that do not say it themselves. Raises ConfigError or ModelError when there is no model.
+    """
+    asked, path = Path(path), download(path)
+    if (path / "checkpoints").is_dir():
+        steps = saved_steps(path / "checkpoints")
+        if not steps:
+            raise ConfigError(f"model_path {path} is a run without a checkpoint yet; train on, or give its base model")
+        return find_checkpoint(path / "checkpoints" / str(steps[-1]), path, base_path, adapter_alpha)
+    if path.parent.name == "checkpoints" and path.name.isdecimal():
+        return find_checkpoint(path, path.parent.parent, base_path, adapter_alpha)
+    if is_peft(path):
+        named = read_json(path / SETTINGS).get("base_model_name_or_path") or ""
+        under = find_base(f"PEFT adapters {path}", base_path or (named if Path(named).is_dir() else ""))
+        return with_adapters(asked, f"PEFT adapters {path}", under, partial(read_peft, path, under.config))
+    if is_tunix(path):
+        under = find_base(f"LoRA tree {path}", base_path)
+        if not adapter_alpha > 0:
+            raise ConfigError(f"LoRA tree {path} does not say its alpha: give --adapter_alpha, as it was trained")
+        return with_adapters(asked, f"LoRA tree {path}", under, partial(read_tunix, path, under.config, adapter_alpha))
+    config, found = read_config(path), locate(path)
+    kind, folder = "Hugging Face folder", found
+    if is_tree(found) or found.is_file():
+        kind = "Flax checkpoint" if is_tree(found) else "GGUF file"
+        folder = next((place for place in (found, found.parent) if has_tokenizer(place)), found.parent)
+    return Model(
+        asked, f"{kind} {found}", folder, config, partial(load_params, found, config), partial(open_weights, found, config)
+    )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def find_base(what: str, base_path: str | Path) -> Model:
+    """The model that adapters lie on."""
+    if not base_path:
+        raise ConfigError(f"{what}: adapters need the model that they were trained on; give --base_path")
+    return find_model(base_path)
+
+
+def with_adapters(
+    path: Path, found: str, under: Model, adapters: Callable[[], Adapters], check: Callable[[Reader], None] = lambda read: None
+) -> Model:
+    """`under` with adapters merged into it as they are read. `check` raises when they are another model's."""
+
+    def open_merged(dtype: str = "float32") -> Reader:
+        assert under.open
+        read = under.open()
+        check(read)
+        return adapters().on(read, dtype)
+
+    def load(mesh: Mesh, rules: Rules, dtype: str) -> Params:
+        return place_params(open_merged(dtype), under.config, mesh, rules, dtype)
+
+    return Model(
+        path, f"{found} on {under.found}", under.folder, under.config, load, open_merged, under=under, adapters=adapters,
+        trained_from=lambda: under,
+    )  # fmt: skip
+
+
+def find_checkpoint(folder: Path, run_dir: Path, base_path: str | Path, adapter_alpha: float) -> Model:
+    """The weights of one checkpoint of a run. `base_path` is in the place of the run's own model_path."""
+    try:
+        meta = read_meta(folder)
+        saved = meta["config"]
+        base_path = str(base_path or saved["model_path"])
+        trained_from = partial(
+            find_model, base_path, saved.get("base_path", ""), adapter_alpha or saved.get("adapter_alpha", 0.0)
+        )
+    except Exception as error:
+        raise ConfigError(f"checkpoint {folder} cannot be read ({type(error).__name__}: {error}); give another step") from None
+    found, is_there = f"step {meta['step']} of the run {run_dir}", base_path.startswith(HUBS) or Path(base_path).exists()
+    described = run_dir / "model"
+    if saved.get("lora_rank"):
+        if not is_there:
+            raise ConfigError(f"{run_dir} has adapters for the model in {base_path}, which is not there; give --base_path DIR")
+        under = trained_from()
+        check = partial(check_base, base=under, folder=folder, meta=meta)
+        model = with_adapters(folder, found, under, partial(read_adapters, folder), check)
+        return replace(model, folder=described if described.is_dir() else under.folder, run_dir=run_dir, meta=meta)
+    if not described.is_dir():
+        if not is_there:
+            raise ConfigError(f"{run_dir} holds no model/ with its config.json and tokenizer; give --base_path DIR")
+        described = trained_from().folder
+    config = read_config(described)
+    load, read = partial(read_params, folder, axes(config), config.sizes), partial(open_params, folder)
+    return Model(folder, found, described, config, load, read, run_dir, meta, trained_from=trained_from)
+
+
+def check_base(read: Reader, base: Model, folder: Path, meta: dict[str, Any]) -> None:
+    """ConfigError unless `read` gives the weights that a run's adapters were trained on."""
+    if read_digest(read, base.config) != meta["belongs_to"]["model"]:
+        raise ConfigError(f"{base.path} is not the model that {folder} has adapters for; give --base_path DIR")
+
+
+def copy_description(model: Model, folder: Path) -> None:
+    """What a model folder holds beside its weights, so that a run's directory can be read without its base model."""
+    folder.mkdir(exist_ok=True)
+    for name in DESCRIPTION:
+        if (model.folder / name).is_file():
+            shutil.copyfile(model.folder / name, folder / name)
+    if not (folder / "config.json").is_file():
+        write_json(folder / "config.json", config_json(model.config))

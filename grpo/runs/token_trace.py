@@ -1,0 +1,67 @@
+"""What the loss made of every token, for a few groups of a run: the lines of tokens.jsonl.
+
+Left out: rewards and advantages, which completions.jsonl has of the same completions in the same order.
+"""
+
+from typing import Any
+
+import numpy as np
+from jax import Array
+
+from data.problems import Problem
+from data.tokenizer import Tokenizer
+from grpo.config import Config
+from grpo.rollout import Batch
+from models.sharding import to_host
+
+
+def groups_due(step: int, steps: int, config: Config) -> int:
+    """How many groups of a step are inspected: its first ones. They are spread evenly over the run's steps, from the first
+    to the last.
+    """
+    picks = np.linspace(1, steps, config.inspect_groups).round()
+    return min(int((picks == step).sum()), config.prompts_per_step)
+
+
+def token_records(
+    problems: list[Problem], lengths: list[int], batch: Batch, terms: dict[str, Array], tokenizer: Tokenizer, config: Config
+) -> list[dict[str, Any]]:
+    """A record of each of the batch's first groups, those of `problems`, with the terms that its last update had.
+
+    `lengths` are those of all completions. Log-probabilities are in nats; floats have 5 significant digits.
+    """
+    tokens, slots = to_host((batch.packed.tokens, batch.packed.slots))
+    tokens = tokens.reshape(len(batch.prompts), -1)  # of each group
+    figures = {
+        "logprobs": terms["logprobs"],
+        "sampler_logprobs": batch.sampler_logprobs,
+        "old_logprobs": terms["old"],
+        "ref_logprobs": batch.ref_logprobs,
+        "ratio": terms["ratio"],
+        "kl": terms["kl"],
+        "clipped": terms["clipped_low"] + terms["clipped_high"],
+        "weight": terms["weight"],
+    }
+    fetched = to_host(figures)
+    names = [name for name in figures if fetched[name] is not None]
+
+    def completion(group: int, row: int) -> dict[str, Any]:
+        b = group * config.group_size + row
+        ids = tokens[group, slots[b, : lengths[b]]]
+        record = {"row": row, "pieces": tokenizer.pieces(ids), "ids": ids.tolist()}
+        for name in names:
+            record[name] = [float(f"{x:.5g}") for x in fetched[name][b, : lengths[b]].tolist()]
+        return record | {"clipped": [int(x) for x in record["clipped"]]}
+
+    return [
+        {
+            "problem": problem.id,
+            "question": problem.question,
+            "beta": config.beta,
+            "epsilon_low": config.epsilon_low,
+            "epsilon_high": config.epsilon_high,
+            "tis_cap": config.tis_cap,
+            "completions": [completion(group, row) for row in range(config.group_size)],
+        }
+        for group, problem in enumerate(problems)
+    ]

@@ -1,0 +1,329 @@
+"""The arrays of a checkpoint by name, read slice by slice: safetensors, the trees that orbax writes, GGUF.
+
+Names come out in the words of `weight_names.py`, whatever a writer puts around them. Nothing is read before it is asked for,
+and nothing is unpickled. Left out: trees whose layers are stacked, and their optimizer states.
+"""
+
+import json
+import math
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from models import ModelError
+from models.formats import weight_names
+from models.formats.weight_names import Place
+from models.gemma import GemmaConfig
+
+PICKLED = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
+INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise ModelError(f"{path} is missing: a model folder holds config.json, *.safetensors and a tokenizer")
+    try:
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not JSON{pointer_hint(path)}: {error}") from None
+    if not isinstance(values, dict):
+        raise ModelError(f"{path} holds no JSON object")
+    return values
+
+
+KINDS = {int: "a whole number above 0", float: "a number above 0", list: "a list", dict: "an object"}
+
+
+class Settings:
+    """The values of a JSON file, each checked as it is asked for."""
+
+    def __init__(self, path: Path, values: dict):
+        self.path, self.values = path, values
+
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        """The value of `key`; `default` where the file is silent or says null."""
+        value = self.values.get(key)
+        if value is None:
+            return default
+        fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+        if not fits or (kind in (int, float) and not 0 < value < math.inf):
+            raise ModelError(f"{self.path}: {key} {str(value)[:40]!r} must be {KINDS[kind]}")
+        return value
+
+    def need(self, key: str, kind: type = int) -> Any:
+        if (value := self.get(key, kind)) is None:
+            raise ModelError(f"{self.path}: {key} is missing")
+        return value
+
+    def part(self, key: str) -> "Settings":
+        """An object inside this one; empty where there is none."""
+        return Settings(self.path, self.get(key, dict, {}))
+
+    def __or__(self, other: "Settings") -> "Settings":
+        """Both, the other's values first."""
+        return Settings(self.path, self.values | other.values)
+
+
+class Container:
+    """Arrays by name. A subclass says what they are called, how large they are, and reads them."""
+
+    path: Path
+    names: dict[str, Any]  # a key for each array
+    spare_rows = 0  # how many rows of padding an embedding may have
+
+    def places(self, leaf: str, config: GemmaConfig) -> list[Place]:
+        """Where a leaf may lie."""
+        raise NotImplementedError
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def read(self, name: str, index: tuple) -> np.ndarray:
+        """A slice of an array of floats."""
+        raise NotImplementedError
+
+    def passed_over(self, name: str) -> bool:
+        """Whether an array that is no weight of the text model may lie here."""
+        raise NotImplementedError
+
+    def place(self, leaf: str, config: GemmaConfig) -> Place:
+        """Where a leaf lies, by the names and the shapes that are there."""
+        places = self.places(leaf, config)
+        there = [place for place in places if place.of(0).name in self.names]
+        fit = [place for place in there if self.shape(place.of(0).name) == weight_names.shape(place.letters, config)]
+        if len(fit) > 1:
+            raise ModelError(f"{self.path}: {fit[0].of(0).name} could be stored as {fit[0].letters} or {fit[1].letters}")
+        return (fit or there or places)[0]
+
+    def check(self, place: Place, config: GemmaConfig, **sizes: int) -> None:
+        """Raises ModelError unless the array is there, and has the shape that it must have."""
+        if place.name not in self.names:
+            raise ModelError(f"{self.path}: weight {place.name} is missing")
+        found, wanted = self.shape(place.name), weight_names.shape(place.letters, config, **sizes)
+        padded = place.letters[0] == "V" and found[1:] == wanted[1:] and 0 <= found[0] - wanted[0] <= self.spare_rows
+        if found != wanted and not padded:
+            raise ModelError(f"{self.path}: weight {place.name} has shape {found}, config.json says {wanted}")
+
+
+def locate(path: Path) -> Path:
+    """What is meant by `path`: itself, or the one tree or GGUF file in that folder, where that is all there is."""
+    if not path.is_dir() or is_tree(path) or ((path / "config.json").is_file() and any(path.glob("*.safetensors*"))):
+        return path
+    inside = sorted(found for found in path.iterdir() if found.suffix == ".gguf" or (found.is_dir() and is_tree(found)))
+    if len(inside) > 1:
+        raise ModelError(f"{path} holds several models; name one of {', '.join(found.name for found in inside)}")
+    return inside[0] if inside else path
+
+
+def open_container(path: Path) -> Container:
+    """Whatever lies at `path`. Raises ModelError."""
+    path = locate(path)
+    if path.suffix == ".gguf" and path.is_file():
+        return Gguf(path)
+    return OrbaxTree(path) if is_tree(path) else Safetensors(path)
+
+
+def is_tree(folder: Path) -> bool:
+    """Whether orbax wrote it, whichever way."""
+    return any((folder / name).is_file() for name in ("manifest.ocdbt", "_METADATA"))
+
+
+# --------------------------------------------------------------------------------------------------------------- safetensors
+
+
+class Safetensors(Container):
+    """`model.safetensors` of a Hugging Face folder, or its shards. Checks names and shards before anything is read."""
+
+    def __init__(self, folder: Path):
+        self.path = folder
+        self.handles: dict[Path, Any] = {}
+        if (folder / INDEX).is_file():
+            weight_map = Settings(folder / INDEX, read_json(folder / INDEX)).need("weight_map", dict)
+            self.files = {name: self.shard(file) for name, file in weight_map.items()}
+        elif (folder / WHOLE).is_file():
+            self.files = dict.fromkeys(self.opened(folder / WHOLE).keys(), folder / WHOLE)
+        else:
+            pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
+            hint = f"; {pickled[0]} may be a pickle, which could run code, and is not read: convert it" if pickled else ""
+            raise ModelError(f"{folder} holds no {WHOLE} and no {INDEX}{hint}")
+        # a text model lies under "model.", that of a multimodal one under "language_model.model." or "model.language_model."
+        short = [name.removeprefix("model.").removeprefix("language_model.").removeprefix("model.") for name in self.files]
+        self.names = dict(zip(short, self.files, strict=True))
+
+    def shard(self, file: str) -> Path:
+        if Path(str(file)).name != file:
+            raise ModelError(f"{self.path / INDEX}: {file!r} leaves the folder; shards must lie beside their index")
+        if not (self.path / file).is_file():
+            raise ModelError(f"{self.path / file} is missing: {INDEX} names it")
+        return self.path / file
+
+    def opened(self, file: Path):
+        from safetensors import SafetensorError, safe_open
+
+        if file not in self.handles:
+            try:
+                self.handles[file] = safe_open(file, framework="numpy")
+            except SafetensorError as error:
+                hint = pointer_hint(file)
+                raise ModelError(f"{file} is not a whole safetensors file{hint}; download it again: {error}") from None
+            except OSError as error:
+                raise ModelError(f"{file} cannot be read: {error}") from None
+        return self.handles[file]
+
+    def places(self, leaf: str, config: GemmaConfig) -> list[Place]:
+        return [weight_names.hugging_face(leaf, config)]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        stored = self.names[name]
+        file = self.opened(self.files[stored])
+        if stored not in set(file.keys()):
+            raise ModelError(f"{self.files[stored]} holds no weight {stored}, though the index says so")
+        tensor = file.get_slice(stored)
+        if tensor.get_dtype() not in ("F32", "F16", "BF16"):
+            raise ModelError(f"{self.path}: weight {name} is {tensor.get_dtype()}; F32, F16 or BF16 is needed")
+        return tuple(tensor.get_shape())
+
+    def read(self, name: str, index: tuple) -> np.ndarray:
+        return self.opened(self.files[self.names[name]]).get_slice(self.names[name])[index]
+
+    def passed_over(self, name: str) -> bool:
+        return name == "lm_head.weight" or name.startswith(("vision_tower", "multi_modal")) or "rotary_emb" in name
+
+
+def pointer_hint(file: Path) -> str:
+    """What to say of a file that git-lfs has not fetched."""
+    with file.open("rb") as opened:
+        return " (it is a git-lfs pointer: run git lfs pull)" if opened.read(8) == b"version " else ""
+
+
+# --------------------------------------------------------------------------------------------------------------------- orbax
+
+
+def flax_name(stored: str) -> str:
+    """An array's name in the words of weight_names.py, however nested its tree was.
+
+    transformer/layer_0/attn/q_einsum.w       Google's, flat       -> layer_0/attn/q_einsum
+    params.layer_0.mlp.linear                 nested
+    layers.0.attn.q_einsum.w_lora_a.value     Tunix's adapters     -> layer_0/attn/q_einsum/lora_a
+    """
+    name = re.sub(r"^(params/|transformer/)*", "", stored.replace(".", "/"))
+    name = re.sub(r"^layers/(\d+)/", r"layer_\1/", name.removesuffix("/value"))
+    return re.sub(r"/(w|scale|kernel)$", "", re.sub(r"/(w|kernel)_(lora_[ab])$", r"/\2", name))
+
+
+class OrbaxTree(Container):
+    """A tree of arrays that orbax wrote, as Google's Flax checkpoints on Kaggle and what Tunix saves are."""
+
+    spare_rows = 128  # of 256,128
+
+    def __init__(self, folder: Path):
+        import tensorstore
+
+        self.path, self.arrays = folder, {}
+        try:
+            files = [key.decode() for key in tensorstore.KvStore.open(self.store("")).result().list().result()]
+        except Exception as error:  # tensorstore raises what it likes
+            raise self.unreadable(error) from None
+        self.drivers = {}  # by the array's name on disk
+        for file in files:
+            array, _, last = file.rpartition("/")
+            if driver := {".zarray": "zarr", "zarr.json": "zarr3"}.get(last):
+                self.drivers[array] = driver
+        self.names = {flax_name(name): name for name in self.drivers if name}
+        if len(self.names) < len(self.drivers) or not self.names:
+            raise ModelError(f"{folder} holds {len(self.drivers)} arrays under {len(self.names)} names: no tree of one model")
+
+    def store(self, name: str) -> dict[str, Any]:
+        """Where the array of that name on disk lies; "" is all of them."""
+        base = {"driver": "file", "path": f"{self.path.absolute()}/"}
+        if (self.path / "manifest.ocdbt").is_file():
+            return {"driver": "ocdbt", "base": base, "path": name}
+        return base | {"path": base["path"] + name}
+
+    def unreadable(self, error: Exception) -> ModelError:
+        return ModelError(f"{self.path} cannot be read; download it again: {' '.join(str(error).split())[:200]}")
+
+    def opened(self, name: str):
+        import tensorstore
+
+        if name not in self.arrays:
+            stored = self.names[name]
+            try:
+                array = tensorstore.open(
+                    {"driver": self.drivers[stored], "kvstore": self.store(f"{stored}/")}, open=True
+                ).result()
+            except Exception as error:
+                raise self.unreadable(error) from None
+            if not jnp.issubdtype(array.dtype.numpy_dtype, jnp.floating):
+                raise ModelError(f"{self.path}: weight {name} is {array.dtype.name}; floats are needed")
+            self.arrays[name] = array
+        return self.arrays[name]
+
+    def places(self, leaf: str, config: GemmaConfig) -> list[Place]:
+        return weight_names.flax(leaf)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.opened(name).shape)
+
+    def read(self, name: str, index: tuple) -> np.ndarray:
+        array = self.opened(name)
+        try:
+            return array[index].read().result()
+        except Exception as error:
+            raise self.unreadable(error) from None
+
+    def passed_over(self, name: str) -> bool:
+        return name.startswith(("vision_encoder/", "embedder/mm_"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------- GGUF
+
+
+@lru_cache(1)  # reading the file's list of 262,144 pieces takes seconds
+def gguf_tensors(path: Path, _changed: int) -> dict[str, Any]:
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise ModelError(f"{path} needs the package gguf: pip install 'grpo-gemma[gguf]'") from None
+    try:
+        reader = GGUFReader(path)
+        architecture = reader.fields["general.architecture"].contents()
+    except Exception as error:
+        raise ModelError(f"{path} is not a whole GGUF file: {' '.join(str(error).split())[:200]}") from None
+    if architecture not in ("gemma", "gemma2", "gemma3"):
+        raise ModelError(f"{path}: architecture {architecture} is unknown; gemma, gemma2 or gemma3 is needed")
+    return {tensor.name: tensor for tensor in reader.tensors}
+
+
+class Gguf(Container):
+    """A file of llama.cpp's; quantised matrices come out as the floats that they stand for."""
+
+    spare_rows = 128
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.names = gguf_tensors(path, path.stat().st_mtime_ns)
+
+    def places(self, leaf: str, config: GemmaConfig) -> list[Place]:
+        return [weight_names.gguf(leaf)]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(int(size) for size in reversed(self.names[name].shape))
+
+    def read(self, name: str, index: tuple) -> np.ndarray:
+        from gguf.quants import dequantize
+
+        tensor = self.names[name]
+        try:  # whole rows, as their blocks lie along them
+            return np.asarray(dequantize(tensor.data[index[0]], tensor.tensor_type), np.float32)[:, *index[1:]]
+        except NotImplementedError:
+            raise ModelError(f"{self.path}: weight {name} is {tensor.tensor_type.name}, which gguf cannot read") from None
+
+    def passed_over(self, name: str) -> bool:
+        return name in ("output.weight", "rope_freqs.weight")

@@ -1,0 +1,143 @@
+"""`Params`, or anything that gives weights leaf by leaf -> a Hugging Face folder: safetensors, an index, config.json.
+
+One tensor is in host memory at a time, however large the model. Left out: the tokenizer's files, which the caller copies.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.formats.containers import INDEX, WHOLE
+from models.formats.convert import DEFAULTS, Reader, layers_of, leaf_names
+from models.formats.weight_names import from_ours, hugging_face, shape
+from models.gemma import GemmaConfig, Params, shapes
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a folder to be written; its values are made when their turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+
+
+def tensors(config: GemmaConfig, read: Reader) -> list[Tensor]:
+    """All tensors of a Hugging Face folder."""
+
+    def tensor(leaf: str, letters: str, layer: int) -> Tensor:
+        place, ours = hugging_face(leaf, config).of(layer), letters.removeprefix("L")
+        whole = tuple(slice(0, size) for size in shape(ours, config))
+        make = lambda: from_ours(read(leaf, layer, whole), place, ours)  # noqa: E731
+        return Tensor("model." + place.name, shape(place.letters, config), make)
+
+    names = leaf_names(config).items()
+    return [tensor(leaf, letters, layer) for leaf, letters in names for layer in layers_of(letters, config)]
+
+
+def write_weights(folder: Path, tensors: list[Tensor], dtype: str, shard_bytes: int = 5 * 10**9) -> None:
+    """`model.safetensors`, or shards of it with an index. One tensor is in memory at a time."""
+    shards, size = [[]], 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor_bytes(tensor, dtype) > shard_bytes:
+            shards, size = [*shards, []], 0
+        shards[-1].append(tensor)
+        size += tensor_bytes(tensor, dtype)
+    if len(shards) == 1:
+        return write_safetensors(folder / WHOLE, tensors, dtype)
+    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(files, shards, strict=True):
+        write_safetensors(folder / file, shard, dtype)
+    weight_map = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
+    total = {"total_size": sum(tensor_bytes(tensor, dtype) for tensor in tensors)}
+    write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
+
+
+def tensor_bytes(tensor: Tensor, dtype: str) -> int:
+    return math.prod(tensor.shape) * jnp.dtype(dtype).itemsize
+
+
+def write_safetensors(file: Path, tensors: list[Tensor], dtype: str) -> None:
+    """A length, a JSON header that places every tensor, and their bytes. The library would want them all at once."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # as transformers marks its own
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + tensor_bytes(tensor, dtype)
+        offsets = {"dtype": {"float32": "F32", "bfloat16": "BF16"}[dtype], "shape": tensor.shape, "data_offsets": [start, end]}
+        header[tensor.name] = offsets
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            array = tensor.make().astype(jnp.dtype(dtype))
+            assert array.shape == tensor.shape, tensor
+            opened.write(np.ascontiguousarray(array).view(np.uint8).data)
+
+
+def write_json(path: Path, values: dict) -> None:
+    path.write_text(json.dumps(values, indent=1) + "\n")
+
+
+def save_params(folder: str | Path, params: Params, config: GemmaConfig, config_json: dict, dtype: str = "float32") -> None:
+    """Weights and `config.json` in Hugging Face's form; the tokenizer's files are the caller's to copy."""
+    assert jax.tree.map(lambda p: p.shape, params) == jax.tree.map(lambda s: s.shape, shapes(config))
+    leaves = dict(zip(leaf_names(config), jax.tree.leaves(params), strict=True))
+
+    def read(leaf: str, layer: int, _: Any) -> np.ndarray:
+        return np.asarray(leaves[leaf][layer] if leaf.startswith("layers.") else leaves[leaf])
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_weights(folder, tensors(config, read), dtype)
+    write_json(folder / "config.json", config_json)
+
+
+def text_config(config_json: dict) -> dict:
+    """The `config.json` of the text model alone: that of a multimodal one says more than we read, and would be believed."""
+    if "text_config" not in config_json:
+        return config_json
+    outer = {key: value for key, value in config_json.items() if not isinstance(value, dict)}
+    outer = {key: value for key, value in outer.items() if key.endswith("token_id") and "image" not in key} | {
+        key: config_json[key] for key in ("dtype", "torch_dtype", "transformers_version") if key in config_json
+    }
+    text = DEFAULTS[3] | outer | config_json["text_config"]
+    return text | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "tie_word_embeddings": True}
+
+
+def config_json(config: GemmaConfig, **token_ids: Any) -> dict:
+    """A `config.json`, in both of transformers' dialects, for a model that came without one."""
+    family = config.family
+    linear = {"rope_type": "linear", "factor": config.rope_factor} if config.rope_factor != 1 else {"rope_type": "default"}
+    values = {
+        "architectures": [["GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"][family - 1]],
+        "model_type": ["gemma", "gemma2", "gemma3_text"][family - 1],
+        "num_hidden_layers": config.num_layers, "hidden_size": config.embed_dim, "intermediate_size": config.mlp_dim,
+        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size, "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": 32_768 if family == 3 else 8192, "tie_word_embeddings": True, "attention_bias": False,
+        "rope_theta": config.rope_base, **token_ids,
+    }  # fmt: skip
+    if family == 1:
+        return values | {"hidden_act": "gelu_pytorch_tanh", "rope_parameters": linear | {"rope_theta": config.rope_base}}
+    kinds = ["sliding_attention" if local else "full_attention" for local in config.local_layers]
+    scalar = round(config.query_scale**-2, 6)
+    values |= {
+        "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar, "layer_types": kinds,
+        "sliding_window": config.sliding_window, "attn_logit_softcapping": config.attn_softcap,
+        "final_logit_softcapping": config.final_softcap,
+    }  # fmt: skip
+    if family == 2:
+        return values | {"rope_parameters": linear | {"rope_theta": config.rope_base}}
+    local = {"rope_type": "default", "rope_theta": config.rope_local_base}
+    return values | {
+        "rope_local_base_freq": config.rope_local_base, "rope_scaling": linear if config.rope_factor != 1 else None,
+        "rope_parameters": {"full_attention": linear | {"rope_theta": config.rope_base}, "sliding_attention": local},
+    }  # fmt: skip
