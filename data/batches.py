@@ -8,6 +8,7 @@ Packing puts the completions of a group one behind the other, so that training c
 Left out: reading the problems, and which of them a session has (grpo/session.py).
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +37,19 @@ def step_indices(step: int, prompts_per_step: int, count: int, seed: int, sessio
     if start + prompts_per_step > count:
         order = np.concatenate([order, epoch_order(count, seed, session, epoch + 1)])
     return order[start : start + prompts_per_step]
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids int32 [Q, width], padded on the right with `pad_id`, and lengths int32 [Q].
+
+    Raises DataError for a prompt that is empty or longer than `width` tokens.
+    """
+    tokens = np.full((len(prompts), width), pad_id, np.int32)
+    for row, ids in enumerate(prompts):
+        if not 0 < len(ids) <= width:
+            raise DataError(f"prompt {row} has {len(ids)} tokens, must have 1 to {width}")
+        tokens[row, : len(ids)] = ids
+    return tokens, np.array([len(ids) for ids in prompts], np.int32)
 
 
 class Packed(NamedTuple):

@@ -8,17 +8,9 @@ long is dropped and named, because a question without its end has another answer
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from data import DataError
 from data.problems import Problem
 from data.tokenizer import Tokenizer
-
-SYSTEM = (
-    "You are given a problem. Think about the problem and provide your reasoning. "
-    "Place it between <reasoning> and </reasoning>. "
-    "Then, provide the final answer (i.e., just one numerical value) between <answer> and </answer>."
-)
 
 
 def render_prompt(question: str, system: str) -> str:
@@ -43,19 +35,6 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     if ids.count(tokenizer.bos_id) != 1:
         raise DataError(f"prompt has {ids.count(tokenizer.bos_id)} BOS tokens, must have one: {text[:60]!r}")
     return ids
-
-
-def pad_prompts(prompts: Sequence[Sequence[int]], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids int32 [Q, width], padded on the right with `pad_id`, and lengths int32 [Q].
-
-    Raises DataError for a prompt that is empty or longer than `width` tokens.
-    """
-    tokens = np.full((len(prompts), width), pad_id, np.int32)
-    for row, ids in enumerate(prompts):
-        if not 0 < len(ids) <= width:
-            raise DataError(f"prompt {row} has {len(ids)} tokens, must have 1 to {width}")
-        tokens[row, : len(ids)] = ids
-    return tokens, np.array([len(ids) for ids in prompts], np.int32)
 
 
 def drop_long(

@@ -25,8 +25,9 @@ import optax
 from jax import Array
 
 from data.arithmetic import NAMES, SENTENCES, THINGS, demonstration, make_problems
+from data.batches import pad_prompts
 from data.problems import Problem
-from data.prompts import encode_prompt, pad_prompts, render_prompt
+from data.prompts import encode_prompt, render_prompt
 from data.tokenizer import Tokenizer, load_tokenizer
 from grpo.reports.consensus import wilson
 from grpo.reward import TAGS, is_correct, violates_format

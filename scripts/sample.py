@@ -17,16 +17,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from data.prompts import encode_prompt, pad_prompts, render_prompt
+from data.batches import pad_prompts
+from data.prompts import encode_prompt, render_prompt
 from data.tokenizer import Tokenizer, load_tokenizer
-from grpo.config import TINY_MODEL, ConfigError, flag, parse
+from grpo.config import TINY_MODEL, flag
+from grpo.errors import ConfigError
 from grpo.runs.cli import run_script
+from grpo.runs.flags import parse
 from grpo.runs.model_source import find_model, has_tokenizer
 from grpo.runs.setup import check_tokenizer
 from models.formats.convert import read_json
 from models.gemma import ExecutionConfig
 from models.sampler import Sampling, row_keys, sample
-from models.sharding import ROLLOUT, activation_dtype, to_devices, make_mesh
+from models.sharding import ROLLOUT, activation_dtype, make_mesh, to_devices
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class SampleConfig:
     top_k: int = flag(0, "sample among the k likeliest tokens; 0: all")
     top_p: float = flag(1.0, "sample among the likeliest tokens of this total probability; 1: all")
     seed: int = flag(0, "of the samples")
-    dtype: str = flag("auto", "auto: float32 on a CPU, bfloat16 elsewhere", ("auto", "float32", "bfloat16"))
+    dtype: str = flag("auto", "auto: float32 on a CPU, bfloat16 elsewhere", choices=("auto", "float32", "bfloat16"))
     rollout_tp: int = flag(1, "devices that share one copy of the MLP and the vocabulary")
 
     def __post_init__(self):

@@ -8,8 +8,9 @@ The same command again goes on where it stopped. The last line of standard outpu
 
 import sys
 
-from grpo.config import PRESETS, Config, parse
+from grpo.config import PRESETS, Config
 from grpo.runs.cli import run_script
+from grpo.runs.flags import parse
 from grpo.runs.trainer import train
 
 

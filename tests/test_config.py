@@ -5,8 +5,10 @@ import typing
 
 import pytest
 
-from grpo.config import PRESETS, Config, ConfigError, flag, parse
+from grpo.config import PRESETS, Config, flag
+from grpo.errors import ConfigError
 from grpo.runs.cli import run_script
+from grpo.runs.flags import parse
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 TYPES = typing.get_type_hints(Config)

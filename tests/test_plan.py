@@ -67,7 +67,7 @@ def test_with_lora_the_gradients_that_move_and_the_state_that_rests_are_the_adap
         parts = plan.programs(made)
         update = plan.examine(parts["update"], made)
     assert list(parts) == PROGRAMS
-    adapters = 4 * plan.count_adapters(made.model, config.lora_names, rank)
+    adapters = 4 * plan.count_adapters(made.model, made.update.lora_names, rank)
     whole = small["programs"]["update"]
     assert 0 < update["gradient_bytes_reduced_per_step"] < 2 * adapters < whole["gradient_bytes_reduced_per_step"] / 5
     assert update["weight_bytes_gathered_per_step"] >= whole["weight_bytes_gathered_per_step"]  # remat full: the base, twice

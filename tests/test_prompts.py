@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from data import DataError
+from data.batches import pad_prompts
 from data.problems import Problem, load_problems
-from data.prompts import SYSTEM, drop_long, encode_prompt, pad_prompts, render_prompt
+from data.prompts import drop_long, encode_prompt, render_prompt
 from data.tokenizer import load_tokenizer
+from grpo.config import SYSTEM
 
 TRAIN = Path(__file__).parents[2] / "shared/data/gsm8k_train.jsonl"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from data.problems import Problem
-from grpo.config import ConfigError, RunError
+from grpo.errors import ConfigError, RunError
 from grpo.runs.reward_worker import UserRewards
 
 REWARDS = '''

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_train import REWARDS, write_model
+from training import REWARDS, write_model
 
 from grpo.runs.checkpoint import read_digest
 from grpo.runs.model_source import find_model

@@ -26,7 +26,7 @@ import tensorstore
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
-from grpo.config import RunError
+from grpo.errors import RunError
 from grpo.runs.distributed import broadcast_from_main, all_processes, is_main_process
 from models.formats.adapters import Adapters
 from models.formats.convert import Reader, leaf_names

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from grpo.config import Config, ConfigError
+from grpo.config import Config
+from grpo.errors import ConfigError
 
 # Seconds without a sign of life, after which a process is given up; seconds that those which are done wait for the others.
 HEARTBEAT, SHUTDOWN = 30, 60

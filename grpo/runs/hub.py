@@ -5,7 +5,7 @@ Neither package is needed for anything else. Left out: gated models' licences, w
 
 from pathlib import Path
 
-from grpo.config import ConfigError
+from grpo.errors import ConfigError
 
 HUBS = ("hf:", "kaggle:")
 FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja")  # never a pickle

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from data.problems import Problem
-from grpo.config import ConfigError, RunError
+from grpo.errors import ConfigError, RunError
 from grpo.reward import WEIGHTS
 
 START_SECONDS = 300.0  # for the user's imports, which may be large

@@ -15,7 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from grpo.config import TRACKERS, ConfigError
+from grpo.config import TRACKERS
+from grpo.errors import ConfigError
 
 Figures = dict[str, float]
 Write = Callable[[int, Figures], None]  # the figures of a step
