@@ -401,7 +401,8 @@ def table(plan: Plan, figures: dict[str, Any]) -> str:
             f"{copied:8.1f} {bound} {row['compile_seconds']:11.1f}"
         )
     moved = figures["decode"].get("collectives", [])
-    lines += ["one step of decoding receives:"] * bool(moved)
+    if moved:
+        lines.append("one step of decoding receives:")
     lines += [f"{c['bytes'] / 1e6:9.3f} MB  {c['kind']} x {c['times']} of {c['shape']}" for c in moved[:8]]
     return "\n".join(lines)
 

@@ -55,7 +55,9 @@ class Checkpoints:
 
     def clean(self) -> None:
         """Remove what killed processes have left half written."""
-        for path in self.folder.glob(f"*{LEFTOVER}*") if is_main_process() else ():
+        if not is_main_process():
+            return
+        for path in self.folder.glob(f"*{LEFTOVER}*"):
             shutil.rmtree(path, ignore_errors=True)
 
     # ------------------------------------------------------------------------------------------------------------- saving
@@ -126,8 +128,10 @@ class Checkpoints:
 
     def give_up_old(self, newest: int) -> None:
         """Delete older checkpoints, now that `newest` is known to be good."""
+        if not is_main_process():
+            return
         older = [step for step in self.steps() if step < newest]
-        for step in older[: max(len(older) - self.keep + 1, 0)] if is_main_process() else ():
+        for step in older[: max(len(older) - self.keep + 1, 0)]:
             try:
                 final = read_meta(self.folder / str(step)).get("final")
             except Exception:
@@ -193,7 +197,9 @@ class Checkpoints:
 
     def set_aside(self, steps: list[int]) -> None:
         """Rename damaged steps, so that their numbers are free again."""
-        for step in steps if is_main_process() else ():
+        if not is_main_process():
+            return
+        for step in steps:
             name = f"{step}.damaged"
             while (self.folder / name).exists():
                 name += "-"

@@ -46,34 +46,34 @@ def rollout_metrics(result: StepResult) -> dict[str, Any]:
     groups = np.array([grade["reward"] for grade in grades]).reshape(advantages.shape)
     spreads = [np.nanstd(group, ddof=1) for group in groups if np.isfinite(group).sum() > 1]
     metrics = {
-        "reward": mean(grade["reward"] for grade in scored),
-        "reward_std": mean(spreads),
-        "accuracy": mean(grade["accuracy"]["tagged"] for grade in grades),
-        "accuracy/strict": mean(grade["accuracy"]["strict"] for grade in grades),
-        "accuracy/flexible": mean(grade["accuracy"]["flexible"] for grade in grades),
-        "format/strict": mean(not grade["format"]["violation"] for grade in grades),
-        "format/reasoning": mean(grade["format"]["reasoning_tags"] for grade in grades),
-        "format/answer": mean(grade["format"]["answer_tags"] for grade in grades),
-        "frac_reward_zero_std": mean(zero_variance_groups(rewards_of(grades, advantages.shape[1]))),
+        "reward": mean_of(grade["reward"] for grade in scored),
+        "reward_std": mean_of(spreads),
+        "accuracy": mean_of(grade["accuracy"]["tagged"] for grade in grades),
+        "accuracy/strict": mean_of(grade["accuracy"]["strict"] for grade in grades),
+        "accuracy/flexible": mean_of(grade["accuracy"]["flexible"] for grade in grades),
+        "format/strict": mean_of(not grade["format"]["violation"] for grade in grades),
+        "format/reasoning": mean_of(grade["format"]["reasoning_tags"] for grade in grades),
+        "format/answer": mean_of(grade["format"]["answer_tags"] for grade in grades),
+        "frac_reward_zero_std": mean_of(zero_variance_groups(rewards_of(grades, advantages.shape[1]))),
         "frac_unscorable": 1 - len(scored) / len(grades),
         "skipped_update": int(not mask.any()),  # no completion has a reward: the optimizer is not called
-        "frac_truncated": mean(samples.truncated),
+        "frac_truncated": mean_of(samples.truncated),
         "completions/mean_length": float(lengths.mean()),
         "completions/max_length": float(lengths.max()),
         "completions/mean_terminated_length": float(ended.mean()) if len(ended) else 0.0,
-        "completions/mean_words": mean(len(text.split()) for text in result.completions.row_texts),
+        "completions/mean_words": mean_of(len(text.split()) for text in result.completions.row_texts),
         "advantage/abs_mean": float(np.abs(advantages.astype(float)).mean()),
         "advantage/max": float(np.abs(advantages.astype(float)).max()),
         "entropy": float(-(samples.logprobs * mask).sum() / mask.sum()) if mask.any() else math.nan,
     }
     for name in grades[0]["components"]:
         values = [grade["components"][name] for grade in scored]
-        metrics[f"rewards/{name}/mean"] = mean(values)
+        metrics[f"rewards/{name}/mean"] = mean_of(values)
         metrics[f"rewards/{name}/std"] = float(np.std(values)) if values else math.nan
     return metrics
 
 
-def mean(values: Iterable[Any]) -> float:
+def mean_of(values: Iterable[Any]) -> float:
     """NaN for no values."""
     values = list(values)
     return float(np.mean(values)) if values else math.nan
