@@ -1,7 +1,7 @@
 """Relay sessions and Active Review: which problems each session trains on, when, and at which learning rates.
 
-Session k meets the next `new_problems` problems and reviews min(round(review_ratio * new), all before) earlier ones, drawn
-without replacement from (seed, k); its steps read the union in orders drawn from (seed, k, epoch). So a session is a pure
+Session k takes the next `new_problems` problems and reviews min(round(review_ratio * new), all before) earlier ones, drawn
+without replacement from (seed, k); its steps go through the union in orders drawn from (seed, k, epoch). So a session is a pure
 function of configuration and problems, and a resumed run needs no stored position.
 """
 
@@ -14,16 +14,16 @@ from data.batches import step_indices
 from grpo.config import Config
 from grpo.errors import ConfigError
 
-REVIEW = 2**31  # stands where an epoch would: the stream that draws the problems to review
+REVIEW = 2**31  # in the place of an epoch: the random stream that draws the problems to review
 
 
 @dataclass(frozen=True)
 class Session:
-    """One session. Steps are counted through the whole run: those of this one are start + 1 to end."""
+    """One session. Steps are counted through the whole run: this session has steps start + 1 to end."""
 
     number: int  # from 1
-    new: np.ndarray  # indices of the problems that it meets for the first time
-    review: np.ndarray  # and of those that an earlier one has met
+    new: np.ndarray  # indices of the problems that it sees for the first time
+    review: np.ndarray  # indices of problems that an earlier session has seen
     start: int
     end: int
     seed: int

@@ -258,7 +258,7 @@ def test_a_mistake_is_one_line_at_the_start(tmp_path, name, source, message):
 def test_a_file_that_cannot_be_imported_again_ends_the_run(file):
     with UserRewards(f"{file}:obeys") as rewards:
         file.write_text("import nowhere")
-        with pytest.raises(RunError, match=r"No module named 'nowhere', line 1 \(when started again\)$"):
+        with pytest.raises(RunError, match=r"No module named 'nowhere', line 1 \(when restarted\)$"):
             score(rewards, "exit", "four")
 
 
