@@ -183,7 +183,7 @@ def test_a_signal_while_a_checkpoint_is_read_is_no_damage(config, in_a_row, monk
 )
 def test_what_would_make_another_run_of_it_is_refused(config, in_a_row, change):
     reasons = {"relay_from": "is not relayed from elsewhere", "max_steps": "has 6 steps already, in session 2",
-               "schedule": "sessions 1 must be all there will be"}  # fmt: skip
+               "schedule": "sessions 1 must be the number of all sessions"}  # fmt: skip
     with pytest.raises(ConfigError, match=reasons[next(iter(change))]):
         run(replace(config, **change))
     assert read_files(config) == in_a_row[1]
