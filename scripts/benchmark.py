@@ -264,20 +264,21 @@ def describe(seconds: list[float], tokens: float, bounds: list[Bound]) -> dict[s
 
 
 def table(result: dict[str, Any], config: BenchmarkConfig) -> str:
+    """The phases in 80 columns."""
     Q, G, P, C = config.prompts_per_step, config.group_size, config.max_prompt_tokens, config.max_new_tokens
     lines = [
-        f"{config.model}, {result['devices']} x {result['device']}, {result['dtype']}; measured {result['peak_tflops']:.2f} "
-        f"TFLOP/s, {result['peak_gb_per_s']:.0f} GB/s a device",
-        f"{Q} prompts x {G} completions, {P} + {C} tokens, {result['mean_length']:.0f} a completion on average; "
-        f"median of {config.repeats}",
-        f"{'phase':16}{'ms':>10}{'(min-max)':>20}{'tokens/s':>11}{'GFLOP':>10}{'MB':>9}{'bound ms':>10}{'% of it':>9}",
+        f"{config.model}, {result['devices']} x {result['device']}, {result['dtype']}",
+        f"measured peaks {result['peak_tflops']:.2f} TFLOP/s, {result['peak_gb_per_s']:.0f} GB/s a device",
+        f"{Q} prompts x {G} completions, {P} + {C} tokens, {result['mean_length']:.0f} a completion",
+        f"median of {config.repeats} steps",
+        f"{'phase':15}{'ms':>9}{'(min-max)':>18}{'tokens/s':>9}{'GFLOP':>9}{'MB':>7}{'bound ms':>9}{'%':>4}",
     ]
     for name, row in result["phases"].items():
         spread = f"({row['ms_min']:.1f}-{row['ms_max']:.1f})"
-        line = f"{name:16}{row['ms']:10.1f}{spread:>20}"
-        line += f"{row['tokens_per_s']:11.0f}" if "tokens_per_s" in row else " " * 11
+        line = f"{name:15}{row['ms']:9.1f}{spread:>18}"
+        line += f"{row['tokens_per_s']:9.0f}" if "tokens_per_s" in row else " " * 9
         if "bound_ms" in row:
-            line += f"{row['gflop']:10.1f}{row['memory_mb']:9.0f}{row['bound_ms']:10.2f}{row['percent_of_bound']:9.0f}"
+            line += f"{row['gflop']:9.1f}{row['memory_mb']:7.0f}{row['bound_ms']:9.2f}{row['percent_of_bound']:4.0f}"
         lines.append(line)
     lines.append(f"peak memory {result['peak_gib']:.2f} GiB, {result['compiles']} programs compiled")
     return "\n".join(lines)

@@ -386,19 +386,20 @@ def table(plan: Plan, figures: dict[str, Any]) -> str:
         f"fsdp {mesh.shape['fsdp']} x tp {mesh.shape['tp']}, {plan.dtype}",
         f"{config.prompts_per_step} prompts x {config.group_size} completions, {config.max_prompt_tokens} + "
         f"{config.max_new_tokens} tokens, remat {training(plan).remat}, microbatches {config.microbatches}",
-        "                        GiB a device           MB a device, of decode in one step",
-        "program            own  beside   total    received  weights   copied   bound ms  compiled s",
+        f"{'':15}{'GiB a device':^20}{'MB a device, of decode in a step':>33}",
+        f"{'program':15}{'own':>6}{'beside':>7}{'total':>7}{'received':>10}{'weights':>8}{'copied':>8}"
+        f"{'bound ms':>10}{'comp. s':>8}",
     ]
     for name, row in figures.items():
         if row["peak_gib"] is None:
-            lines.append(f"{name:16} does not fit: {row['error']}")
+            lines.append(f"{name:15}does not fit: {row['error']}")
             continue
         parts = ("collective_bytes_per_step", "weight_bytes_gathered_per_step", "copied_bytes_per_step")
         received, weights, copied = (row[part] / 1e6 for part in parts)
         bound = f"{row['bound_ms']:10.2f}" if "bound_ms" in row else f"{'-':>10}"
         lines.append(
-            f"{name:16} {row['peak_gib']:6.2f} {row['beside_gib']:6.2f} {total_gib(row):8.2f}   {received:9.1f} {weights:8.1f} "
-            f"{copied:8.1f} {bound} {row['compile_seconds']:11.1f}"
+            f"{name:15}{row['peak_gib']:6.2f}{row['beside_gib']:7.2f}{total_gib(row):7.2f}{received:10.1f}{weights:8.1f}"
+            f"{copied:8.1f}{bound}{row['compile_seconds']:8.1f}"
         )
     moved = figures["decode"].get("collectives", [])
     if moved:

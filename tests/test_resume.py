@@ -1,6 +1,6 @@
 """Laws of resuming: an interrupted run ends as an uninterrupted one, on any devices."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import jax
@@ -22,6 +22,7 @@ from training import (
 
 from data.batches import pack
 from grpo.errors import ConfigError
+from grpo.runs.run_dir import check_settings
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -121,3 +122,13 @@ def test_a_run_may_change_how_it_uses_the_machine(config, finished):
         shapes.append(shape)
     assert 1 < len(set(shapes)) < len(shapes)
     assert 0 < distance(final_state(config).params, finished.state.params) < 0.01 * way(config, finished)
+
+
+def test_a_run_of_an_older_version_resumes_under_the_new_names(config):
+    """Settings that were renamed count as the same setting; one that is gone does not matter."""
+    saved = asdict(config)
+    saved |= {"sampler_cap": saved.pop("tis_cap"), "max_dead_steps": 7, "attention": "plain"}
+    del saved["max_zero_variance_steps"]
+    check_settings(saved, config, Path("old"))
+    with pytest.raises(ConfigError, match=r"\(tis_cap 3.0 -> 2.0\)"):
+        check_settings(saved | {"sampler_cap": 3.0}, config, Path("old"))

@@ -1,4 +1,4 @@
-"""Laws of grpo/runs/reward_worker.py: whatever a reward does, its row has no score, the others have theirs, no process stays."""
+"""Laws of grpo/runs/reward_worker.py: whatever a reward does, its row has no score, others have theirs, no process stays."""
 
 import math
 import os

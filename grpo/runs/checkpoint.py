@@ -27,7 +27,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
 from grpo.errors import RunError
-from grpo.runs.distributed import broadcast_from_main, all_processes, is_main_process
+from grpo.runs.distributed import all_processes, broadcast_from_main, is_main_process
 from models.formats.adapters import Adapters
 from models.formats.convert import Reader, leaf_names
 from models.gemma import GemmaConfig
@@ -155,7 +155,9 @@ class Checkpoints:
 
     # ---------------------------------------------------------------------------------------------------------- restoring
 
-    def restore(self, abstract_like: Any, accept: Callable[[dict[str, Any]], None], only: int | None = None) -> "Restored | None":
+    def restore(
+        self, abstract_like: Any, accept: Callable[[dict[str, Any]], None], only: int | None = None
+    ) -> "Restored | None":
         """The newest good state, each leaf with the shape, dtype and layout of `like`; None when there is no step at all.
 
         `accept` sees the meta before any array is read, and raises ConfigError when the state belongs to something else. What

@@ -16,8 +16,8 @@ import jax
 
 from data import DataError
 from grpo.errors import ConfigError, RunError
-from grpo.runs.flags import fail
 from grpo.runs.distributed import leave, print_main
+from grpo.runs.flags import fail
 from grpo.runs.interrupts import Stopped
 from models import ModelError
 

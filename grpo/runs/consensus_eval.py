@@ -25,18 +25,18 @@ from jax.sharding import Mesh
 from data.problems import Problem
 from data.prompts import drop_long
 from data.tokenizer import load_tokenizer
-from grpo.runs.checkpoint import digest
 from grpo.config import Config
 from grpo.errors import ConfigError
 from grpo.reports.consensus import figures, paired, plain
-from grpo.runs.evaluate import Completion, complete
-from grpo.runs.model_source import Model
-from grpo.runs.metrics import JsonLines, rewrite
 from grpo.reward import extract_answer, flexible_answer
+from grpo.runs.checkpoint import digest
+from grpo.runs.evaluate import Completion, complete
 from grpo.runs.grading import grade_completions
+from grpo.runs.metrics import JsonLines, rewrite
+from grpo.runs.model_source import Model
+from grpo.runs.reward_worker import UserRewards
 from grpo.runs.run_dir import take_lock
 from grpo.runs.setup import check_tokenizer
-from grpo.runs.reward_worker import UserRewards
 from models.gemma import ExecutionConfig
 from models.sharding import ROLLOUT, activation_dtype
 

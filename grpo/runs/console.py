@@ -168,7 +168,9 @@ def closing_table(result: dict[str, Any]) -> str:
             lines.append(f"earlier sessions: {result['run_dir']}/result.json")
     seconds, compiles = clock(result["seconds"]), result["recompilations"]
     seed = result["seed"] + 1
-    again = f"python scripts/train.py --seed {seed}" if result["preset"] == "tiny" else f"the same with --seed {seed} --run_dir DIR"
+    again = (
+        f"python scripts/train.py --seed {seed}" if result["preset"] == "tiny" else f"the same with --seed {seed} --run_dir DIR"
+    )
     return "\n".join([
         *lines,
         f"\n{result['steps']} steps, {compiles} recompilations, {seconds}",

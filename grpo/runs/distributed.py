@@ -53,7 +53,8 @@ def leave(error: BaseException) -> None:
         traceback.print_exception(error)
         if "Gloo" in str(error):  # the message on a CPU; elsewhere jax itself ends the process with a message
             print(
-                "error: another process of this run is gone; the same command continues from the last checkpoint", file=sys.stderr
+                "error: another process of this run is gone; the same command continues from the last checkpoint",
+                file=sys.stderr,
             )
     sys.stdout.flush()
     sys.stderr.flush()

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.problems import Problem
 from data.batches import pad_prompts
+from data.problems import Problem
 from grpo.config import Config
 from grpo.reports.consensus import wilson
 from grpo.rollout import Detokenizer, sampling_config
 from grpo.step import Run
-from models.gemma import ExecutionConfig, GemmaConfig, Params
 from models.continuous_batching import sample_continuously
+from models.gemma import ExecutionConfig, GemmaConfig, Params
 
 EVALUATION = 2**30  # the "step" of the random stream: no training step shares it, and every evaluation draws the same
 

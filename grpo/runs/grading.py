@@ -31,7 +31,11 @@ def make_grader(config: Config, rewards: UserRewards) -> Callable[..., list[Grad
 
 
 def grade_completions(
-    texts: Sequence[str], problems: Sequence[Problem], truncated: Iterable[bool], weights: dict[str, float], rewards: UserRewards
+    texts: Sequence[str],
+    problems: Sequence[Problem],
+    truncated: Iterable[bool],
+    weights: dict[str, float],
+    rewards: UserRewards,
 ) -> list[Grade]:
     """A grade of each completion, on this process: its reward and components, three accuracies, format. Plain Python values.
 

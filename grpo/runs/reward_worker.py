@@ -169,7 +169,9 @@ def stop(process: subprocess.Popen) -> None:
 def main(parent: int, files: dict[str, str]) -> None:
     die_with(parent)
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the pipes carry only our messages: what the user's code prints goes to stderr
+    os.dup2(
+        os.open(os.devnull, os.O_RDONLY), 0
+    )  # the pipes carry only our messages: what the user's code prints goes to stderr
     os.dup2(2, 1)
 
     def reply(record: dict[str, Any]) -> None:

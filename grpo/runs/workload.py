@@ -13,9 +13,7 @@ from models.presets import MODELS
 @dataclass(frozen=True)
 class Workload(Config):
     model: str = flag("", f"one of {', '.join(MODELS)}; default: the preset's, or the config.json in --model_path", "data")
-    mean_length: int = flag(
-        0, "completions of natural length around this mean; 0: all of max_new_tokens", "rollout", least=0
-    )
+    mean_length: int = flag(0, "completions of natural length around this mean; 0: all of max_new_tokens", "rollout", least=0)
 
     def __post_init__(self):
         super().__post_init__()
