@@ -52,7 +52,7 @@ def make_batch(
 
 
 def split(tree: Any, Q: int, parts: int, at) -> Any:
-    """Microbatches: every leaf [Q*g, ...] -> [parts, Q/parts*g, ...]. Groups stay whole; each part lies on all devices."""
+    """Microbatches: every leaf [Q*g, ...] -> [parts, Q/parts*g, ...]. Groups stay whole, each part on all devices."""
 
     def split_leaf(x: Array) -> Array:
         dims = "." * (x.ndim - 1)

@@ -1,4 +1,4 @@
-"""Memory of a step: what stays resident on the devices, and which rematerialisation fits beside it."""
+"""Memory of a step: what stays resident on the devices, and which rematerialisation fits in what is left."""
 
 from dataclasses import replace
 

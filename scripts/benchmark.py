@@ -1,9 +1,9 @@
-"""How fast a step and its parts run, and how near to the bound, with random weights at any model's size: nothing is downloaded.
+"""Time of a training step and its phases against their bounds, with random weights of any model's size. Downloads nothing.
 
     python scripts/benchmark.py --model gemma3-270m --prompts_per_step 4 --max_new_tokens 64
     python scripts/benchmark.py --model gemma2-2b --mean_length 150 --autotune
     python scripts/benchmark.py --model gemma2-2b --mean_length 150 --lora_rank 64
-    python scripts/benchmark.py --model gemma2-2b --transformers         (beside its generate; needs torch and transformers)
+    python scripts/benchmark.py --model gemma2-2b --transformers         (compares with its generate; needs torch)
 
 Completions run to `--max_new_tokens`, or to natural lengths around `--mean_length`. The bound is that of
 models/bounds/roofline.py for the same lengths, at the peaks that this device reaches in a large product and a large copy. It
@@ -60,7 +60,7 @@ class BenchmarkConfig(Workload):
     def __post_init__(self):
         super().__post_init__()
         if self.transformers and self.mean_length:
-            raise ConfigError(f"transformers runs all rows to the end: mean_length {self.mean_length} must be 0 beside it")
+            raise ConfigError(f"--transformers runs all rows to the end: mean_length {self.mean_length} must be 0")
 
 
 class NumberTokens:

@@ -1,4 +1,4 @@
-"""Does a training run fit, what would it need, how fast could it be? Compiles what training compiles; needs no accelerator.
+"""Memory, traffic and bounds of a training run before it is started. Compiles what training compiles; needs no accelerator.
 
     python scripts/plan.py gemma2-2b --topology v5e:2x4 --mean_length 150
     python scripts/plan.py --model gemma3-1b --prompts_per_step 16 --rollout_tp 8 --topology v6e:2x4 --search
@@ -77,7 +77,7 @@ def choose_model(config: PlanConfig) -> GemmaConfig:
 
 
 def find_devices(topology: str) -> list[Any]:
-    """The devices of this machine, or of a TPU slice that is described and nowhere to be had."""
+    """The devices of this machine, or of a described TPU slice that need not exist."""
     if topology == "local":
         return jax.devices()
     if not re.fullmatch(r"v[56]e:\d+x\d+", topology):
@@ -108,7 +108,7 @@ def usable_memory(device: Any) -> float:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is planned, for which devices."""
+    """A planned run and its devices."""
 
     config: PlanConfig
     model: GemmaConfig
@@ -132,7 +132,7 @@ class Plan:
 
 
 def make_plan(config: PlanConfig) -> Plan:
-    """Check what train.py would check before it loads weights."""
+    """Checks everything that train.py checks before it loads weights."""
     model, devices = choose_model(config), find_devices(config.topology)
     mesh = make_mesh(config.rollout_tp, devices)
     check_shapes(config, model, mesh)

@@ -174,8 +174,8 @@ def closing_table(result: dict[str, Any]) -> str:
     return "\n".join([
         *lines,
         f"\n{result['steps']} steps, {compiles} recompilations, {seconds}",
-        wrap("files", f"{result['run_dir']}: metrics, completions, tokens, evaluations, config, sessions, result, training.png, "
-             "checkpoints/"),
+        wrap("files", f"{result['run_dir']}: metrics, completions, tokens, evaluations, config, sessions, result, "
+             "training.png, checkpoints/"),
         wrap("next", f"{again}  (rerun with another seed to see the variance)"),
     ])  # fmt: skip
 
