@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from data.prompts import SYSTEM
-
 PROJECTIONS = "q,k,v,o,gate,up,down"
+SYSTEM = (
+    "You are given a problem. Think about the problem and provide your reasoning. "
+    "Place it between <reasoning> and </reasoning>. "
+    "Then, provide the final answer (i.e., just one numerical value) between <answer> and </answer>."
+)
 TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # and the packages that they need
 TINY_MODEL = str(Path(__file__).parents[1] / "models" / "tiny")
 

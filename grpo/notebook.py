@@ -19,8 +19,9 @@ import jax
 import numpy as np
 
 import grpo.update
+from data.batches import pad_prompts
 from data.problems import Problem
-from data.prompts import drop_long, pad_prompts
+from data.prompts import drop_long
 from grpo.config import PRESETS, ConfigError
 from grpo.loss import group_advantages
 from grpo.rollout import SCALES, Batch, counted, generate, grade_everywhere, make_batch

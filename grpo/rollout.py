@@ -13,9 +13,8 @@ import jax
 import numpy as np
 from jax import Array
 
-from data.batches import Packed, pack
+from data.batches import Packed, pack, pad_prompts
 from data.problems import Problem
-from data.prompts import pad_prompts
 from data.tokenizer import Tokenizer
 from grpo.config import Config, RunError
 from grpo.loss import batch_std, group_advantages, group_std, no_scale

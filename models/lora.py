@@ -2,9 +2,9 @@
 
     y = x W + (alpha / rank) (x A) B        A [in, J], B [J, out], float32; W in the dtype of activations
 
-Training computes this formula (`attach`, then `models.gemma.linear`). W has no gradient, which saves half of the products of the
-backward pass, and no optimizer moments; without the adapters it is also the reference. Sampling uses merged weights (`merge`), so
-it costs the same as without adapters. Not supported: dropout, DoRA, adapters on the embedding, several adapters at a time.
+Training computes this formula (`attach`, then `models.gemma.linear`). W has no gradient, which saves half of the products of
+the backward pass, and no optimizer moments; without its adapters it is also the reference. Sampling uses merged weights
+(`merge`), so it costs the same as without adapters. Not supported: dropout, DoRA, adapters on the embedding, several at a time.
 """
 
 from collections.abc import Iterable
@@ -34,7 +34,7 @@ Adapters = dict[str, Adapter]  # keyed by the projection's name in `Layers`
 
 
 def adapter_axes(config: GemmaConfig, targets: Iterable[str]) -> Adapters:
-    """The letters of every adapter, those of its projection with J between: sharded alike, so merging needs no communication."""
+    """The letters of every adapter: those of its projection, J between. Both are sharded alike, so merging moves nothing."""
     letters = {name: getattr(axes(config).layers, name) for name in targets}
     return {name: Adapter(a=f"L{rows}J", b=f"LJ{columns}") for name, (_, rows, columns) in letters.items()}
 
@@ -51,7 +51,7 @@ def count_adapters(config: GemmaConfig, targets: Iterable[str], rank: int) -> in
 
 
 def init_adapters(key: Array, config: GemmaConfig, targets: Iterable[str], rank: int, rules: Rules) -> Adapters:
-    """New adapters that leave the model unchanged: B is 0, A uniform within 1 / sqrt(in) as in peft (Kaiming with a = sqrt 5)."""
+    """New adapters, which leave the model unchanged: B = 0, A uniform within 1 / sqrt(in) as in peft (Kaiming, a = sqrt 5)."""
     wanted = adapter_shapes(config, targets, rank)
 
     def init(name: str, key: Array) -> Adapter:

@@ -1,4 +1,4 @@
-"""The dimensions of known models, from their `config.json`, for planning and benchmarks; a run reads the file of its own model."""
+"""The dimensions of known models, from their `config.json`, for planning and benchmarks; a run reads its own model's file."""
 
 from functools import partial
 

@@ -54,8 +54,8 @@ ROLLOUT = Rules(Q=ROWS, B=ROWS, M="fsdp", W="fsdp", F="tp", V="tp")
 def make_mesh(tp: int = 1, devices: list | None = None) -> Mesh:
     """The mesh of `devices` (default: all devices of all processes), with groups of `tp` that share one copy of the MLP.
 
-    `tp` 0 means the largest power of two up to 8 that divides the number of devices. Raises ModelError when `tp` does not divide
-    it.
+    `tp` 0 means the largest power of two up to 8 that divides the number of devices. Raises ModelError for a `tp` that does
+    not divide it.
     """
     devices = devices or jax.devices()
     tp = math.gcd(8, len(devices)) if tp == 0 else tp

@@ -186,11 +186,11 @@ def bounds(run: Run, chip: Chip, step: int) -> dict[str, Bound]:
     tokens = sum(prompts) + sum(lengths), sum(lengths), roofline.group_pairs(model, prompts, lengths)
     adapters = count_adapters(model, run.config.lora_names, run.config.lora_rank)
     found = {
-        "view": roofline.sampling_params(model, chip, devices, tp, width=width, adapters=adapters),
-        "prefill": roofline.prefill(model, chip, devices, tp, prompts, width=width),
-        "decode": roofline.decode(model, chip, devices, tp, prompts, lengths, width=width),
-        "reference": roofline.forward_logprobs(model, chip, devices, *tokens, width=width),
-        "update": roofline.update(model, chip, devices, *tokens, width=width, adapters=adapters),
+        "view": roofline.sampling_params_bound(model, chip, devices, tp, width=width, adapters=adapters),
+        "prefill": roofline.prefill_bound(model, chip, devices, tp, prompts, width=width),
+        "decode": roofline.decode_bound(model, chip, devices, tp, prompts, lengths, width=width),
+        "reference": roofline.logprobs_bound(model, chip, devices, *tokens, width=width),
+        "update": roofline.update_bound(model, chip, devices, *tokens, width=width, adapters=adapters),
     }
     whole = sum(found.values(), Bound())
     return found | {"sample": found["prefill"] + found["decode"], "step": whole}

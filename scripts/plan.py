@@ -228,15 +228,15 @@ def bounds(plan: Plan) -> dict[str, roofline.Bound]:
     devices, tp, width = plan.mesh.size, plan.mesh.shape["tp"], plan.width
     prompts, lengths = [config.max_prompt_tokens] * config.prompts_per_step, config.limits(0, config.rows)
     tokens = sum(prompts) + sum(lengths), sum(lengths), roofline.group_pairs(model, prompts, lengths)
-    forward = roofline.forward_logprobs(model, chip, devices, *tokens, width=width)
+    forward = roofline.logprobs_bound(model, chip, devices, *tokens, width=width)
     adapters = count_adapters(model, config.lora_names, config.lora_rank)
     return {
-        "view": roofline.sampling_params(model, chip, devices, tp, width=width, adapters=adapters),
-        "prefill": roofline.prefill(model, chip, devices, tp, prompts, width=width),
-        "decode": roofline.decode(model, chip, devices, tp, prompts, lengths, width=width),
+        "view": roofline.sampling_params_bound(model, chip, devices, tp, width=width, adapters=adapters),
+        "prefill": roofline.prefill_bound(model, chip, devices, tp, prompts, width=width),
+        "decode": roofline.decode_bound(model, chip, devices, tp, prompts, lengths, width=width),
         "reference": forward,
         "old": forward,
-        "update": roofline.update(model, chip, devices, *tokens, width=width, adapters=adapters),
+        "update": roofline.update_bound(model, chip, devices, *tokens, width=width, adapters=adapters),
     }
 
 

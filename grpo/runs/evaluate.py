@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data.batches import pad_prompts
 from data.problems import Problem
-from data.prompts import pad_prompts
 from data.tokenizer import Tokenizer
 from grpo.config import Config
 from grpo.reports.consensus import wilson

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from grpo.runs.checkpoint import open_params, read_adapters, read_digest, read_meta, read_params, saved_steps
 from grpo.config import ConfigError
 from grpo.runs.hub import HUBS, download
-from models.formats.adapters import SETTINGS, Adapters, is_peft, is_tunix, read_peft, read_tunix
+from models.formats.adapters import SETTINGS, LoadedAdapters, is_peft, is_tunix, read_peft, read_tunix
 from models.formats.containers import is_tree, locate, read_json
 from models.formats.convert import Reader, load_params, open_weights, place_params, read_config
 from models.gemma import GemmaConfig, Params, axes, shapes
@@ -50,7 +50,7 @@ class Model:
     run_dir: Path | None = None  # the run that made it, when it is a checkpoint
     meta: dict[str, Any] = field(default_factory=dict)  # what that checkpoint says of itself
     under: "Model | None" = None  # what its adapters lie on, when it is LoRA
-    adapters: Callable[[], Adapters] | None = None
+    adapters: Callable[[], LoadedAdapters] | None = None
     trained_from: "Callable[[], Model] | None" = None  # finds the model that a run, or adapters, began with
 
     @property
@@ -108,7 +108,11 @@ def find_base(what: str, base_path: str | Path) -> Model:
 
 
 def with_adapters(
-    path: Path, found: str, under: Model, adapters: Callable[[], Adapters], check: Callable[[Reader], None] = lambda read: None
+    path: Path,
+    found: str,
+    under: Model,
+    adapters: Callable[[], LoadedAdapters],
+    check: Callable[[Reader], None] = lambda read: None,
 ) -> Model:
     """`under` with adapters merged into it as they are read. `check` raises when they are another model's."""
 
