@@ -1,5 +1,5 @@
-"""Text: the problems, their prompts as token ids, and which of them belong to a step. No jax here."""
+"""Text and token ids: problems, prompts, which problems belong to a step, how completions are packed. No jax."""
 
 
 class DataError(ValueError):
-    """A dataset, tokenizer or prompt that cannot be used; the message is one line for the user."""
+    """A dataset, tokenizer or prompt that cannot be used. The message is one line for the user."""

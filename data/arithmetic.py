@@ -1,12 +1,11 @@
-"""Made-up word problems for a run that needs no download: chains of 2, 3 or 4 operations on a number of things.
+"""Generated word problems for runs without a download: chains of 2, 3 or 4 operations on a number of things.
 
     "Ann has 10 pens. Ann gives 3 away. Then Ann gets 2. How many pens now?"     10 - 3 = 7. 7 + 2 = 9.
 
-Every running value is a whole number from 0 to 99 and the words are few, so a vocabulary of some hundred pieces covers
-them. A demonstration can show its work or give the bare result: both are correct, and training can find out which pays.
+All intermediate values are whole numbers from 0 to 99, and the words are few, so a vocabulary of a few hundred pieces is
+enough. A demonstration shows its work or only gives the result. Both are correct; training can find out which is rewarded.
 
-The numbers and operations alone decide the split, so no chain is in two splits, whatever its names and things.
-Left out: the share of each style, and everything about tokens.
+Numbers and operations alone determine the split, so no chain is in two splits, whatever its names and things.
 """
 
 import random
@@ -26,7 +25,7 @@ SENTENCES = {
     "/": ("{name} gives half away.", "Then {name} loses half."),
 }
 SPLIT_TENTHS = {"train": range(8), "tune": range(8, 9), "test": range(9, 10)}
-# A test chain is one draw in ten, so this many draws without a new one means that fewer than 1 in 1,000 is left.
+# One draw in ten is a test chain, so this many draws without a new one mean that fewer than 1 in 1,000 are left.
 DRAWS_BEFORE_GIVING_UP = 10_000
 
 SESSION_PROBLEMS = 4000  # problems of a session that sets no number of its own
@@ -35,10 +34,10 @@ Step = tuple[str, int]  # ("+", 2), ("-", 3), ("*", 2) or ("/", 2)
 
 
 def make_problems(count: int, seed: int, split: str) -> list[Problem]:
-    """`count` problems of `split` ("train", "tune" or "test"), no chain twice, lengths 2, 3, 4 in turn.
+    """`count` problems of `split` ("train", "tune" or "test"), all with different chains, of lengths 2, 3, 4 in turn.
 
-    The id is the chain itself ("10-3+2"), the solution its steps. Raises DataError for another split, a negative
-    count, or more problems than there are chains of the shortest length (about 6,000 in "test").
+    The id is the chain ("10-3+2"), the solution its steps. Raises DataError for an unknown split, a negative count, or
+    more problems than there are chains of the shortest length (about 6,000 in "test").
     """
     if split not in SPLIT_TENTHS:
         raise DataError(f'no split "{split}": must be one of {", ".join(SPLIT_TENTHS)}')
@@ -62,8 +61,8 @@ def training_problems(new_problems: int, sessions: int, seed: int) -> list[Probl
 def demonstration(problem: Problem, style: str) -> str:
     """A completion with the right answer: "worked" shows every step, "terse" only the result, "slip" breaks the format.
 
-    A slip is the worked text without `</reasoning>`: on terse text, learning the format would favour showing work
-    for a reason that has nothing to do with being right. Raises DataError for another style.
+    A slip is the worked text without `</reasoning>`. If it were terse, learning the format would favor showing work, for
+    a reason unrelated to being right. Raises DataError for an unknown style.
     """
     answer = f"<answer>{problem.answer}</answer>"
     if style == "worked":
@@ -79,7 +78,7 @@ def _draw_new_problem(rng: random.Random, length: int, split: str, taken: dict[s
     for _ in range(DRAWS_BEFORE_GIVING_UP):
         start, steps = _draw_chain(rng, length)
         chain = str(start) + "".join(f"{symbol}{operand}" for symbol, operand in steps)
-        # crc32, not hash(): Python salts hash() anew in every process.
+        # crc32, because hash() differs from process to process.
         if chain not in taken and zlib.crc32(chain.encode()) % 10 in SPLIT_TENTHS[split]:
             return _tell(rng, chain, start, steps)
     return None
@@ -96,7 +95,7 @@ def _draw_chain(rng: random.Random, length: int) -> tuple[int, list[Step]]:
 
 
 def _possible_steps(rng: random.Random, value: int) -> list[Step]:
-    """One step of each kind that keeps the running value a whole number in 0..99; doubling or halving 0 is dull."""
+    """One step of each kind whose result is a whole number in 0..99; 0 is neither doubled nor halved."""
     steps = []
     if value < LARGEST_VALUE:
         steps.append(("+", rng.randint(1, min(LARGEST_OPERAND, LARGEST_VALUE - value))))

@@ -1,11 +1,11 @@
-"""Which problems belong to a step, and how its completions are packed for training.
+"""The arrays of a step: which problems belong to it, its padded prompts, and its packed completions.
 
-The problems are a pure function of (step, seed, session), so a resumed run needs no stored position.
+The problems of a step are a function of (step, seed, session), so a resumed run needs no stored position. Epoch e of a session
+is a permutation of its problems drawn from (seed, session, e). Steps read the epochs one after another without gaps, so a step
+may contain the end of one epoch and the start of the next; only then can it contain a problem twice. grpo/session.py decides
+which problems a session has.
 
-Epoch e of a session is a permutation of its problems drawn from (seed, session, e). Steps read the epochs end to end
-without gaps, so a step may hold the end of one and the start of the next; only such a step can hold a problem twice.
-Packing puts the completions of a group one behind the other, so that training computes few padded slots.
-Left out: reading the problems, and which of them a session has (grpo/session.py).
+Packing puts the completions of a group one after another in shared rows, so that training computes few padding slots.
 """
 
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ from data import DataError
 
 
 def epoch_order(count: int, seed: int, session: int, epoch: int) -> np.ndarray:
-    """Permutation int64 [count] of a session's problems in `epoch`; DataError for a negative number."""
+    """A permutation of a session's problems in `epoch`, int64 [count]. Raises DataError for a negative number."""
     if min(seed, session, epoch) < 0:
         raise DataError(f"seed {seed}, session {session} and epoch {epoch} must be at least 0")
     return np.random.default_rng([seed, session, epoch]).permutation(count)
 
 
 def step_indices(step: int, prompts_per_step: int, count: int, seed: int, session: int) -> np.ndarray:
-    """Problem indices int64 [Q] of a session's `step`, counted from 0; Q = `prompts_per_step`, `count` its problems.
+    """The problems of a step, int64 [Q]: Q = `prompts_per_step` indices into the `count` problems of the session.
 
-    Raises DataError when Q is not in 1..count, or for a negative step or seed.
+    `step` counts from 0 in each session. Raises DataError when Q is not in 1..count, and for a negative step or seed.
     """
     if not 1 <= prompts_per_step <= count:
         raise DataError(f"prompts_per_step {prompts_per_step} must be 1 to {count}, the number of problems")
@@ -40,7 +40,7 @@ def step_indices(step: int, prompts_per_step: int, count: int, seed: int, sessio
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids int32 [Q, width], padded on the right with `pad_id`, and lengths int32 [Q].
+    """Token ids int32 [Q, width], padded on the right with `pad_id`, and the prompts' lengths, int32 [Q].
 
     Raises DataError for a prompt that is empty or longer than `width` tokens.
     """
@@ -52,20 +52,23 @@ def pad_prompts(prompts: Sequence[Sequence[int]], width: int, pad_id: int) -> tu
     return tokens, np.array([len(ids) for ids in prompts], np.int32)
 
 
+PADDING_POSITION = 2**30  # in the future of every token, so no token attends to padding
+
+
 class Packed(NamedTuple):
-    """The completions of Q groups of G, each group in r rows of C' slots. Arrays of int32, on the host or on devices."""
+    """The completions of Q groups of G, each group in r rows of C' slots. int32 arrays, on the host or on devices."""
 
     tokens: Any  # [Q*r, C']
-    positions: Any  # [Q*r, C'], counted from the start of the prompt; FAR at padding
+    positions: Any  # [Q*r, C'], counted from the start of the prompt; PADDING_POSITION at padding
     segments: Any  # [Q*r, C'], 1 to G: which completion of the group; 0 at padding
-    slots: Any  # [Q*G, C], where each completion's token went among its group's r*C' slots
-
-
-FAR = 2**30  # a position in the future of every token
+    slots: Any  # [Q*G, C], for each token of a completion its slot among the r*C' slots of its group; 0 at padding
 
 
 def first_fit(lengths: np.ndarray, rows: int, width: int) -> list[tuple[int, int]] | None:
-    """(row, offset) of each text, the longest placed first, each in the first of `rows` that has room; None if one has not."""
+    """(row, offset) of each text by first-fit decreasing into `rows` of `width` slots; None when a text finds no room.
+
+    The longest text is placed first, each in the first row with room for it.
+    """
     used = [0] * rows
     places = [(0, 0)] * len(lengths)
     for i in np.argsort(-lengths, kind="stable"):
@@ -78,11 +81,11 @@ def first_fit(lengths: np.ndarray, rows: int, width: int) -> list[tuple[int, int
 
 
 def pack(tokens: np.ndarray, lengths: np.ndarray, prompt_lengths: np.ndarray, finer: int) -> Packed:
-    """Completions [Q*G, C] of `lengths` in the smallest shape that holds every group.
+    """Pack completions [Q*G, C] with `lengths` [Q*G] in the smallest shape that holds every group; `prompt_lengths` is [Q].
 
-    Shapes grow in steps of C / `finer` slots a group, so that a run compiles few of them: one row up to 2C slots, then a row
-    for each C. With `finer` 0 every completion keeps a row of its own. A pure function of its arguments: a resumed run packs
-    as the first one did. Raises DataError when a length is not in 0..C.
+    Shapes grow in steps of C / `finer` slots per group, so that a run compiles few of them: one row up to 2C slots, then a row
+    for each C. With `finer` 0 every completion has its own row. The result depends on the arguments alone, so a resumed run
+    packs as the first one did. Raises DataError for a length that is not in 0..C.
     """
     (B, C), Q = tokens.shape, len(prompt_lengths)
     G = B // Q
@@ -98,7 +101,7 @@ def pack(tokens: np.ndarray, lengths: np.ndarray, prompt_lengths: np.ndarray, fi
             rows, width, places = r, slots // r, found
             break
     packed = Packed(
-        np.zeros((Q, rows * width), np.int32), np.full((Q, rows * width), FAR, np.int32),
+        np.zeros((Q, rows * width), np.int32), np.full((Q, rows * width), PADDING_POSITION, np.int32),
         np.zeros((Q, rows * width), np.int32), np.zeros((B, C), np.int32),
     )  # fmt: skip
     for b in range(B):
@@ -114,9 +117,9 @@ def pack(tokens: np.ndarray, lengths: np.ndarray, prompt_lengths: np.ndarray, fi
 
 
 def natural_lengths(step: int, rows: int, mean: int, longest: int) -> np.ndarray:
-    """Completion lengths int64 [rows] as a trained model's spread: lognormal (sigma 0.6) around `mean`, cut at `longest`.
+    """Completion lengths, int64 [rows], spread like a trained model's: lognormal (sigma 0.6) around `mean`, at most `longest`.
 
-    For planning and benchmarks. Sixteen sets, always the same; a step takes one of them.
+    For planning and benchmarks. There are sixteen fixed sets, which steps use in turn.
     """
     sets = np.random.default_rng(123).lognormal(np.log(mean) - 0.18, 0.6, (16, rows))
     return np.clip(np.round(sets[step % 16]), 1, longest).astype(int)

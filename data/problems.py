@@ -1,10 +1,10 @@
-"""Word problems with a gold answer: read from a file or from the hub, and held out by question.
+"""Word problems with a gold answer: loading them from a file or the Hub, and splitting off held-out questions.
 
-A record in GSM8K form is {"question": "Natalia sold ...", "answer": "She sold 48/2 = ...\\n#### 72"}. From it comes
-one Problem: the question, the worked solution, and the number after `####`. An answer that is only a number will do too.
+A record in GSM8K form is {"question": "Natalia sold ...", "answer": "She sold 48/2 = ...\\n#### 72"}. It becomes one
+Problem: the question, the worked solution, and the number after `####`. The answer may also be just a number.
 
-Every bad record is an error that names its line: a problem dropped in silence would change the denominator of every
-accuracy reported. Left out: made-up problems (arithmetic.py), prompts (prompts.py), judging answers (grpo/reward.py).
+Every bad record is an error that names its line, because dropping a problem silently would change the denominator of
+every reported accuracy. Generated problems are in arithmetic.py, grading in grpo/reward.py.
 """
 
 import json
@@ -19,16 +19,16 @@ import numpy as np
 from data import DataError
 
 HUB_ID = "openai/gsm8k"
-MAX_LINE_BYTES = 1_000_000  # GSM8K's longest record has 1,700: a longer line is another kind of file
+MAX_LINE_BYTES = 1_000_000  # GSM8K's longest record has 1,700: a longer line means another kind of file
 FAULTS_NAMED = 5
-# Bounded, ASCII only: "1,234" and "-3.5", but not "1_000", "1e9", "1,23" or other alphabets' digits.
+# Bounded and ASCII only: "1,234" and "-3.5", but not "1_000", "1e9", "1,23" or digits of other alphabets.
 NUMBER = re.compile(r"-?([0-9]{1,15}|[0-9]{1,3}(,[0-9]{3}){1,4})(\.[0-9]{1,15})?")
-SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half a character ("\ud83d"); no tokenizer takes it
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can encode half a character ("\ud83d"), which no tokenizer accepts
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One question and its gold number as text, without commas ("1234"); the solution may be empty."""
+    """A question and its gold number as text, without commas ("1234"). The solution may be empty."""
 
     id: str
     question: str
@@ -37,10 +37,10 @@ class Problem:
 
 
 def load_problems(source: str) -> list[Problem]:
-    """Problems of a local `.jsonl` or `.parquet` file, or of `openai/gsm8k` (`:train` by default, or `:test`).
+    """The problems of a local `.jsonl` or `.parquet` file, or of `openai/gsm8k` (`:train` by default, or `:test`).
 
-    Ids are "file name:line", counted from 1. Raises DataError for a missing file and for anything else
-    wrong; a bad record is named by its line, the first five of them with the reason.
+    Ids are "file name:line", with lines counted from 1. Raises DataError for a source that cannot be read, and for bad
+    records: the first five are named by line and reason.
     """
     if source == HUB_ID or source.startswith(HUB_ID + ":"):
         return _load_hub(source)
@@ -53,10 +53,10 @@ def load_problems(source: str) -> list[Problem]:
 
 
 def split_problems(problems: list[Problem], held_out: int, seed: int) -> tuple[list[Problem], list[Problem]]:
-    """(train, held out): `held_out` problems drawn by `seed`, and those that share no question with them.
+    """(train, held out): `held_out` problems drawn by `seed`, and the problems that share no question with them.
 
-    Both keep the given order. When a held-out question stands in the data twice, its copies go to neither part.
-    Raises DataError when there are not more than `held_out` different questions.
+    Both keep the order of `problems`. Further copies of a held-out question are in neither part. Raises DataError unless
+    there are more than `held_out` different questions.
     """
     first_by_question = {question_key(p): i for i, p in reversed(list(enumerate(problems)))}
     if not 0 <= held_out < len(first_by_question):
@@ -72,12 +72,12 @@ def split_problems(problems: list[Problem], held_out: int, seed: int) -> tuple[l
 
 
 def question_key(problem: Problem) -> str:
-    """What makes two problems the same one: the question, whatever its blanks."""
+    """The question with its whitespace normalized; problems with equal keys count as the same question."""
     return " ".join(problem.question.split())
 
 
 def _load_jsonl(path: Path) -> list[Problem]:
-    # Read as bytes and cut at \n only: text mode would stop at the first bad byte without a line number.
+    # Read as bytes and split at \n only: text mode would fail at the first bad byte without a line number.
     try:
         with path.open("rb") as file:
             lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
@@ -105,7 +105,7 @@ def _load_hub(source: str) -> list[Problem]:
         from datasets import load_dataset
 
         rows = load_dataset(HUB_ID, "main", split=split)
-    except Exception as error:  # a dozen kinds: no network, no cache, a proxy, a full disk, the hub itself
+    except Exception as error:  # many types: network, cache, proxy, disk, the Hub itself
         raise DataError(
             f"cannot get {HUB_ID} from the hub ({_first_line(error)}): "
             "check the network, or give a local .jsonl or .parquet file with --data"
@@ -134,7 +134,7 @@ def _parse_line(line: bytes) -> object:
     if len(line) > MAX_LINE_BYTES:
         raise ValueError(f"line of {len(line)} bytes: at most {MAX_LINE_BYTES} are read")
     try:
-        text = line.decode("utf-8-sig")  # -sig: editors on Windows begin a file with a byte order mark
+        text = line.decode("utf-8-sig")  # -sig: editors on Windows start files with a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text at byte {error.start}") from error
     try:
@@ -146,7 +146,7 @@ def _parse_line(line: bytes) -> object:
 
 
 def _parse_record(record: object) -> tuple[str, str, str]:
-    """(question, gold number without commas, worked solution) of one GSM8K record; ValueError holds the reason."""
+    """(question, gold number without commas, worked solution) of a GSM8K record. Raises ValueError with the reason."""
     question, answer = _text(record, "question").strip(), _text(record, "answer").strip()
     if not question:
         raise ValueError("question is empty")

@@ -1,9 +1,9 @@
-"""Questions to prompts: Gemma's chat template as token ids, and prompts of one width.
+"""Prompts: questions in Gemma's chat template, as token ids.
 
 The template is `<bos><start_of_turn>user\\n{text}<end_of_turn>\\n<start_of_turn>model\\n`, the same in Gemma 1, 2 and 3.
-Gemma has no system role, so the system prompt opens the user's turn. The control ids are placed here; what the
-user's text spells is never one (tokenizer.py). Left out: turns after the first, and cutting: a prompt that is too
-long is dropped and named, because a question without its end has another answer.
+Gemma has no system role, so the system prompt opens the user's turn. Control ids are placed here; text never encodes to
+one (tokenizer.py). A prompt that is too long is dropped and reported, never truncated, because a question without its
+end has another answer. Not supported: several turns.
 """
 
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from data.tokenizer import Tokenizer
 
 
 def render_prompt(question: str, system: str) -> str:
-    """Text of the user's turn: system prompt, empty line, question; just the question when `system` is empty."""
+    """The text of the user's turn: system prompt, empty line, question; only the question when `system` is empty."""
     return f"{system.strip()}\n\n{question.strip()}".strip()
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of the whole prompt around the user's `text`, which is trimmed as in Gemma's own template.
+    """The token ids of the whole prompt with the user's `text`, which is stripped as in Gemma's own template.
 
-    Raises DataError unless there is exactly one BOS, at position 0: with two, or none, Gemma's accuracy collapses.
+    Raises DataError unless it has exactly one BOS: with two, or none, Gemma's accuracy collapses.
     """
     ids = [
         tokenizer.bos_id,
@@ -40,9 +40,9 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
 def drop_long(
     problems: Sequence[Problem], tokenizer: Tokenizer, system: str, width: int
 ) -> tuple[list[Problem], list[list[int]], list[Problem]]:
-    """(problems whose prompt has at most `width` tokens, the ids of their prompts, the problems that were dropped).
+    """(problems whose prompt has at most `width` tokens, the ids of their prompts, the other problems).
 
-    Raises DataError when none is left.
+    Raises DataError when all are too long.
     """
     prompts = [encode_prompt(tokenizer, render_prompt(p.question, system)) for p in problems]
     pairs = list(zip(problems, prompts, strict=True))

@@ -1,8 +1,8 @@
-"""Text to Gemma's token ids and back, from a `tokenizer.json` or a `tokenizer.model`.
+"""Gemma's tokenizer, from a `tokenizer.json` or a `tokenizer.model`: text to token ids and back.
 
-Ids are always looked up by piece: 107 is `<end_of_turn>` in Gemma 2 and a newline in Gemma 3. Text never becomes a
-control piece: a question that contains "<end_of_turn>" is spelled out in ordinary pieces, so it cannot end its own
-turn. Prompts place the control ids themselves (prompts.py). Left out: truncation, padding, BOS, chat templates.
+Special ids are looked up by piece, because they differ: 107 is `<end_of_turn>` in Gemma 2 and a newline in Gemma 3. Text
+never encodes to a control piece: "<end_of_turn>" in a question is encoded as ordinary pieces, so it cannot end the turn.
+prompts.py places control ids, BOS included; nothing is truncated or padded here.
 """
 
 import hashlib
@@ -13,9 +13,9 @@ from pathlib import Path
 
 from data import DataError
 
-# Pieces that steer the model instead of standing for text, in Gemma 1, 2 and 3. Kept by name because the two file
-# formats flag different ones: <unused7> is control in tokenizer.model and ordinary in tokenizer.json. Runs of blanks
-# and HTML tags are whole pieces too, but they are text.
+# Pieces that steer the model instead of standing for text, in Gemma 1, 2 and 3. They are listed by name because the two
+# file formats flag different ones: <unused7> is a control piece in tokenizer.model but not in tokenizer.json. Runs of
+# blanks and HTML tags are whole pieces too, but they are text.
 CONTROL = re.compile(
     r"<(pad|eos|bos|unk|mask|2mass|unused\d+|(start|end)_of_(turn|image)|image_soft_token)>|\[multimodal\]|\[@BOS@\]"
 )
@@ -23,10 +23,10 @@ NEEDED = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>")
 
 
 class Tokenizer:
-    """Encoder and decoder of one folder; `load_tokenizer` makes it.
+    """The tokenizer of a model folder; made by `load_tokenizer`.
 
-    `stop_ids` are the ids that end a completion: EOS and end-of-turn. `vocab_size` is one more than the largest id,
-    not counting Gemma 3's <image_soft_token>: it lies past the rows of a text-only model, and `encode` never gives it.
+    `stop_ids` are the ids that end a completion: EOS and end-of-turn. `vocab_size` is one more than the largest id, apart
+    from that of Gemma 3's <image_soft_token>, which text-only models have no row for; `encode` never returns it.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Tokenizer:
         encode_text: Callable[[str], list[int]],
         decode_ids: Callable[[list[int]], str],
     ):
-        """`ids` gives the id of every piece; `flagged` names the pieces that the file itself calls control pieces."""
+        """`ids` maps every piece to its id; `flagged` are the pieces that the file marks as control pieces."""
         self.folder = folder
         self._ids = ids
         self._encode_text = encode_text
@@ -48,7 +48,7 @@ class Tokenizer:
         self.pad_id, self.eos_id, self.bos_id, self.start_of_turn_id, self.end_of_turn_id = (ids[p] for p in NEEDED)
         self.stop_ids = (self.eos_id, self.end_of_turn_id)
         unnamed = sorted(piece for piece in flagged if not CONTROL.fullmatch(piece))
-        # A look-ahead finds every place where a control piece starts, also one that begins inside another.
+        # A look-ahead finds every place where a control piece starts, even inside another one.
         self._control_start = re.compile(f"(?={'|'.join([CONTROL.pattern, *map(re.escape, unnamed)])})")
         self._control_ids = {i for piece, i in ids.items() if piece in flagged or CONTROL.fullmatch(piece)}
         self._pieces = {i: piece for piece, i in ids.items()}
@@ -56,34 +56,34 @@ class Tokenizer:
         self._check_text_comes_back()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` without BOS or EOS; a control piece in the text becomes ordinary pieces that spell it."""
-        # Cut each control piece after its first character: neither half is a control piece, and ids are joined, not
-        # text, so it cannot form again.
+        """The ids of `text`, without BOS and EOS. Control pieces in the text are encoded as ordinary pieces."""
+        # Cut each control piece after its first character: neither part is a control piece, and joining ids instead of
+        # text cannot form one again.
         cuts = [0, *(match.start() + 1 for match in self._control_start.finditer(text)), len(text)]
         return [i for start, end in pairwise(cuts) for i in self._encode_text(text[start:end])]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids` (ints or a numpy row); control pieces (pad, BOS, EOS, turns, unused ones) give no text."""
+        """The text of `ids` (ints or a numpy row). Control pieces (pad, BOS, EOS, turns, unused ones) are left out."""
         return self._decode_ids([int(i) for i in ids if int(i) not in self._control_ids])
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """Text of each of `ids`. Joined they read as the text, but for control pieces and bytes ("<0x0A>"), which are named."""
+        """The text of each id. Joined they are the text, except that control pieces and bytes ("<0x0A>") appear by name."""
         return [self._pieces[int(i)].replace("▁", " ") for i in ids]
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits of all pieces and their ids, and of how a sentence is cut: the same from either file format."""
+        """16 hex digits that identify all pieces, their ids, and how a sentence is split; equal for both file formats."""
         content = sorted(self._ids.items()), self.encode("Ann's 3 cats ate 12.50 kg,\n  one-third of it on Monday.")
         return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
     def piece_id(self, piece: str) -> int:
-        """Id of a piece as the vocabulary spells it (a blank is "▁"); DataError when there is none."""
+        """The id of a piece, spelled as in the vocabulary (a blank is "▁"). Raises DataError for an unknown piece."""
         if piece not in self._ids:
             raise DataError(f'tokenizer in {self.folder} has no piece "{piece}"')
         return self._ids[piece]
 
     def _check_text_comes_back(self) -> None:
-        # Prompts are encoded in parts. Some other families put a blank before each part or squeeze blanks.
+        # Prompts are encoded in parts; other families' tokenizers may prepend a blank to each part or merge blanks.
         first, second = "user\n", "  model"
         back = self.decode(self.encode(first) + self.encode(second))
         if back != first + second:
@@ -93,9 +93,9 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of `folder`: its `tokenizer.json` if it has one, else its `tokenizer.model`.
+    """Load the `tokenizer.json` of a folder, or its `tokenizer.model` if there is no `tokenizer.json`.
 
-    Raises DataError when there is neither, or when the file is damaged or not Gemma's.
+    Raises DataError when there is neither, and for a file that is damaged or not Gemma's.
     """
     folder = Path(folder)
     if (folder / "tokenizer.json").is_file():
@@ -106,15 +106,15 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def _load_json(folder: Path) -> Tokenizer:
-    # `tokenizers` alone: importing transformers for the same result takes seconds.
+    # `tokenizers` only: transformers gives the same result but takes seconds to import.
     import tokenizers
 
     path = folder / "tokenizer.json"
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more precise
+    except Exception as error:  # the library has no exception types of its own
         raise DataError(f"cannot read {path}: {error}") from error
-    backend.no_truncation()  # both may be stored in the file, left from someone's training
+    backend.no_truncation()  # the file may contain both, from someone's training
     backend.no_padding()
     return Tokenizer(
         folder,

@@ -1,5 +1,5 @@
-"""The network: Gemma's forward pass, its sampler, its layout over a mesh. Knows nothing of rewards or text."""
+"""The network: Gemma's forward pass, sampling, and sharding over a mesh. It knows nothing of rewards or text."""
 
 
 class ModelError(ValueError):
-    """A model folder, mesh or shape that cannot be used; the message is one line for the user."""
+    """A model folder, mesh or shape that cannot be used. The message is one line for the user."""

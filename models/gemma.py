@@ -1,22 +1,24 @@
-"""Gemma 1, 2 and 3 (text) as pure functions over a tree of stacked weights.
+"""Gemma 1, 2 and 3 (text only) as pure functions over a tree of stacked weights.
 
-A letter means one thing everywhere: in einsum strings, in `axes`, in sharding rules and in shape comments.
+Each letter names one dimension everywhere: in einsum strings, in `axes`, in sharding rules and in shape comments.
 
     L layers            Q questions (prompts)        N query heads          F hidden width of the MLP
     D embedding width   G completions a question     K key/value heads      V vocabulary
     B rows = Q*G        P prompt slots               R = N/K                A = N*H, all query heads
     T tokens in a call  C completion slots           H head size            E = K*H, all key/value heads
     S key slots         J rank of an adapter
-    M rows in the MLP, W rows at the head: both are B, laid out otherwise (sharding.py)
+    M rows in the MLP, W rows at the vocabulary head: both are B, sharded differently (sharding.py)
 
-Three drivers share the layer's two halves, `project` and `finish`:
+A lower-case letter is the same dimension, never sharded; a dot is a dimension without a letter.
 
-    forward          tokens -> hidden states, and the keys and values for later      (prefill; the plain model)
-    forward_group    prompts once, each read by its G completions -> hidden states   (training, reference)
-    forward_cached   one token a row against prompt and completion caches            (decoding: reads every weight once)
+Three forward passes share the two halves of a layer, `attention_inputs` and `attention_out_and_mlp`:
 
-A slot's position decides what sees it: a query at position q sees a key at position k when 0 <= q - k < window. Padding
-sits at position FAR, in the future of every token, so there is no other mask. Left out: images, dropout, biases.
+    forward          whole sequences -> hidden states, and the keys and values of all layers  (prefill; the plain model)
+    forward_group    each prompt once, with its G completions -> hidden states                (training, reference)
+    forward_cached   one token per row, against cached keys and values                        (decoding: reads all weights)
+
+Attention is masked by position: a query at position q sees a key at position k when 0 <= q - k < window. Padding has position
+FAR, in the future of every token, so it needs no mask of its own. Not supported: images, dropout, biases.
 """
 
 from dataclasses import dataclass, replace
@@ -32,12 +34,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from models.sharding import ROWS, TRAIN, Rules, reshard, spec, transposed
 
-FAR = 2**30
+FAR = 2**30  # the position of padding and of empty cache slots; as a window, one without a limit
 
 
 @dataclass(frozen=True)
 class GemmaConfig:
-    """The dimensions of one model; `convert.read_config` fills it from a `config.json`."""
+    """The dimensions of one model; `convert.read_config` reads them from a `config.json`."""
 
     num_layers: int
     embed_dim: int
@@ -46,12 +48,12 @@ class GemmaConfig:
     head_dim: int
     mlp_dim: int
     vocab_size: int
-    query_scale: float  # multiplies q; query_pre_attn_scalar ** -0.5
-    local_layers: tuple[bool, ...]  # which layers attend within `sliding_window` only
+    query_scale: float  # factor of the attention scores: query_pre_attn_scalar ** -0.5
+    local_layers: tuple[bool, ...]  # for each layer, whether it attends within `sliding_window` only
     sliding_window: int = FAR
     rope_base: float = 10_000.0
     rope_local_base: float = 10_000.0
-    rope_factor: float = 1.0  # positions of global layers are divided by it
+    rope_factor: float = 1.0  # positions are divided by it in global layers
     attn_softcap: float | None = None
     final_softcap: float | None = None
     post_norms: bool = False
@@ -65,7 +67,7 @@ class GemmaConfig:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The size of each letter that a weight has."""
+        """The size of each dimension that a weight has, by its letter."""
         return dict(
             L=self.num_layers, D=self.embed_dim, d=self.embed_dim, F=self.mlp_dim, V=self.vocab_size, H=self.head_dim,
             A=self.num_heads * self.head_dim, E=self.num_kv_heads * self.head_dim,
@@ -74,41 +76,44 @@ class GemmaConfig:
 
 @dataclass(frozen=True)
 class ExecutionConfig:
-    """How a forward pass runs: where arrays lie, in which dtype, what the backward pass keeps, whether layers are unrolled."""
+    """How a forward pass runs: sharding rules, dtype, rematerialization, unrolled or scanned layers."""
 
     rules: Rules = TRAIN
-    dtype: str = "float32"
+    dtype: str = "float32"  # of activations, and of weights as a layer uses them
     remat: str = "none"  # none | dots | full: what the backward pass recomputes
-    unroll: bool = False  # the layers: faster on a CPU, slower to compile
+    unroll: bool = False  # unroll the loop over layers: faster on a CPU, slower to compile
 
     def at(self, letters: str):
+        """The sharding of an activation with these dimensions."""
         return spec(letters, self.rules)
 
     def use(self, weights, letters):
-        """A weight as a layer uses it: in the compute dtype, where the rules want it."""
+        """Weights as a layer uses them: cast to `dtype` and sharded by `rules`. Both arguments may be trees."""
         return reshard(jax.tree.map(lambda leaf: leaf.astype(self.dtype), weights), letters, self.rules)
 
 
 @flax.struct.dataclass
 class Layers:
-    pre_attn_norm: Any
-    q: Any
-    k: Any
-    v: Any
-    o: Any
-    pre_mlp_norm: Any
-    gate: Any
-    up: Any
-    down: Any
-    post_attn_norm: Any = None  # Gemma 2, 3
-    post_mlp_norm: Any = None  # Gemma 2, 3
-    q_norm: Any = None  # Gemma 3
-    k_norm: Any = None  # Gemma 3
+    """The weights of all layers, stacked on L; or of one layer, without it."""
+
+    pre_attn_norm: Any  # Ld
+    q: Any  # LDA
+    k: Any  # LDE
+    v: Any  # LDE
+    o: Any  # LAD
+    pre_mlp_norm: Any  # Ld
+    gate: Any  # LdF
+    up: Any  # LdF
+    down: Any  # LFd
+    post_attn_norm: Any = None  # Ld; Gemma 2 and 3
+    post_mlp_norm: Any = None  # Ld; Gemma 2 and 3
+    q_norm: Any = None  # LH; Gemma 3
+    k_norm: Any = None  # LH; Gemma 3
 
 
 @flax.struct.dataclass
 class Adapted:
-    """A frozen projection and the adapter on it (lora.py), for what they are together: base + scale * a @ b."""
+    """A frozen projection with a LoRA adapter (lora.py). It stands for the matrix base + scale * a @ b."""
 
     base: Any  # LDF
     a: Any  # LDJ
@@ -118,27 +123,29 @@ class Adapted:
 
 @flax.struct.dataclass
 class Params:
-    embedding: Any
-    layers: Any  # Layers, stacked on L; or, to be unrolled, a tuple of them (`unstack`)
-    final_norm: Any
-    head: Any = None  # the embedding transposed, where it is worth a copy (`unstack`)
+    """All weights of a model."""
+
+    embedding: Any  # Vd
+    layers: Any  # Layers, stacked on L; or a tuple of L of them (`unroll`)
+    final_norm: Any  # d
+    head: Any = None  # dV, a transposed copy of the embedding (`unroll`)
 
 
 @flax.struct.dataclass
 class KV:
-    """Keys and values of some slots, and the positions they sit at. Stacked over layers, k and v have a leading L."""
+    """Keys and values of S slots per row, and the positions of these slots.
 
-    k: Any  # BKHS: each as the products of attention read it. Stacked, it rests as v does
+    For one layer k and v have the layout that the products of attention read. Stacked over layers both are LBKSH.
+    """
+
+    k: Any  # BKHS
     v: Any  # BKSH
     positions: Array  # BS
-    segments: Any = None  # BS, when a row holds several texts that must not see each other
+    segments: Any = None  # BS, when a row holds several texts that must not attend to each other
 
 
 def axes(config: GemmaConfig) -> Params:
-    """The letters of every weight: its shape by `config.sizes`, its sharding by a rule set.
-
-    A lower-case letter is the same dimension, never cut.
-    """
+    """The letters of every weight. `config.sizes` turns them into shapes, a rule set into shardings."""
     layers = Layers(
         pre_attn_norm="Ld", q="LDA", k="LDE", v="LDE", o="LAD", pre_mlp_norm="Ld", gate="LdF", up="LdF", down="LFd",
         post_attn_norm="Ld" if config.post_norms else None, post_mlp_norm="Ld" if config.post_norms else None,
@@ -148,12 +155,12 @@ def axes(config: GemmaConfig) -> Params:
 
 
 def shapes(config: GemmaConfig, dtype: str = "float32") -> Params:
-    """The tree of `jax.ShapeDtypeStruct` that a checkpoint must match."""
+    """The shape and dtype of every weight, as a tree of `jax.ShapeDtypeStruct`."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct([config.sizes[c] for c in a], jnp.dtype(dtype)), axes(config))
 
 
 def init_params(key: Array, config: GemmaConfig, rules: Rules, dtype: str = "float32") -> Params:
-    """Random weights, each matrix normal with variance 1 / (its input width), made where they will lie."""
+    """Random weights, sharded by `rules`: matrices normal with variance 1 / input width, embeddings with 0.02**2, norms 0."""
 
     def init(key):
         leaves, tree = jax.tree.flatten(axes(config))
@@ -168,16 +175,17 @@ def init_params(key: Array, config: GemmaConfig, rules: Rules, dtype: str = "flo
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:  # ...D, D -> ...D
+    """x / sqrt(mean(x**2) + eps) * (1 + scale), computed in float32; the result has the dtype of x."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    scale = scale.astype(x.dtype).astype(jnp.float32)  # rounded as the sampler's weights are
+    scale = scale.astype(x.dtype).astype(jnp.float32)  # rounded as in the sampling params, so that both paths agree
     return (x32 * (1 + scale)).astype(x.dtype)
 
 
 def linear(
     x: Array, weight: Any, letters: str, execution: ExecutionConfig, out: str | None = None, dtype: str | None = None
 ) -> Array:
-    """x @ weight, a matrix or an `Adapted` one; `remat="dots"` keeps it.  ...D, DF -> ...F"""
+    """x @ weight, where `weight` is a matrix or `Adapted`; `remat="dots"` saves the result.  ...D, DF -> ...F"""
     if isinstance(weight, Adapted):
         narrow = weight.scale * product(x, weight.a, letters[0] + "J", execution)
         wide = product(narrow, weight.b, "J" + letters[1], execution, out, dtype)
@@ -190,11 +198,11 @@ def linear(
 def product(
     x: Array, weight: Array, letters: str, execution: ExecutionConfig, out: str | None = None, dtype: str | None = None
 ) -> Array:
-    """x @ weight, where the rules want its result, in `dtype` (the one of x).  ...D, DF -> ...F
+    """x @ weight in `dtype` (default: that of x), sharded as `out` (default: as XLA propagates it).  ...D, DF -> ...F
 
-    The backward pass is written out for two reasons. It keeps the weight as stored and casts and gathers it again, so that no
-    gathered weight waits for it. And the weight's gradient is xᵀ·dy, summed straight into the stored layout: automatic
-    differentiation has dyᵀ·x, which transposes the larger of the two.
+    The backward pass is written out for two reasons. It saves the weight as stored, and casts and gathers it again: no gathered
+    weight stays in memory. And it computes the weight's gradient as xᵀ·dy, reduced directly into the stored layout; automatic
+    differentiation computes dyᵀ·x, which transposes the larger of the two.
     """
     placed = None if out is None else execution.at(out)
 
@@ -220,11 +228,15 @@ def product(
 
 
 def softcap(x: Array, cap: float | None) -> Array:
+    """x, squashed smoothly into (-cap, cap)."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def rope_table(positions: Array, config: GemmaConfig) -> Array:  # BT -> [global, local][cos, sin]BTH/2
-    """Angles of both kinds of layer, once for all layers; float32, as bfloat16 cannot tell positions 256 and 257 apart."""
+    """Cosines and sines of the RoPE angles, computed once for all layers: those of global layers, then those of local ones.
+
+    float32, because bfloat16 cannot tell positions 256 and 257 apart.
+    """
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     rates = [np.float32(base) ** -exponents for base in (config.rope_base, config.rope_local_base)]
     rates[0] = rates[0] / np.float32(config.rope_factor)
@@ -233,15 +245,17 @@ def rope_table(positions: Array, config: GemmaConfig) -> Array:  # BT -> [global
 
 
 def rotate(x: Array, table: Array) -> Array:  # BTNH, [cos, sin]BTH/2 -> BTNH
+    """RoPE: rotate each pair (x[i], x[i + H/2]) by its angle. Computed in float32, returned in the dtype of x."""
     cos, sin = table[0][:, :, None], table[1][:, :, None]
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
 
 
 def attend(q: Array, pieces: list[KV], positions: Array, window: Array, config: GemmaConfig, at) -> Array:
-    """One softmax over the keys of all `pieces` (the group's prompt, the row's own tokens).  BTNH -> BTA
+    """Attention with one softmax over the keys of all `pieces`, such as the prompt and the row's own tokens.  BTNH, BT -> BTA
 
-    Each piece has its own softmax, over its own keys; the pieces are then weighted by their share of the whole sum.
+    The softmax of each piece is computed over its own keys; then each piece is weighted by its share of the total, as in flash
+    attention.
     """
     B, T, N, H = q.shape
     values, totals, tops = zip(*(attend_piece(q, kv, positions, window, config, at) for kv in pieces), strict=True)
@@ -253,10 +267,10 @@ def attend(q: Array, pieces: list[KV], positions: Array, window: Array, config: 
 
 
 def attend_piece(q: Array, kv: KV, positions: Array, window: Array, config: GemmaConfig, at) -> tuple[Array, Array, Array]:
-    """Attention before its division: sum of weighted values, sum of weights, the score both are relative to.
+    """Attention to one piece before normalization: sum of weighted values, sum of weights, and the highest score.
 
-    BTNH, (QKHS, QKSH, QS), BT -> BTNH, BTN1, BTN1, float32. B may be a multiple of the rows of `kv`: then each row of keys is
-    read by a group of G consecutive rows of queries.
+    Weights are exp(score - highest score). BTNH, (QKHS, QKSH, QS), BT -> BTNH, BTN1, BTN1, in float32. B is a multiple of Q:
+    each row of keys is read by a group of G = B / Q consecutive rows of queries.
     """
     B, T, N, H = q.shape
     Q, K = kv.k.shape[:2]
@@ -266,7 +280,7 @@ def attend_piece(q: Array, kv: KV, positions: Array, window: Array, config: Gemm
     positions = lax.reshape(positions, (Q, B // Q, T), out_sharding=at("QGT"))
     age = positions[..., None] - kv.positions[:, None, None]  # QGTS
     visible = (age >= 0) & (age < window)
-    if kv.segments is not None:  # then queries and keys are the same slots
+    if kv.segments is not None:  # queries and keys are the same slots
         visible &= (kv.segments[:, :, None] == kv.segments[:, None])[:, None]
     scores = jnp.where(visible[:, None, :, :, None], scores, -1e30)
     top = lax.stop_gradient(scores.max(axis=-1, keepdims=True))
@@ -285,7 +299,7 @@ def attend_piece(q: Array, kv: KV, positions: Array, window: Array, config: Gemm
 def attention_inputs(
     x: Array, w: Layers, table: Array, config: GemmaConfig, execution: ExecutionConfig
 ) -> tuple[Array, Array, Array]:
-    """What comes before a layer's attention: queries, keys and values.  BTD -> BTNH, BTKH, BTKH"""
+    """The first half of a layer: norm, projections and RoPE.  BTD -> queries BTNH, keys BTKH, values BTKH"""
     B, T, _ = x.shape
     h = rms_norm(x, w.pre_attn_norm, config.norm_eps)
 
@@ -302,7 +316,7 @@ def attention_inputs(
 
 
 def attention_out_and_mlp(x: Array, w: Layers, mixed: Array, config: GemmaConfig, execution: ExecutionConfig) -> Array:
-    """What comes behind a layer's attention: its output projection, and the MLP.  BTD, BTA -> BTD"""
+    """The second half of a layer: output projection, MLP, and both residual connections.  BTD, BTA -> BTD"""
     h = linear(mixed, w.o, "AD", execution)
     x = x + (rms_norm(h, w.post_attn_norm, config.norm_eps) if config.post_norms else h)
     h = rms_norm(x, w.pre_mlp_norm, config.norm_eps)
@@ -313,9 +327,10 @@ def attention_out_and_mlp(x: Array, w: Layers, mixed: Array, config: GemmaConfig
 
 
 def embed(params: Params, tokens: Array, config: GemmaConfig, execution: ExecutionConfig) -> Array:  # BT -> BTD
-    """Each token's row of the table, whose rows are cut over devices: tokens travel to the rows, what they find travels back.
+    """Rows of the embedding table, times sqrt(D).
 
-    Every device looks up the tokens of all, and finds those it holds; the sum over devices is taken where the token came from.
+    When the table is sharded over V, tokens are gathered to all devices, each device looks up the ones whose rows it holds, and
+    a reduce-scatter sums the results back to where each token came from. The table itself does not move.
     """
     table = reshard(params.embedding, "Vd", execution.rules)
     sizes = jax.sharding.get_abstract_mesh().shape
@@ -336,9 +351,10 @@ def embed(params: Params, tokens: Array, config: GemmaConfig, execution: Executi
 
 
 def scan_layers(step, carry, layers: Any, extra: Any, config: GemmaConfig, execution: ExecutionConfig):
-    """Run `step(carry, i, weights, is_local, extra)` for each layer i; `extra` is stacked on L, or apart, as `layers` is.
+    """Run `step(carry, i, weights, is_local, extra)` for each layer i.
 
-    Stacked layers make a loop of the compiled program, layers apart (`unstack`) one copy of its body for each.
+    `layers` and `extra` are stacked on L, and compile to one loop; or both are tuples (`unstack`), and compile to L copies of
+    the body.
     """
     if execution.remat != "none":
         policies = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names("linear")}
@@ -354,33 +370,34 @@ def scan_layers(step, carry, layers: Any, extra: Any, config: GemmaConfig, execu
 
 
 def unroll(params: Params, config: GemmaConfig, execution: ExecutionConfig) -> Params:
-    """Weights for a loop to use again and again: layers apart, the head as the product reads it fastest."""
+    """With `execution.unroll`, weights prepared for a decoding loop: a tuple of layers, and a transposed copy of the head."""
     head = lax.optimization_barrier(params.embedding.T)
     return replace(params, layers=unstack(params.layers, config, execution), head=head) if execution.unroll else params
 
 
 def unroll_kv(kv: KV, execution: ExecutionConfig) -> KV:
-    """Keys and values, stacked on L, for the same loop: LBKSH, LBKSH -> L of BKHS, L of BKSH."""
+    """The same for keys and values: LBKSH, LBKSH -> tuples of L times BKHS and L times BKSH."""
     return KV(tuple(jnp.swapaxes(k, 2, 3) for k in kv.k), tuple(kv.v), kv.positions) if execution.unroll else kv
 
 
 def unstack(tree: Any, config: GemmaConfig, execution: ExecutionConfig) -> Any:
-    """Where layers are to be unrolled: one tree for each, out of one whose leaves are stacked on L."""
+    """With `execution.unroll`, a tree whose leaves are stacked on L as a tuple of L trees."""
     if isinstance(tree, tuple) or not execution.unroll:
         return tree
     return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(config.num_layers))
 
 
-def layer_window(local: Array, config: GemmaConfig) -> Array:
+def layer_window(local: Array, config: GemmaConfig) -> Array:  # 0 or 1 -> scalar
+    """The attention window of a local or a global layer."""
     return jnp.where(local == 1, min(config.sliding_window, FAR), FAR)
 
 
 def forward(
     params: Params, tokens: Array, positions: Array, config: GemmaConfig, execution: ExecutionConfig
 ) -> tuple[Array, KV]:
-    """The plain causal model.  BT, BT -> hidden BTD after the final norm, and the keys and values of all layers.
+    """The plain causal model.  BT, BT -> hidden states BTD after the final norm, keys and values LBKSH of all layers.
 
-    A padded slot has position FAR; what comes out there means nothing.
+    Padding has position FAR; its hidden states are meaningless.
     """
     table = rope_table(positions, config)
 
@@ -399,11 +416,11 @@ def forward_group(
     params: Params, prompts: Array, lengths: Array, tokens: Array, config: GemmaConfig, execution: ExecutionConfig,
     positions: Array | None = None, segments: Array | None = None,
 ) -> Array:  # fmt: skip
-    """Hidden states that predict each completion token, each prompt computed once.  QP, Q, BC -> BCD
+    """The hidden states that predict each completion token, with each prompt computed once.  QP, Q, BC -> BCD
 
-    Row b continues prompt b // (B / Q) with one completion, or with several of the group packed one behind the other: then
-    `positions` restart at each completion, and `segments` tell the completions apart (both BC). Equal to `forward` on every
-    prompt + completion written out.
+    Row b continues prompt b // (B / Q). It holds one completion, or several of the group packed one after another: then
+    `positions` restart with each completion and `segments` number them (both BC). Equal to `forward` on each prompt with its
+    completion.
     """
     (Q, P), (B, C), at = prompts.shape, tokens.shape, execution.at
     starts = repeat(lengths, B // Q, at)[:, None]
@@ -432,14 +449,14 @@ def forward_group(
 
 
 def join_rows(prompts: Array, rows: Array, at) -> Array:
-    """A prompt and the slots of all its rows in one line: each product runs once.  QP..., BC... -> Q, P + (B/Q)C, ..."""
+    """Each prompt followed by all rows of its group, so that each product runs once.  QP..., BC... -> Q, P + (B/Q)C, ..."""
     Q, (B, C) = len(prompts), rows.shape[:2]
     rows = lax.reshape(rows, (Q, B // Q * C, *rows.shape[2:]), out_sharding=at("Q." + "." * (rows.ndim - 2)))
     return jnp.concatenate([jax.sharding.reshard(prompts, jax.typeof(rows).sharding), rows], axis=1)
 
 
 def split_rows(x: Array, P: int, B: int, at) -> Array:
-    """The rows that `join_rows` put behind the P slots of each prompt.  Q, P + (B/Q)C, ... -> BC..."""
+    """The inverse of `join_rows`, without the prompts.  Q, P + (B/Q)C, ... -> BC..."""
     C = (x.shape[1] - P) * len(x) // B
     return lax.reshape(x[:, P:], (B, C, *x.shape[2:]), out_sharding=at("BC" + "." * (x.ndim - 2)))
 
@@ -447,12 +464,13 @@ def split_rows(x: Array, P: int, B: int, at) -> Array:
 def forward_cached(
     params: Params, tokens: Array, slot: Array, prefix: KV, cache: KV, config: GemmaConfig, execution: ExecutionConfig
 ) -> tuple[Array, KV]:
-    """One token a row, written to `slot` of the cache.  B, scalar, (LQKPH, QP), (LBKCH, BC) -> hidden BD, cache
+    """One token per row, whose keys and values go to `slot` of the cache.  B, scalar, (LQKPH, QP), (LBKCH, BC) -> BD, cache
 
-    Their positions stand in the cache already. Layers, prefix and cache are stacked on L, or apart (`unroll`, `unroll_kv`).
+    `cache.positions` holds the tokens' positions at `slot` already. Layers, prefix and cache are stacked on L, or all three are
+    unrolled (`unroll`, `unroll_kv`).
     """
     positions = lax.dynamic_slice_in_dim(cache.positions, slot, 1, axis=1)
-    table = lax.optimization_barrier(rope_table(positions, config))  # else a CPU computes sines anew for each head
+    table = lax.optimization_barrier(rope_table(positions, config))  # otherwise XLA on CPU recomputes the sines for each head
     apart = isinstance(params.layers, tuple)
 
     def step(carry, layer, w, local, shared):
@@ -472,7 +490,7 @@ def forward_cached(
 
 
 def write_slot(cache: Any, layer: Any, new: Array, slot: Array, axis: int) -> tuple[Any, Array]:
-    """`new` into one slot of one layer's cache: all layers' cache, and that layer's."""
+    """Write `new` into one slot of one layer's cache. -> the cache of all layers, and of that layer"""
     where: list[Any] = [0, 0, 0, 0]
     where[axis] = slot
     if isinstance(cache, tuple):
@@ -483,24 +501,25 @@ def write_slot(cache: Any, layer: Any, new: Array, slot: Array, axis: int) -> tu
 
 
 def prompt_slots(lengths: Array, width: int) -> Array:  # Q -> QP
-    """Positions of right-padded prompts: 0, 1, ... and FAR from each prompt's length on."""
+    """Positions of right-padded prompts: 0, 1, ... for tokens and FAR for padding."""
     slots = jnp.arange(width)
     return jnp.where(slots < lengths[:, None], slots, FAR)
 
 
 def last_slot(hidden: Array, lengths: Array) -> Array:  # QPD, Q -> QD
+    """The hidden state of each prompt's last token."""
     chosen = jnp.arange(hidden.shape[1]) == lengths[:, None] - 1
     return jnp.where(chosen[..., None], hidden, 0).sum(axis=1)
 
 
 def repeat(x: Array, times: int, at) -> Array:  # Q... -> B...
-    """Each row `times` times in a row: what is true of a question holds for its group."""
+    """Each row `times` times in a row: from one row per question to one per completion."""
     grouped = jnp.broadcast_to(x[:, None], (x.shape[0], times, *x.shape[1:]))
     return lax.reshape(grouped, (x.shape[0] * times, *x.shape[1:]), out_sharding=at("B" + "." * (x.ndim - 1)))
 
 
 def vocab_logits(hidden: Array, params: Params, config: GemmaConfig, execution: ExecutionConfig) -> Array:
-    """float32 logits over the vocabulary, soft-capped.  BTD -> WTV"""
+    """Soft-capped logits over the vocabulary, in float32.  BTD -> WTV"""
     hidden = jax.sharding.reshard(hidden, execution.at("WTd"))
     head = params.embedding.T if params.head is None else params.head
     logits = linear(hidden, head, "dV", execution, dtype="float32")
@@ -510,9 +529,8 @@ def vocab_logits(hidden: Array, params: Params, config: GemmaConfig, execution: 
 def pick_logprobs(logits: Array, tokens: Array, temperature: Array) -> Array:
     """log softmax(logits / temperature) at `tokens`.  ...V, ..., ... -> ...
 
-    The definition of a log-probability for reference and trainer; the sampler's `draw` has the same from what it has computed
-    anyway, to rounding. Temperature 0 (greedy) counts as 1.
-    A masked sum picks the token, so that V may stay cut over devices.
+    This defines the log-probabilities of trainer and reference. The sampler's `draw` computes the same, up to rounding, from
+    values that it has at hand. Temperature 0 (greedy) counts as 1. A masked sum picks the token, because V may be sharded.
     """
     logits = logits / jnp.where(temperature > 0, temperature, 1.0)[..., None]
     chosen = jnp.where(jnp.arange(logits.shape[-1]) == tokens[..., None], logits, 0.0).sum(axis=-1)
@@ -527,18 +545,18 @@ def token_logprobs(
     config: GemmaConfig,
     execution: ExecutionConfig,
     chunk: int,
-):
+) -> Array:
     """Log-probabilities of `tokens` from the hidden states that predict them.  BCD, BC -> BC
 
-    Works on `chunk` slots of every row at a time and recomputes them in the backward pass: the [B, C, V] logits, 1 MB a token
-    in float32 for Gemma, never exist at once. With `chunk` >= C they do, and nothing is recomputed.
+    Processes `chunk` slots of every row at a time and recomputes their logits in the backward pass, so the logits BCV (1 MB per
+    token in float32 for Gemma) never exist at once. With `chunk` >= C they do, and nothing is recomputed.
     """
     B, C, _ = hidden.shape
     count = -(-C // chunk)
     chunk = -(-C // count)
     padding = count * chunk - C
 
-    def chunks(x):  # BC... -> count, B, chunk...
+    def chunks(x):  # BC... -> [count, B, chunk, ...]
         x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(B, count, chunk, *x.shape[2:]), 1, 0)
 

@@ -1,7 +1,4 @@
-"""The dimensions of known models, for planning and benchmarks without their weights; a real run reads `config.json` instead.
-
-From the models' own `config.json`; aligned so that the eye can compare them.
-"""
+"""The dimensions of known models, from their `config.json`, for planning and benchmarks; a run reads its own model's file."""
 
 from functools import partial
 
@@ -9,7 +6,7 @@ from models.gemma import GemmaConfig
 
 
 def local(layers: int, pattern: int) -> tuple[bool, ...]:
-    """Every `pattern`-th layer attends globally."""
+    """Which layers are local when every `pattern`-th one is global."""
     return tuple((i + 1) % pattern != 0 for i in range(layers))
 
 

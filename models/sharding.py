@@ -1,16 +1,16 @@
-"""Where every array lies: one mesh, and rules that turn the letters of a shape into a sharding.
+"""How arrays are sharded: one mesh, and rules that map the letters of a shape to mesh axes.
 
-The mesh has two axes, `fsdp` x `tp`, over all devices. A rule set maps a letter (a dimension, see `gemma.py`) to the mesh
-axes that cut it; a letter without a rule is whole on every device.
+The mesh has two axes, `fsdp` x `tp`, over all devices. A rule set maps a letter (a dimension, see gemma.py) to the mesh axes
+that it is sharded over; a letter without a rule is whole on every device.
 
-    STORE    how weights, Adam moments and the reference rest: each matrix cut over all devices.
-    TRAIN    how they are used in training: rows cut over all devices, a layer's weights gathered while it runs (FSDP); the
-             vocabulary stays cut, and the rows travel to it instead.
-    ROLLOUT  how they are used in sampling: rows (and their KV cache) cut over all devices, attention weights whole, the MLP
-             and the vocabulary cut over `tp`: no weight moves while decoding.
+    STORE    how parameters, Adam moments and the reference are stored: each matrix sharded over all devices.
+    TRAIN    training: rows are sharded over all devices, and each layer's weights are gathered while it runs (FSDP). The
+             vocabulary stays sharded; hidden states are sent to it instead.
+    ROLLOUT  sampling: rows and their KV cache are sharded over all devices, attention weights are replicated, the MLP and the
+             vocabulary are sharded over `tp`. No weight moves while decoding.
 
-Weights are cut tp-major and rows fsdp-major, so that STORE -> ROLLOUT is one all-gather over `fsdp` and the rows of one
-`tp` group lie next to each other. On one device every rule is the identity. Left out: pipeline and sequence parallelism.
+Weights are sharded tp-major and rows fsdp-major, so that STORE -> ROLLOUT is one all-gather over `fsdp`, and the rows of a `tp`
+group are neighbours. On one device every rule is the identity. Not supported: pipeline and sequence parallelism.
 """
 
 import math
@@ -32,7 +32,7 @@ Axes = str | tuple[str, ...] | None
 
 @dataclass(frozen=True)
 class Rules:
-    """The mesh axes that cut each letter; a letter that is not a field is never cut."""
+    """The mesh axes that each letter is sharded over; a letter that is not a field is never sharded."""
 
     Q: Axes = None  # questions
     B: Axes = None  # rows in attention and the KV cache
@@ -52,9 +52,10 @@ ROLLOUT = Rules(Q=ROWS, B=ROWS, M="fsdp", W="fsdp", F="tp", V="tp")
 
 
 def make_mesh(tp: int = 1, devices: list | None = None) -> Mesh:
-    """A mesh of all `devices` (default: every device of every process), `tp` of them sharing one copy of the rows.
+    """The mesh of `devices` (default: all devices of all processes), with groups of `tp` that share one copy of the MLP.
 
-    0 takes the largest power of two, up to 8, that divides the number of devices. Raises ModelError when `tp` does not.
+    `tp` 0 means the largest power of two up to 8 that divides the number of devices. Raises ModelError for a `tp` that does
+    not divide it.
     """
     devices = devices or jax.devices()
     tp = math.gcd(8, len(devices)) if tp == 0 else tp
@@ -68,7 +69,7 @@ def make_mesh(tp: int = 1, devices: list | None = None) -> Mesh:
 def spec(letters: str, rules: Rules) -> PartitionSpec:
     """The sharding of a shape: `spec("BTD", TRAIN) == PartitionSpec(("fsdp", "tp"), None, None)`.
 
-    Each mesh axis is claimed once, left to right.
+    A mesh axis is used once, by the first letter that it shards.
     """
     claimed: set[str] = set()
     axes: list[Axes] = []
@@ -81,17 +82,17 @@ def spec(letters: str, rules: Rules) -> PartitionSpec:
 
 
 def specs(axes, rules: Rules):
-    """`spec` over a tree of letters: the shardings of a whole parameter tree."""
+    """`spec` of every leaf of a tree of letters, such as `gemma.axes`."""
     return jax.tree.map(lambda letters: spec(letters, rules), axes)
 
 
 def reshard(tree, axes, rules: Rules):
-    """Lay every leaf of `tree` out as `rules` want it; leaves that lie so already are left alone."""
+    """Shard every leaf of `tree` by its letters in `axes`; leaves that are sharded so already are not copied."""
     return jax.tree.map(lambda leaf, letters: jax.sharding.reshard(leaf, spec(letters, rules)), tree, axes)
 
 
 def to_devices(x: ArrayLike, letters: str) -> Array:
-    """A host array on the devices, rows cut over all of them. With several processes, each gives the whole array."""
+    """A host array on the devices, sharded by TRAIN. With several processes, each must pass the whole array."""
     if jax.process_count() == 1:
         return jax.device_put(x, spec(letters, TRAIN))
     whole = np.asarray(x)
@@ -101,14 +102,14 @@ def to_devices(x: ArrayLike, letters: str) -> Array:
 
 
 def to_host(tree: Any) -> Any:
-    """Arrays on the devices as arrays on the host, whole on every process."""
+    """A tree of device arrays as numpy arrays, whole on every process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def abstract_like(function: Callable, *arguments: Any, mesh: Mesh) -> Any:
-    """What `function` would return, as shapes that lie where it would leave them. Nothing is computed."""
+    """The shapes, dtypes and shardings of what `function` would return. Nothing is computed."""
     return jax.tree.map(
         lambda a: a.update(sharding=NamedSharding(mesh, a.sharding.spec if a.sharding else PartitionSpec())),
         jax.eval_shape(function, *arguments),
@@ -116,18 +117,18 @@ def abstract_like(function: Callable, *arguments: Any, mesh: Mesh) -> Any:
 
 
 def transposed(sharding: NamedSharding) -> NamedSharding:
-    """Where the transpose of a matrix lies."""
+    """The sharding of the transpose of a matrix."""
     return sharding.update(spec=PartitionSpec(*reversed(sharding.spec)))
 
 
 def activation_dtype(name: str) -> str:
-    """`auto` is float32 on a CPU, whose bfloat16 is slow, and bfloat16 elsewhere."""
+    """The dtype that `name` stands for: `auto` is float32 on a CPU, where bfloat16 is slow, and bfloat16 elsewhere."""
     if name != "auto":
         return name
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def check_divides(what: str, size: int, mesh: Mesh) -> None:
-    """One clear line when `size` cannot be cut evenly over all devices of `mesh`."""
+    """Raises ModelError when `size` cannot be sharded evenly over all devices of `mesh`."""
     if size % mesh.size:
         raise ModelError(f"{what} {size} must divide over {mesh.size} devices; use a multiple of {mesh.size}")

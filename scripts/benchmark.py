@@ -156,11 +156,11 @@ def bounds(run: Run, config: BenchmarkConfig, chip: Chip, step: int) -> dict[str
     tokens = sum(prompts) + sum(lengths), sum(lengths), roofline.group_pairs(model, prompts, lengths)
     adapters = count_adapters(model, run.update.lora_names, config.lora_rank)
     found = {
-        "sampling_params": roofline.sampling_params(model, chip, devices, tp, width=width, adapters=adapters),
-        "prefill": roofline.prefill(model, chip, devices, tp, prompts, width=width),
-        "decode": roofline.decode(model, chip, devices, tp, prompts, lengths, width=width),
-        "reference": roofline.forward_logprobs(model, chip, devices, *tokens, width=width),
-        "update": roofline.update(model, chip, devices, *tokens, width=width, adapters=adapters),
+        "sampling_params": roofline.sampling_params_bound(model, chip, devices, tp, width=width, adapters=adapters),
+        "prefill": roofline.prefill_bound(model, chip, devices, tp, prompts, width=width),
+        "decode": roofline.decode_bound(model, chip, devices, tp, prompts, lengths, width=width),
+        "reference": roofline.logprobs_bound(model, chip, devices, *tokens, width=width),
+        "update": roofline.update_bound(model, chip, devices, *tokens, width=width, adapters=adapters),
     }
     whole = sum(found.values(), Bound())
     return found | {"sample": found["prefill"] + found["decode"], "step": whole}

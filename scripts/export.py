@@ -1,10 +1,10 @@
-"""Write a model as a Hugging Face folder, for transformers, vLLM and lm-eval; or its LoRA adapters as a PEFT folder.
+"""Export a model as a Hugging Face folder for transformers, vLLM and lm-eval, or its LoRA adapters as a PEFT folder.
 
     python scripts/export.py --model_path RUN_DIR --out DIR
     python scripts/export.py --model_path LORA --base_path DIR --adapter_alpha 64 --out DIR [--lora peft]
 
-Any model that can be trained can be exported. Weights go from disk to disk leaf by leaf; DIR is there whole or not at all. The
-last line of standard output is one line of JSON.
+Any model that can be trained can be exported. Weights are copied one at a time. DIR appears only when everything is written.
+The last line of standard output is JSON.
 """
 
 import hashlib
@@ -29,9 +29,9 @@ from models.formats.containers import read_json
 from models.formats.save import config_json, tensor_bytes, tensors, text_config, write_json, write_weights
 
 SUMS = "SHA256SUMS"
-SPARE = 2**26  # bytes that the tokenizer's files may take
+TOKENIZER_BYTES = 2**26  # an upper bound of the tokenizer's files
 
-# As data/prompts.py places turns: what Gemma's own template makes of one question.
+# The turns of data/prompts.py: what Gemma's own template renders for one question.
 CHAT_TEMPLATE = """\
 {{ bos_token }}{% for message in messages %}{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else \
 message['role']) + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}\
@@ -40,17 +40,17 @@ message['role']) + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}{% e
 
 @dataclass(frozen=True)
 class ExportConfig:
-    model_path: str = flag("", "what to export: a run's directory or checkpoint, adapters, any model folder")
+    model_path: str = flag("", "what to export: a run's directory or checkpoint, adapters, or any model folder")
     out: str = flag("", "folder to write")
-    dtype: str = flag("auto", "auto: bfloat16 of weights, float32 of adapters", choices=("auto", "bfloat16", "float32"))
-    lora: str = flag("merged", "adapters: merged into their base, or a PEFT folder of their own", choices=("merged", "peft"))
-    base_path: str = flag("", "the model that adapters lie on; a run's base model, if it has moved")
-    adapter_alpha: float = flag(0.0, "alpha of adapters that do not say it")
+    dtype: str = flag("auto", "auto: bfloat16 for weights, float32 for adapters", choices=("auto", "bfloat16", "float32"))
+    lora: str = flag("merged", "adapters: merged into their base model, or as a PEFT folder", choices=("merged", "peft"))
+    base_path: str = flag("", "the base model of adapters; the base model of a run, if it has moved")
+    adapter_alpha: float = flag(0.0, "alpha of adapters that do not store it")
 
     def __post_init__(self):
         for name in ("model_path", "out"):
             if not getattr(self, name):
-                raise ConfigError(f"{name} is needed; give --{name}")
+                raise ConfigError(f"{name} is required; give --{name}")
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     model = find_model(config.model_path, config.base_path, config.adapter_alpha)
     print(model.line, file=sys.stderr)
     if not has_tokenizer(model.folder):
-        raise ConfigError(f"{model.folder} holds no tokenizer.json and no tokenizer.model; put the model's own there")
+        raise ConfigError(f"{model.folder} holds no tokenizer.json and no tokenizer.model; copy the model's own there")
     tokenizer = load_tokenizer(model.folder)
     check_tokenizer(tokenizer, model.config)
     if config.lora == "peft" and not model.adapters:
@@ -90,17 +90,17 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 @contextmanager
 def new_folder(out: Path, model: Model) -> Iterator[Path]:
-    """OUT.part, which becomes OUT when all is written. Only an earlier export is ever replaced."""
+    """OUT.part, renamed to OUT when the block ends without an error. Only an earlier export is ever replaced."""
     part = out.parent / f"{out.name}.part"
     if out.exists() and out.resolve() in (model.path.resolve(), model.folder.resolve()):
         raise ConfigError(f"out {out} is the model itself; give another folder")
     for folder in (out, part):
         if folder.exists() and not is_export(folder):
-            raise ConfigError(f"out: {folder} is there, and is no earlier export; remove it or give another --out")
+            raise ConfigError(f"out: {folder} exists and is not an earlier export; remove it or give another --out")
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        (part / SUMS).touch()  # the mark of an export, whole or not
+        (part / SUMS).touch()  # marks the folder as an export, complete or not
     except OSError as error:
         raise ConfigError(f"out {out} cannot be written: {error.strerror}") from None
     try:
@@ -115,50 +115,51 @@ def new_folder(out: Path, model: Model) -> Iterator[Path]:
 
 
 def is_export(folder: Path) -> bool:
-    """Whether every file in a folder is one that an earlier export wrote: nothing else may be removed."""
+    """Whether every file in a folder was written by an earlier export, so that the folder may be removed."""
     if not folder.is_dir():
         return False
-    there = {file.name for file in folder.iterdir()}
-    if not there or (folder.suffix == ".part" and SUMS in there):
+    present = {file.name for file in folder.iterdir()}
+    if not present or (folder.suffix == ".part" and SUMS in present):
         return True
-    listed = (folder / SUMS).read_text("utf-8").splitlines() if SUMS in there else []
-    return {SUMS, *(line.partition("  ")[2] for line in listed)} == there
+    listed = (folder / SUMS).read_text("utf-8").splitlines() if SUMS in present else []
+    return {SUMS, *(line.partition("  ")[2] for line in listed)} == present
 
 
 def public_name(model: Model) -> str:
-    """As transformers asks for it: hf:google/gemma-2-2b@main -> google/gemma-2-2b."""
+    """The name of a model as transformers expects it: hf:google/gemma-2-2b@main -> google/gemma-2-2b."""
     path = str(model.path)
     return path.removeprefix("hf:").partition("@")[0] if path.startswith("hf:") else path
 
 
 def check_space(folder: Path, size: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < size + SPARE:
-        raise RunError(f"out {folder.parent} has {free / 1e6:.0f} MB free, {(size + SPARE) / 1e6:.0f} MB are needed")
+    """Raises RunError unless there is room for weights of `size` bytes and a tokenizer."""
+    free, needed = shutil.disk_usage(folder).free, size + TOKENIZER_BYTES
+    if free < needed:
+        raise RunError(f"out {folder.parent} has {free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB are needed")
 
 
 def sha256(file: Path) -> str:
+    """The SHA-256 of a file's content, as hex digits."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------- what lies beside weights
+# ------------------------------------------------------------------------------------------------------------ the other files
 
 
 def config_of(model: Model, tokenizer: Tokenizer, dtype: str) -> dict:
-    """The base's own config.json, but for the dtype; that of a text model, when the base has other parts too."""
+    """The base model's config.json with the new dtype; of a multimodal model, that of its text part."""
     if (model.folder / "config.json").is_file():
         values = text_config(read_json(model.folder / "config.json"))
     else:
-        values = config_json(
-            model.config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id
-        )
-    said = [key for key in ("dtype", "torch_dtype") if key in values] or ["torch_dtype"]
-    return values | dict.fromkeys(said, dtype)
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+        values = config_json(model.config, ids)
+    keys = [key for key in ("dtype", "torch_dtype") if key in values] or ["torch_dtype"]
+    return values | dict.fromkeys(keys, dtype)
 
 
 def write_tokenizer(folder: Path, model: Model, tokenizer: Tokenizer) -> None:
-    """The tokenizer's files as they are, a chat template where there was none, and both ids that end a completion."""
+    """Copy the tokenizer's files, and add a chat template and the ids that end a completion where they are missing."""
     for name in set(DESCRIPTION) - {"config.json", "generation_config.json"}:
         if (model.folder / name).is_file():
             shutil.copyfile(model.folder / name, folder / name)
@@ -171,8 +172,8 @@ def write_tokenizer(folder: Path, model: Model, tokenizer: Tokenizer) -> None:
     stated = model.folder / "generation_config.json"
     generation = read_json(stated) if stated.is_file() else {"do_sample": False}
     ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
-    said = generation.get("eos_token_id") or []
-    ends = {*(said if isinstance(said, list) else [said]), *tokenizer.stop_ids}
+    given = generation.get("eos_token_id") or []
+    ends = {*(given if isinstance(given, list) else [given]), *tokenizer.stop_ids}
     write_json(folder / "generation_config.json", {**ids, **generation, "eos_token_id": sorted(ends)})
 
 

@@ -1,16 +1,15 @@
-"""Make `models/tiny`: a Gemma 3 small enough for two CPU cores, warm on word problems, as a Hugging Face folder.
+"""Make `models/tiny`: a Gemma 3 small enough for two CPU cores, pretrained on word problems, as a Hugging Face folder.
 
     python scripts/make_tiny.py [--out DIR] [--steps N] [--tuning_steps N] [--seed N]
 
-A vocabulary of fixed pieces, then plain supervised training on correct demonstrations (data/arithmetic.py), in two phases:
-most show every step, so that the model learns to calculate; then most give the bare result and a few break the format, so
-that it seldom shows its work. What is left to learn is that showing work pays. The loss is the mean of -log p over the
-completion tokens of a batch, the stop token included. Trains on split "train"; reads the written folder back, measures it on
-split "tune" and states the figures in the folder's README. Left out: everything about rewards.
+Builds a vocabulary of fixed pieces, then trains on correct demonstrations (data/arithmetic.py) in two phases of supervised
+learning. First most demonstrations show every step, so that the model learns to calculate; then most give only the result and a
+few break the format, so that it rarely shows its work. GRPO can still learn that showing work pays. The loss is the mean of
+-log p over the completion tokens of a batch, the stop token included. Trains on split "train". Then reads the written folder
+back, measures it on split "tune" and writes the figures to the folder's README.
 """
 
 import argparse
-import json
 import re
 import sys
 import time
@@ -33,25 +32,25 @@ from grpo.reports.consensus import wilson
 from grpo.reward import TAGS, is_correct, violates_format
 from grpo.runs.cli import run_script
 from models.formats.convert import load_params, read_config
-from models.formats.save import save_params
+from models.formats.save import save_params, write_json
 from models.gemma import ExecutionConfig, GemmaConfig, Params, forward_group, init_params, token_logprobs
 from models.sampler import Sampling, row_keys, sample
 from models.sharding import ROLLOUT, TRAIN, make_mesh
 
 FOLDER = Path(__file__).resolve().parents[1] / "models" / "tiny"
-PROMPT_WIDTH, COMPLETION_WIDTH = 48, 32  # the longest that four operations need: see the folder's README
+PROMPT_WIDTH, COMPLETION_WIDTH = 48, 32  # enough for four operations; the folder's README states the longest lengths
 STYLES = ("terse", "worked", "slip")
 STEPS, RATE, SHARES = 1500, 3e-3, (0.3, 0.7, 0.0)  # the first phase: learn to calculate
 TUNING_STEPS, TUNING_RATE, TUNING_SHARES = 200, 5e-4, (0.88, 0.08, 0.04)  # the second: learn to be brief
 PROBLEMS, BATCH, WARM_UP = 20_000, 32, 50
 MEASURED, SAMPLES_EACH = 600, 4
-WORK = re.compile("[0-9] [-+*/] [0-9]")  # a calculation anywhere: a slip leaves no reasoning block to look into
+WORK = re.compile("[0-9] [-+*/] [0-9]")  # a calculation anywhere in the text, because a slip has no reasoning block
 
-Shares = dict[str, tuple[int, int]]  # name -> (count, out of)
+Shares = dict[str, tuple[int, int]]  # what completions do -> (how many do it, of how many)
 
 CONTROL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 CHARACTERS = ["▁", "\n", *(chr(code) for code in range(33, 127))]
-VOCAB_MULTIPLE = 8  # so that eight devices can cut it
+VOCAB_MULTIPLE = 8  # so that the vocabulary can be sharded over eight devices
 
 CONFIG = {
     "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text",
@@ -67,7 +66,7 @@ CONFIG = {
 
 
 def units() -> list[str]:
-    """What shall be one piece: operators with their blanks, tags, the words of the problems, the numbers 10 to 99."""
+    """The strings that become one piece: operators with blanks, tags, the words of the problems, the numbers 10 to 99."""
     sentences = " ".join(sentence for pair in SENTENCES.values() for sentence in pair)
     words = sorted({*re.findall("[A-Za-z]+", re.sub("{.*?}", "", sentences)), *NAMES, *THINGS, "has", "How", "many", "now"})
     signs = [".▁", *(f"▁{sign}▁" for sign in "+-*/=")]
@@ -75,7 +74,7 @@ def units() -> list[str]:
 
 
 def make_tokenizer(folder: Path) -> Tokenizer:
-    """Write Gemma's kind of byte-pair tokenizer, each unit merged from the left, and read it back."""
+    """Write a byte-pair tokenizer like Gemma's, with merges that build each unit from left to right, and read it back."""
     from tokenizers import AddedToken, decoders, models, normalizers, processors
     from tokenizers import Tokenizer as Backend
 
@@ -99,23 +98,20 @@ def make_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values, indent=1) + "\n")
-
-
 def encode_problems(problems: list[Problem], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts of one width, and their lengths.  -> QP, Q"""
+    """Padded prompts QP and their lengths Q."""
     prompts = [encode_prompt(tokenizer, render_prompt(p.question, "")) for p in problems]
     return pad_prompts(prompts, PROMPT_WIDTH, tokenizer.pad_id)
 
 
 def encode_demonstrations(problems: list[Problem], tokenizer: Tokenizer, style: str) -> np.ndarray:  # -> QC
+    """Padded demonstrations with their stop token."""
     ids = [[*tokenizer.encode(demonstration(p, style)), tokenizer.end_of_turn_id] for p in problems]
     return pad_prompts(ids, COMPLETION_WIDTH, tokenizer.pad_id)[0]
 
 
 def loss_of(params: Params, prompts: Array, lengths: Array, completions: Array, config: GemmaConfig) -> Array:
-    """Mean of -log p over the completion tokens of the batch.  QP, Q, QC -> scalar"""
+    """The mean of -log p over the completion tokens of a batch.  QP, Q, QC -> scalar"""
     execution = ExecutionConfig(TRAIN)
     hidden = forward_group(params, prompts, lengths, completions, config, execution)
     logprobs = token_logprobs(params, hidden, completions, 1.0, config, execution, COMPLETION_WIDTH)
@@ -124,7 +120,7 @@ def loss_of(params: Params, prompts: Array, lengths: Array, completions: Array, 
 
 
 def train(params: Params, config: GemmaConfig, draw: Callable, steps: int, rate: float) -> Params:
-    """AdamW on `steps` batches that `draw` makes, the rate rising to `rate` and falling along a cosine."""
+    """Train with AdamW on `steps` batches of `draw`; the learning rate warms up to `rate`, then follows a cosine."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, min(WARM_UP, steps // 2), steps, rate / 30)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98))
     opt_state = optimizer.init(params)  # type: ignore[arg-type]: optax names its own tree types
@@ -143,6 +139,7 @@ def train(params: Params, config: GemmaConfig, draw: Callable, steps: int, rate:
 
 
 def train_phases(config: GemmaConfig, tokenizer: Tokenizer, steps: int, tuning_steps: int, seed: int) -> Params:
+    """Train random weights in both phases."""
     problems = make_problems(PROBLEMS, seed, "train")
     prompts, lengths = encode_problems(problems, tokenizer)
     completions = np.stack([encode_demonstrations(problems, tokenizer, style) for style in STYLES])
@@ -158,9 +155,9 @@ def train_phases(config: GemmaConfig, tokenizer: Tokenizer, steps: int, tuning_s
 
 
 def measure(
-    params: Params, config: GemmaConfig, tokenizer: Tokenizer, problems: list[Problem], samples: int, temperatures: float
+    params: Params, config: GemmaConfig, tokenizer: Tokenizer, problems: list[Problem], samples: int, temperature: float
 ) -> Shares:
-    """`samples` completions of each problem at temperature `heat`: what share of them does what."""
+    """Draw `samples` completions of each problem and count what they do."""
     prompts, lengths = encode_problems(problems, tokenizer)
     rows = len(problems) * samples
     out = sample(
@@ -168,7 +165,7 @@ def measure(
         jnp.asarray(prompts),
         jnp.asarray(lengths),
         row_keys(0, 0, jnp.arange(rows)),
-        jnp.full(rows, temperatures),
+        jnp.full(rows, temperature),
         config,
         ExecutionConfig(ROLLOUT),
         Sampling(COMPLETION_WIDTH, tokenizer.stop_ids),
@@ -187,35 +184,36 @@ def measure(
 
 
 def share(count: int, of: int) -> str:
-    """`40.2% of 600 (36.3 to 44.1)`: a share and its 95% Wilson interval."""
+    """A share and its 95% Wilson interval: `40.2% of 600 (36.3 to 44.1)`."""
     if of == 0:
         return "none"
     low, high = wilson(count, of)
     return f"{100 * count / of:.1f}% of {of} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-README = """# A tiny warm Gemma 3
+README = """# A tiny pretrained Gemma 3
 
 {parameters:,} parameters and a vocabulary of {vocab} pieces, as an ordinary Hugging Face folder, trained from random weights by
 
     {command}
 
-on made-up word problems (`data/arithmetic.py`, split "train", empty system prompt). Every demonstration had the right answer.
-First {first} of them showed each step and the others only the result; then {terse} gave only the result, {worked} showed
-each step, and {slip} did so but broke the format. So the model can calculate step by step, seldom does, and is mostly
-wrong when it does not: GRPO can find out that showing work pays. It knows nothing else.
+on generated word problems (`data/arithmetic.py`, split "train", empty system prompt). All demonstrations had the right answer.
+In the first phase {first} of them showed each step and the others only the result. In the second {terse} gave only the result,
+{worked} showed each step, and {slip} did so but broke the format. So the model can calculate step by step, rarely does, and is
+mostly wrong when it does not: GRPO can learn that showing work pays. It knows nothing else.
 
-Measured by the same script on {problems} problems of split "tune", with 95% Wilson intervals; {samples} samples of each problem
-count as independent.
+Measured by the same script on {problems} problems of split "tune", with 95% Wilson intervals that treat
+the {samples} samples of a problem as independent.
 
 | completion | greedy | sampled at temperature 1 |
 |---|---|---|
 {rows}
-The longest prompt takes {prompt} tokens, the longest demonstration {completion}, its stop token included.
+The longest prompt has {prompt} tokens, the longest demonstration {completion} including its stop token.
 """
 
 
 def write_readme(folder: Path, facts: dict, greedy: Shares, sampled: Shares) -> None:
+    """Write the folder's README."""
     rows = "".join(f"| {name} | {share(*greedy[name])} | {share(*sampled[name])} |\n" for name in greedy)
     names = ("first", "terse", "worked", "slip")
     percent = {name: f"{100 * p:.0f}%" for name, p in zip(names, (SHARES[1], *TUNING_SHARES), strict=True)}
@@ -226,9 +224,9 @@ def write_readme(folder: Path, facts: dict, greedy: Shares, sampled: Shares) -> 
 def main(argv: list[str]) -> dict:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of the first phase")
-    parser.add_argument("--tuning_steps", type=int, default=TUNING_STEPS, help="of the second phase")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps of the first phase")
+    parser.add_argument("--tuning_steps", type=int, default=TUNING_STEPS, help="training steps of the second phase")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, problems and batches")
     args = parser.parse_args(argv)
     start = time.perf_counter()
     mesh = make_mesh()

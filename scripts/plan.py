@@ -235,15 +235,15 @@ def bounds(plan: Plan) -> dict[str, roofline.Bound]:
     devices, tp, width = plan.mesh.size, plan.mesh.shape["tp"], plan.width
     prompts, lengths = [config.max_prompt_tokens] * config.prompts_per_step, row_limits(config, 0).tolist()
     tokens = sum(prompts) + sum(lengths), sum(lengths), roofline.group_pairs(model, prompts, lengths)
-    forward = roofline.forward_logprobs(model, chip, devices, *tokens, width=width)
+    forward = roofline.logprobs_bound(model, chip, devices, *tokens, width=width)
     adapters = count_adapters(model, plan.update.lora_names, config.lora_rank)
     return {
-        "sampling_params": roofline.sampling_params(model, chip, devices, tp, width=width, adapters=adapters),
-        "prefill": roofline.prefill(model, chip, devices, tp, prompts, width=width),
-        "decode": roofline.decode(model, chip, devices, tp, prompts, lengths, width=width),
+        "sampling_params": roofline.sampling_params_bound(model, chip, devices, tp, width=width, adapters=adapters),
+        "prefill": roofline.prefill_bound(model, chip, devices, tp, prompts, width=width),
+        "decode": roofline.decode_bound(model, chip, devices, tp, prompts, lengths, width=width),
         "reference": forward,
         "old": forward,
-        "update": roofline.update(model, chip, devices, *tokens, width=width, adapters=adapters),
+        "update": roofline.update_bound(model, chip, devices, *tokens, width=width, adapters=adapters),
     }
 
 

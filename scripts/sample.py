@@ -1,10 +1,11 @@
-"""Complete prompts with a Gemma from a model folder, from a run, or with adapters.
+"""Complete prompts with a model folder, a run's checkpoint, or adapters on a base model.
 
     python scripts/sample.py --prompt "Ann has 3 pens and buys 4. How many pens has she?" --max_new_tokens 64
     python scripts/sample.py --model_path DIR --ids "[[2,17,9],[2,5]]" --temperature 0      no tokenizer needed
 
-Each prompt becomes a user's turn of Gemma's chat template, unless --raw. The last line of standard output is one line of JSON:
-`completions: [{token_ids, logprobs, text}]`, the stop token included, log-probabilities at the temperature (at 1 when it is 0).
+Unless --raw is given, the prompt becomes the user's turn of Gemma's chat template. The last line of standard output is JSON:
+`completions: [{token_ids, logprobs, text}]`, the stop token included; log-probabilities are those at the temperature, or at
+temperature 1 for greedy completions.
 """
 
 import json
@@ -24,9 +25,9 @@ from grpo.config import TINY_MODEL, flag
 from grpo.errors import ConfigError
 from grpo.runs.cli import run_script
 from grpo.runs.flags import parse
-from grpo.runs.model_source import find_model, has_tokenizer
+from grpo.runs.model_source import Model, find_model, has_tokenizer
 from grpo.runs.setup import check_tokenizer
-from models.formats.convert import read_json
+from models.formats.containers import read_json
 from models.gemma import ExecutionConfig
 from models.sampler import Sampling, row_keys, sample
 from models.sharding import ROLLOUT, activation_dtype, make_mesh, to_devices
@@ -34,25 +35,25 @@ from models.sharding import ROLLOUT, activation_dtype, make_mesh, to_devices
 
 @dataclass(frozen=True)
 class SampleConfig:
-    model_path: str = flag(TINY_MODEL, "a model folder in any form, a run's directory or checkpoint, adapters, hf:OWNER/NAME")
-    base_path: str = flag("", "the model that adapters lie on; a run's base model, if it has moved")
-    adapter_alpha: float = flag(0.0, "alpha of adapters that do not say it")
+    model_path: str = flag(TINY_MODEL, "a model folder in any format, a run's directory or checkpoint, adapters, hf:OWNER/NAME")
+    base_path: str = flag("", "the base model of adapters; the base model of a run, if it has moved")
+    adapter_alpha: float = flag(0.0, "alpha of adapters that do not store it")
     prompt: str = flag("", "text of the user's turn")
-    ids: str = flag("", "prompts as token ids instead, a JSON list of lists; lengths may differ")
-    system_prompt: str = flag("", "opens the user's turn")
-    raw: bool = flag(False, "leave the chat template out: <bos>, then the text")
-    samples: int = flag(1, "completions of each prompt")
-    max_new_tokens: int = flag(128, "longest completion, the stop token included")
+    ids: str = flag("", "prompts as token ids instead: a JSON list of lists, whose lengths may differ")
+    system_prompt: str = flag("", "text before the prompt in the user's turn")
+    raw: bool = flag(False, "no chat template: <bos>, then the text")
+    samples: int = flag(1, "completions per prompt")
+    max_new_tokens: int = flag(128, "maximum length of a completion, the stop token included")
     temperature: float = flag(0.0, "0 is greedy")
-    top_k: int = flag(0, "sample among the k likeliest tokens; 0: all")
-    top_p: float = flag(1.0, "sample among the likeliest tokens of this total probability; 1: all")
-    seed: int = flag(0, "of the samples")
+    top_k: int = flag(0, "sample from the k most likely tokens; 0: from all")
+    top_p: float = flag(1.0, "sample from the most likely tokens with this total probability; 1: from all")
+    seed: int = flag(0, "seed of the samples")
     dtype: str = flag("auto", "auto: float32 on a CPU, bfloat16 elsewhere", choices=("auto", "float32", "bfloat16"))
     rollout_tp: int = flag(1, "devices that share one copy of the MLP and the vocabulary")
 
     def __post_init__(self):
         if bool(self.prompt) == bool(self.ids):
-            raise ConfigError("give one of --prompt TEXT and --ids '[[2,17,9],...]'")
+            raise ConfigError("give either --prompt TEXT or --ids '[[2,17,9],...]'")
         for name in ("samples", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} {getattr(self, name)} must be at least 1")
@@ -63,7 +64,7 @@ class SampleConfig:
 
 
 def read_ids(text: str, vocab_size: int) -> list[list[int]]:
-    """`[[2,17,9],[2,5]]` -> the prompts."""
+    """Parse prompts such as `[[2,17,9],[2,5]]`. Raises ConfigError."""
     try:
         prompts = json.loads(text)
     except ValueError:
@@ -78,7 +79,7 @@ def read_ids(text: str, vocab_size: int) -> list[list[int]]:
 
 
 def stop_ids(folder: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """Where completions end: the tokenizer's <eos> and <end_of_turn>; without a tokenizer, what the folder's config says."""
+    """The ids that end a completion: those of the tokenizer, or without one those of the folder's config."""
     if tokenizer:
         return tokenizer.stop_ids
     generation = folder / "generation_config.json"
@@ -89,22 +90,40 @@ def stop_ids(folder: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
 def main(argv: list[str]) -> dict[str, Any]:
     config = parse(SampleConfig, argv, __doc__ or "")
     source = find_model(config.model_path, config.base_path, config.adapter_alpha)
-    folder, model = source.folder, source.config
-    tokenizer = load_tokenizer(folder) if has_tokenizer(folder) or config.prompt else None
+    tokenizer = load_tokenizer(source.folder) if has_tokenizer(source.folder) or config.prompt else None
     if tokenizer:
-        check_tokenizer(tokenizer, model)
-    if config.ids:
-        prompts = read_ids(config.ids, model.vocab_size)
-    else:
-        assert tokenizer
-        text = render_prompt(config.prompt, config.system_prompt)
-        prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] if config.raw else encode_prompt(tokenizer, text)]
+        check_tokenizer(tokenizer, source.config)
+    prompts = choose_prompts(config, tokenizer, source.config.vocab_size)
     print(source.line, file=sys.stderr)
+    samples, seconds = complete(prompts, stop_ids(source.folder, tokenizer), source, config)
+    completions = []
+    for b, (ids, logprobs) in enumerate(samples):
+        text = tokenizer.decode(ids) if tokenizer else ""
+        completions.append({"token_ids": ids, "logprobs": logprobs, "text": text})
+        print(text if tokenizer else " ".join(map(str, ids)), end="\n\n" if b < len(samples) - 1 else "\n")
+    return {"model_path": config.model_path, "seconds": round(seconds, 2), "completions": completions}
+
+
+def choose_prompts(config: SampleConfig, tokenizer: Tokenizer | None, vocab_size: int) -> list[list[int]]:
+    """The prompts of the command line as token ids."""
+    if config.ids:
+        return read_ids(config.ids, vocab_size)
+    assert tokenizer
+    text = render_prompt(config.prompt, config.system_prompt)
+    return [[tokenizer.bos_id, *tokenizer.encode(text)] if config.raw else encode_prompt(tokenizer, text)]
+
+
+def complete(
+    prompts: list[list[int]], ends: tuple[int, ...], source: Model, config: SampleConfig
+) -> tuple[list[tuple[list[int], list[float]]], float]:
+    """Token ids and log-probabilities of the completions, prompt by prompt; the seconds that sampling took.
+
+    `ends` are the ids that end a completion.
+    """
     mesh = make_mesh(config.rollout_tp)
-    count, G = len(prompts), config.samples
-    padded = prompts + [prompts[0]] * (-count % mesh.size)  # rows must divide over the devices; the copies are not shown
+    padded = prompts + [prompts[0]] * (-len(prompts) % mesh.size)  # rows must divide over the devices; copies are not shown
     tokens, lengths = pad_prompts(padded, max(map(len, padded)), pad_id=0)
-    dtype = activation_dtype(config.dtype)
+    rows, dtype = len(padded) * config.samples, activation_dtype(config.dtype)
     with jax.set_mesh(mesh):
         params = source.load(mesh, ROLLOUT, dtype)
         start = time.perf_counter()
@@ -112,22 +131,17 @@ def main(argv: list[str]) -> dict[str, Any]:
             params,
             to_devices(tokens, "QP"),
             to_devices(lengths, "Q"),
-            row_keys(config.seed, 0, to_devices(np.arange(len(padded) * G), "B")),
-            to_devices(np.full(len(padded) * G, config.temperature, np.float32), "B"),
-            model,
+            row_keys(config.seed, 0, to_devices(np.arange(rows), "B")),
+            to_devices(np.full(rows, config.temperature, np.float32), "B"),
+            source.config,
             ExecutionConfig(ROLLOUT, dtype),
-            Sampling(config.max_new_tokens, stop_ids(folder, tokenizer), config.top_k, config.top_p),
+            Sampling(config.max_new_tokens, ends, config.top_k, config.top_p),
         )
         samples = jax.device_get(samples)
     seconds = time.perf_counter() - start
-    completions = []
-    for b in range(count * G):
-        length = int(samples.lengths[b])
-        ids = samples.tokens[b, :length].tolist()
-        text = tokenizer.decode(ids) if tokenizer else ""
-        completions.append({"token_ids": ids, "logprobs": samples.logprobs[b, :length].tolist(), "text": text})
-        print(text if tokenizer else " ".join(map(str, ids)), end="\n\n" if b < count * G - 1 else "\n")
-    return {"model_path": config.model_path, "seconds": round(seconds, 2), "completions": completions}
+    lengths = samples.lengths[: len(prompts) * config.samples]
+    found = [(samples.tokens[b, :n].tolist(), samples.logprobs[b, :n].tolist()) for b, n in enumerate(lengths)]
+    return found, seconds
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data import DataError
-from data.batches import FAR, epoch_order, first_fit, pack, step_indices
+from data.batches import PADDING_POSITION, epoch_order, first_fit, pack, pad_prompts, step_indices
 
 
 def test_an_epoch_is_a_permutation_fixed_by_seed_and_epoch():
@@ -49,6 +49,22 @@ def test_a_step_is_the_same_whatever_came_before():
 def test_an_impossible_request_is_an_error(step, prompts_per_step, seed, reason):
     with pytest.raises(DataError, match=reason):
         step_indices(step, prompts_per_step, count=10, seed=seed, session=1)
+
+
+# Prompts.
+
+
+def test_prompts_are_padded_on_the_right():
+    tokens, lengths = pad_prompts([[2, 5, 6], [2], [2, 7, 8, 9]], width=4, pad_id=0)
+    assert tokens.tolist() == [[2, 5, 6, 0], [2, 0, 0, 0], [2, 7, 8, 9]]
+    assert lengths.tolist() == [3, 1, 4]
+    assert tokens.dtype == lengths.dtype == np.int32
+
+
+@pytest.mark.parametrize(("prompts", "reason"), [([[2], [2, 5, 6]], "prompt 1 has 3 tokens"), ([[]], "prompt 0 has 0")])
+def test_a_prompt_that_does_not_fit_is_never_truncated(prompts, reason):
+    with pytest.raises(DataError, match=reason):
+        pad_prompts(prompts, width=2, pad_id=0)
 
 
 # Packing.
@@ -105,7 +121,7 @@ def test_packing_gives_every_token_one_slot_of_its_own_group():
             assert (packed.slots[b, lengths[b] :] == 0).all()
         assert taken.max(initial=0) <= 1
         padding = taken == 0
-        assert [set(x[padding].tolist()) - {pad} for x, pad in zip(flat, (0, FAR, 0), strict=True)] == [set()] * 3
+        assert [set(x[padding].tolist()) - {pad} for x, pad in zip(flat, (0, PADDING_POSITION, 0), strict=True)] == [set()] * 3
         assert {x.dtype for x in packed} == {np.dtype(np.int32)}
 
 

@@ -240,14 +240,14 @@ def test_an_earlier_export_is_replaced_and_nothing_else(run, tmp_path):
     assert "Step 7" in (out / "README.md").read_text() and not (tmp_path / "out.part").exists()
     (out / "notes.txt").write_text("mine")
     before = {file.name: file.read_bytes() for file in out.iterdir()}
-    with pytest.raises(ConfigError, match="out is there, and is no earlier export; remove it"):
+    with pytest.raises(ConfigError, match="out exists and is not an earlier export; remove it"):
         export(TINY, out)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
     (tmp_path / "empty").mkdir()
     export(TINY, tmp_path / "empty")
     (tmp_path / "other.part").mkdir()
     (tmp_path / "other.part" / "mine").touch()
-    with pytest.raises(ConfigError, match=r"other\.part is there, and is no earlier export"):
+    with pytest.raises(ConfigError, match=r"other\.part exists and is not an earlier export"):
         export(TINY, tmp_path / "other")
 
 
@@ -258,7 +258,7 @@ def test_the_folder_may_be_where_one_is(tmp_path, monkeypatch):
     assert (tmp_path / "here" / "model.safetensors").is_file()
     assert (tmp_path / "here" / "README.md").read_text().count("# here") == 1
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="is there, and is no earlier export"):
+    with pytest.raises(ConfigError, match="exists and is not an earlier export"):
         export(TINY.absolute(), Path("."))
 
 
@@ -269,7 +269,7 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(run, tmp_path, monkeypat
     for name in ("config.json", "model.safetensors"):
         shutil.copy(TINY / name, bare)
     for argv, reason in (
-        ((TINY, tmp_path / "file"), "file is there, and is no earlier export"),
+        ((TINY, tmp_path / "file"), "file exists and is not an earlier export"),
         ((TINY, tmp_path / "file" / "below"), "cannot be written"),
         ((TINY, TINY), "is the model itself"),
         ((bare, tmp_path / "out"), "bare holds no tokenizer.json and no tokenizer.model"),

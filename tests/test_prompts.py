@@ -1,13 +1,11 @@
-"""Laws of data/prompts.py: a prompt is Gemma's own template, has one BOS, and is never cut."""
+"""Laws of data/prompts.py: a prompt is Gemma's own template, has one BOS, and is never truncated."""
 
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from data import DataError
-from data.batches import pad_prompts
 from data.problems import Problem, load_problems
 from data.prompts import drop_long, encode_prompt, render_prompt
 from data.tokenizer import load_tokenizer
@@ -59,19 +57,6 @@ def test_the_system_prompt_and_the_question_are_one_empty_line_apart():
 def test_blanks_around_the_users_text_change_nothing(small_tokenizer_folder):
     tokenizer = load_tokenizer(small_tokenizer_folder)
     assert encode_prompt(tokenizer, " \n How many?\n") == encode_prompt(tokenizer, "How many?")
-
-
-def test_prompts_are_padded_on_the_right():
-    tokens, lengths = pad_prompts([[2, 5, 6], [2], [2, 7, 8, 9]], width=4, pad_id=0)
-    assert tokens.tolist() == [[2, 5, 6, 0], [2, 0, 0, 0], [2, 7, 8, 9]]
-    assert lengths.tolist() == [3, 1, 4]
-    assert tokens.dtype == lengths.dtype == np.int32
-
-
-@pytest.mark.parametrize(("prompts", "reason"), [([[2], [2, 5, 6]], "prompt 1 has 3 tokens"), ([[]], "prompt 0 has 0")])
-def test_a_prompt_that_does_not_fit_is_never_cut(prompts, reason):
-    with pytest.raises(DataError, match=reason):
-        pad_prompts(prompts, width=2, pad_id=0)
 
 
 def test_long_prompts_are_dropped_whole_and_named():

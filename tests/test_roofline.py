@@ -86,7 +86,7 @@ def test_an_update_on_one_chip_in_closed_form():
     """2 weights * tokens, three times; weights read forward and backward; 28 bytes a weight for AdamW; no network."""
     D, A, E, F, V, L = 16, 32, 16, 32, 64, 3
     body, head = L * (2 * D * A + 2 * D * E + 3 * D * F), V * D
-    bound = roofline.update(GLOBAL, CHIP, 1, 100, 40, 500, width=2)
+    bound = roofline.update_bound(GLOBAL, CHIP, 1, 100, 40, 500, width=2)
     flops = 3 * (2 * body * 100 + 2 * head * 40 + 4 * A * 500)
     read, state = 2 * 2 * (body + head), 28 * (body + head)
     assert (bound.flops, bound.memory_bytes, bound.network_bytes) == (flops, read + state, 0)
@@ -94,11 +94,11 @@ def test_an_update_on_one_chip_in_closed_form():
 
 
 def test_an_update_on_eight_chips_gathers_twice_and_scatters_once():
-    one, eight = (roofline.update(GLOBAL, CHIP, n, 100, 40, 500, width=2) for n in (1, 8))
+    one, eight = (roofline.update_bound(GLOBAL, CHIP, n, 100, 40, 500, width=2) for n in (1, 8))
     body = roofline.attention_weights(GLOBAL) + roofline.mlp_weights(GLOBAL)
     assert eight.flops == one.flops / 8
     assert eight.network_bytes == pytest.approx(7 / 8 * 2 * (3 * body + 2 * 40 * 16))
-    slow = roofline.update(GLOBAL, replace(CHIP, link=1.0), 8, 100, 40, 500, width=2)
+    slow = roofline.update_bound(GLOBAL, replace(CHIP, link=1.0), 8, 100, 40, 500, width=2)
     state = 28 * (body + roofline.head_weights(GLOBAL)) / 8 / 1e5
     assert slow.seconds == pytest.approx(eight.network_bytes / 2 + state)  # two links of a byte a second
 
@@ -106,7 +106,7 @@ def test_an_update_on_eight_chips_gathers_twice_and_scatters_once():
 def test_an_update_of_adapters_leaves_out_gradients_and_optimizer_of_the_weights():
     body = roofline.attention_weights(GLOBAL) + roofline.mlp_weights(GLOBAL)
     head, J = roofline.head_weights(GLOBAL), 100
-    whole, lora = (roofline.update(GLOBAL, CHIP, 8, 100, 40, 500, width=2, adapters=count) for count in (0, J))
+    whole, lora = (roofline.update_bound(GLOBAL, CHIP, 8, 100, 40, 500, width=2, adapters=count) for count in (0, J))
     assert whole.flops - lora.flops == pytest.approx((2 * body * 100 + 2 * head * 40 - 6 * J * 100) / 8)
     assert whole.network_bytes - lora.network_bytes == pytest.approx(7 / 8 * 2 * (body - J))
     assert whole.memory_bytes - lora.memory_bytes == pytest.approx(28 * (body + head - J) / 8)
@@ -117,7 +117,7 @@ def test_a_decode_step_in_closed_form(devices, tp):
     """Attention weights whole, MLP and head cut over tp, keys cut over all; 2 L + 1 gathers of the group's rows."""
     D, A, E, F, V, L, Q, G, P, own = 16, 32, 16, 32, 64, 3, 8, 2, 5, 3
     attention, cut = L * (2 * D * A + 2 * D * E), L * 3 * D * F + V * D
-    bound = roofline.decode_step(GLOBAL, CHIP, devices, tp, Q * G, [P] * Q, own, width=2)
+    bound = roofline.decode_step_bound(GLOBAL, CHIP, devices, tp, Q * G, [P] * Q, own, width=2)
     flops = Q * G * (2 * (attention + cut) + 4 * A * L * (P + own + 1)) / devices
     memory = 2 * (attention + cut / tp + 2 * E * L * (Q * P + Q * G * own) / devices)
     rows = Q * G / (devices // tp)
@@ -131,37 +131,37 @@ def test_a_decode_step_in_closed_form(devices, tp):
 
 def test_decode_is_the_sum_of_its_steps_and_asks_nothing_for_rows_that_have_stopped():
     def step(rows, prompts, own):
-        return roofline.decode_step(MIXED, CHIP, 1, 1, rows, prompts, own)
+        return roofline.decode_step_bound(MIXED, CHIP, 1, 1, rows, prompts, own)
 
-    total = roofline.decode(MIXED, CHIP, 1, 1, [4, 6], [1, 1, 1, 3])
+    total = roofline.decode_bound(MIXED, CHIP, 1, 1, [4, 6], [1, 1, 1, 3])
     steps = step(4, [4, 6], 0) + step(1, [6], 1) + step(1, [6], 2)
     assert total == steps
-    assert total.seconds < roofline.decode(MIXED, CHIP, 1, 1, [4, 6], [3] * 4).seconds
+    assert total.seconds < roofline.decode_bound(MIXED, CHIP, 1, 1, [4, 6], [3] * 4).seconds
 
 
 def test_prefill_and_view_in_closed_form():
     D, A, E, F, V, L = 16, 32, 16, 32, 64, 3
     attention, mlp, head = L * (2 * D * A + 2 * D * E), L * 3 * D * F, V * D
-    bound = roofline.prefill(GLOBAL, CHIP, 8, 4, [3, 5], width=2)
+    bound = roofline.prefill_bound(GLOBAL, CHIP, 8, 4, [3, 5], width=2)
     assert bound.flops == (2 * 8 * (attention + mlp) + 4 * A * L * (6 + 15)) / 8
     assert bound.memory_bytes == 2 * (attention + mlp / 4 + 2 * E * L * 8 / 8)
     assert bound.network_bytes == 2 * 2 * L * 3 / 4 * (8 / 2) * D
-    view = roofline.sampling_params(GLOBAL, CHIP, 8, 4, width=2)
+    view = roofline.sampling_params_bound(GLOBAL, CHIP, 8, 4, width=2)
     assert view.memory_bytes == 4 * (attention + mlp + head) / 8 + 2 * (attention + (mlp + head) / 4)
     assert view.network_bytes == 2 * (attention * 7 / 8 + (mlp + head) * (1 / 4 - 1 / 8))
-    assert roofline.sampling_params(GLOBAL, CHIP, 1, 1).network_bytes == 0
-    merged = roofline.sampling_params(GLOBAL, CHIP, 8, 4, width=2, adapters=100)
+    assert roofline.sampling_params_bound(GLOBAL, CHIP, 1, 1).network_bytes == 0
+    merged = roofline.sampling_params_bound(GLOBAL, CHIP, 8, 4, width=2, adapters=100)
     assert view.memory_bytes - merged.memory_bytes == ((4 - 2) * (attention + mlp + head) - 4 * 100) / 8
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
 def test_more_work_never_takes_less_time(chip):
     model = MODELS["gemma2-2b"]
-    steps = [roofline.decode_step(model, chip, 8, 8, rows, [256] * 16, 100).seconds for rows in (16, 64, 128, 512)]
-    contexts = [roofline.decode_step(model, chip, 8, 8, 128, [256] * 16, own).seconds for own in (0, 100, 5000)]
-    lengths = [roofline.decode(model, chip, 8, 8, [256] * 2, [n] * 4).seconds for n in (1, 8, 16)]
-    updates = [roofline.update(model, chip, 8, n, n // 2, 26 * n * n // 2).seconds for n in (1000, 10_000, 100_000)]
-    prompts = [roofline.prefill(model, chip, 8, 8, [n] * 16).seconds for n in (16, 256, 2048)]
+    steps = [roofline.decode_step_bound(model, chip, 8, 8, rows, [256] * 16, 100).seconds for rows in (16, 64, 128, 512)]
+    contexts = [roofline.decode_step_bound(model, chip, 8, 8, 128, [256] * 16, own).seconds for own in (0, 100, 5000)]
+    lengths = [roofline.decode_bound(model, chip, 8, 8, [256] * 2, [n] * 4).seconds for n in (1, 8, 16)]
+    updates = [roofline.update_bound(model, chip, 8, n, n // 2, 26 * n * n // 2).seconds for n in (1000, 10_000, 100_000)]
+    prompts = [roofline.prefill_bound(model, chip, 8, 8, [n] * 16).seconds for n in (16, 256, 2048)]
     for seconds in (steps, contexts, lengths, updates, prompts):
         assert seconds[0] > 0 and seconds == sorted(seconds)
     assert len({*steps}) > 1 and len({*updates}) > 1

@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from grpo.errors import RunError
 from grpo.runs.distributed import all_processes, broadcast_from_main, is_main_process
-from models.formats.adapters import Adapters
+from models.formats.adapters import LoadedAdapters
 from models.formats.convert import Reader, leaf_names
 from models.gemma import GemmaConfig
 from models.lora import Adapter
@@ -272,14 +272,14 @@ def open_params(folder: Path) -> Reader:
     return read
 
 
-def read_adapters(folder: Path) -> Adapters:
+def read_adapters(folder: Path) -> LoadedAdapters:
     """The adapters of a checkpoint of a LoRA run. Raises RunError."""
     config = read_meta(folder)["config"]
     weights = {
         name: Adapter(*(read_verified(folder, f"params.{name}.{side}") for side in "ab"))
         for name in config["lora_targets"].split(",")
     }
-    return Adapters(weights, config["lora_rank"], config["lora_alpha"] / config["lora_rank"])
+    return LoadedAdapters(weights, config["lora_rank"], config["lora_alpha"] / config["lora_rank"])
 
 
 def read_verified(folder: Path, name: str) -> np.ndarray:

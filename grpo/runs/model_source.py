@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from grpo.errors import ConfigError
 from grpo.runs.checkpoint import open_params, read_adapters, read_digest, read_meta, read_params, saved_steps
 from grpo.runs.hub import HUBS, download
-from models.formats.adapters import SETTINGS, Adapters, is_peft, is_tunix, read_peft, read_tunix
+from models.formats.adapters import SETTINGS, LoadedAdapters, is_peft, is_tunix, read_peft, read_tunix
 from models.formats.containers import is_tree, locate, read_json
 from models.formats.convert import Reader, load_params, open_weights, place_params, read_config
 from models.formats.save import config_json, write_json
@@ -50,7 +50,7 @@ class Model:
     run_dir: Path | None = None  # the run that made it, when it is a checkpoint
     meta: dict[str, Any] = field(default_factory=dict)  # the meta of that checkpoint
     under: "Model | None" = None  # the base model of its adapters, if it is LoRA
-    adapters: Callable[[], Adapters] | None = None
+    adapters: Callable[[], LoadedAdapters] | None = None
     trained_from: "Callable[[], Model] | None" = None  # finds the model that the run or the adapters were trained from
 
     @property
@@ -108,7 +108,11 @@ def find_base(what: str, base_path: str | Path) -> Model:
 
 
 def with_adapters(
-    path: Path, found: str, under: Model, adapters: Callable[[], Adapters], check: Callable[[Reader], None] = lambda read: None
+    path: Path,
+    found: str,
+    under: Model,
+    adapters: Callable[[], LoadedAdapters],
+    check: Callable[[Reader], None] = lambda read: None,
 ) -> Model:
     """`under` with adapters merged in while it is read. `check` raises if they belong to another model."""
 

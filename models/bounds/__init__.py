@@ -1,1 +1,1 @@
-"""What a program costs: roofline bounds by hand, and what the compiler's HLO says."""
+"""What a program costs: roofline bounds from the model's dimensions, and loops, traffic and copies from the compiler's HLO."""

@@ -1,12 +1,12 @@
-"""What the compiler made of a program: its loops, what moves between chips in them, what is copied, which inputs it reuses.
+"""What a compiled program does: its loops, the traffic between chips, large copies, and which inputs it overwrites.
 
-Reads the text of an optimised HLO module (`compiled.as_text()`), of a CPU, a GPU or a TPU. All shapes and bytes are those of
-one chip. What it receives from the others, if n take part and an operand has b bytes:
+Reads the text of an optimized HLO module (`compiled.as_text()`) for a CPU, a GPU or a TPU. All shapes and bytes are those of
+one chip. A chip receives, when n chips take part and an operand has b bytes:
 
     all-gather (n-1) b      reduce-scatter, all-to-all (n-1)/n b      all-reduce 2 (n-1)/n b      collective-permute b
 
-A loop multiplies what lies in it by its trip count; one that ends when the data say so counts once, so that its bytes are those
-of a trip. Left out: time (XLA's own estimates count a loop once, whatever its trips) and whether traffic is overlapped.
+The contents of a loop count once per trip. A loop whose trip count depends on data is "open" and counts as one trip. Not
+covered: time (XLA's estimates count each loop once, whatever its trips) and whether traffic overlaps with arithmetic.
 """
 
 import math
@@ -15,16 +15,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# What a computation may do and still be no more than a copy: it moves, cuts or converts, and calculates nothing but indices.
+# Operations that only move or convert data. A computation of these alone is a copy, whatever indices it calculates.
 MOVES = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy", "transpose", "reshape", "slice", "dynamic-slice",
     "convert",
 }  # fmt: skip
-WIDTHS = {"pred": 1, "token": 0, "opaque": 0}  # bytes; other types name their bits
+WIDTHS = {"pred": 1, "token": 0, "opaque": 0}  # bytes per number; the names of other types contain their bits
 
 
 @dataclass(frozen=True)
 class Shape:
+    """The dtype and dimensions of an array on one chip."""
+
     dtype: str
     dims: tuple[int, ...]
     memory: int = 0  # TPU: 0 is HBM, 1 is VMEM
@@ -38,21 +40,23 @@ class Shape:
 
 @dataclass(frozen=True)
 class Operation:
+    """One line of a computation: `%name = shapes kind(arguments), attributes`."""
+
     name: str
     kind: str  # as HLO spells it: all-gather-start, while, fusion
-    shapes: tuple[Shape, ...]  # of the result, a tuple's one by one
+    shapes: tuple[Shape, ...]  # of the result; of each element when it is a tuple
     operands: tuple[str, ...]
-    arguments: str  # between the brackets: operands, or a constant's value
-    attributes: str  # behind the brackets
+    arguments: str  # the text in the brackets: operands, or a constant's value
+    attributes: str  # the text after the brackets
 
     def attribute(self, name: str) -> str | None:
-        """The name that follows `name=`, as in `body=%region.3`."""
+        """The identifier after `name=`, as in `body=%region.3`."""
         found = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
         return found and found[1]
 
     @property
     def calls(self) -> list[str]:
-        """Computations that run as part of this operation; not the functions that a reduction applies, nor a loop's parts."""
+        """The computations that run as part of this operation, without the functions of reductions and the parts of loops."""
         if self.kind.endswith(("-done", "-update")) or self.kind == "while":
             return []
         branches = re.search(r"branch_computations=\{(.*?)\}", self.attributes)
@@ -60,43 +64,48 @@ class Operation:
         return names + [c for key in ("calls", "true_computation", "false_computation") if (c := self.attribute(key))]
 
 
-Computation = dict[str, Operation]  # in the order they run; the root is the one named in Module.roots
+Computation = dict[str, Operation]  # by name, in the order of execution; Module.roots names the result
 
 
 @dataclass(frozen=True)
 class Module:
+    """A parsed HLO module."""
+
     computations: dict[str, Computation]
-    roots: dict[str, str]
-    entry: str
+    roots: dict[str, str]  # computation -> its root operation
+    entry: str  # the computation where the program starts
     devices: int
-    aliases: dict[tuple[int, ...], int]  # output -> the parameter whose memory it takes over
+    aliases: dict[tuple[int, ...], int]  # output -> the parameter whose memory it reuses
 
 
 @dataclass(frozen=True)
 class Loop:
+    """A while loop; its computations by name."""
+
     body: str
     condition: str
-    trips: int | None  # None: it ends when the data say so
+    trips: int | None  # None: it depends on data
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective operation, and what a chip receives by it in all its runs."""
+    """One collective operation, and the bytes that a chip receives by it."""
 
     kind: str
     name: str
-    shapes: tuple[Shape, ...]  # the larger of what goes in and what comes out: a gathered weight, a gradient before it is cut
+    shapes: tuple[Shape, ...]  # of input or output, whichever is larger: a gathered weight, a gradient before it is scattered
     group: int  # chips that take part together
-    received: float  # bytes a run
+    received: float  # bytes per execution
     times: int
 
     @property
     def bytes(self) -> float:
+        """Bytes received in all executions."""
         return self.received * self.times
 
 
 def parse(text: str | None) -> Module:
-    """The module that `compiled.as_text()` spells out. Raises ValueError when there is none, as with some backends."""
+    """Parse `compiled.as_text()`. Raises ValueError for a text without a module, which some backends return."""
     text = text or ""
     computations: dict[str, Computation] = {}
     roots, entry, name = {}, "", ""
@@ -120,7 +129,7 @@ def parse(text: str | None) -> Module:
 
 
 def parse_operation(line: str) -> Operation | None:
-    """`%x = f32[2,4]{1,0} add(%a, %b), metadata=...`; None for a line that is no operation."""
+    """Parse a line such as `%x = f32[2,4]{1,0} add(%a, %b), metadata=...`; None for a line that is not an operation."""
     line = re.sub(r"/\*.*?\*/", "", line.strip().removeprefix("ROOT "))
     found = re.match(r"%?([\w.\-]+) = ", line)
     if not found:
@@ -135,7 +144,7 @@ def parse_operation(line: str) -> Operation | None:
 
 
 def closing(text: str, start: int) -> int:
-    """Just behind the bracket that closes the one at `start`."""
+    """The index after the bracket that closes the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
@@ -154,7 +163,7 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
 
 
 def operations(module: Module, computation: str, times: int = 1) -> Iterator[tuple[Operation, str, int]]:
-    """Each operation that runs when `computation` does, where it stands, and how often. An open loop counts once."""
+    """Each operation that runs as part of `computation`, the computation that contains it, and how often it runs."""
     for operation in module.computations[computation].values():
         yield operation, computation, times
         if operation.kind == "while":
@@ -166,13 +175,13 @@ def operations(module: Module, computation: str, times: int = 1) -> Iterator[tup
 
 
 def loops(module: Module, computation: str | None = None) -> list[Loop]:
-    """Every loop that runs in `computation` (default: the whole program), in order, an inner one behind its outer one."""
+    """Every loop that runs in `computation` (default: the whole program), in order; inner loops follow their outer one."""
     found = operations(module, computation or module.entry)
     return [as_loop(module, where, operation) for operation, where, _ in found if operation.kind == "while"]
 
 
 def open_loops(module: Module) -> list[Loop]:
-    """The loops that end when the data say so: in a sampler, decoding, one for each size of its batch and its cache."""
+    """The loops whose trip count depends on data. A sampler has one for each size of its batch and its cache."""
     return [loop for loop in loops(module) if loop.trips is None]
 
 
@@ -185,7 +194,7 @@ def as_loop(module: Module, computation: str, operation: Operation) -> Loop:
 
 
 def count_trips(module: Module, computation: str, operation: Operation, condition: str, body: str) -> int | None:
-    """The trips of `for (i = start; i < limit; i += step)`, which a TPU's compiler leaves uncounted; None of others."""
+    """The trips of a loop `for (i = start; i < limit; i += step)`, which a TPU's compiler does not state; None for others."""
     test = module.computations[condition][module.roots[condition]]
     if test.kind != "compare" or "direction=LT" not in test.attributes:
         return None
@@ -206,7 +215,7 @@ def count_trips(module: Module, computation: str, operation: Operation, conditio
 
 
 def follow(module: Module, computation: str, name: str) -> Operation:
-    """The operation behind copies of it."""
+    """The operation that `name` is a copy, bitcast or conversion of."""
     operation = module.computations[computation][name]
     while operation.kind in ("copy", "bitcast", "convert"):
         operation = module.computations[computation][operation.operands[0]]
@@ -214,14 +223,15 @@ def follow(module: Module, computation: str, name: str) -> Operation:
 
 
 def constant(module: Module, computation: str, name: str) -> int | None:
+    """The value of an integer constant; None for anything else."""
     operation = follow(module, computation, name)
     return int(operation.arguments) if operation.kind == "constant" and re.fullmatch(r"-?\d+", operation.arguments) else None
 
 
 def collectives(module: Module, *computations: str) -> list[Collective]:
-    """Every collective that runs in `computations` (default: the whole program). What one chip alone takes part in is none.
+    """Every collective that runs in `computations` (default: the whole program) and involves more than one chip.
 
-    A TPU's compiler cuts an all-gather into a chain of fusions, each of which names it again: counted once.
+    A TPU's compiler splits an all-gather into a chain of fusions, each of which repeats it; the chain counts once.
     """
     found, chains = [], set()
     for start in computations or (module.entry,):
@@ -243,7 +253,7 @@ def as_collective(module: Module, operation: Operation, where: str, kind: str, g
     shapes = tuple(shape for name in operation.operands for shape in body[name].shapes)
     size = sum(shape.bytes for shape in shapes)
     if kind == "all-reduce" and only_slices_read(body, operation):
-        kind = "reduce-scatter"  # how a TPU's compiler spells one: a fusion of the two
+        kind = "reduce-scatter"  # a TPU's compiler writes it as a fusion of all-reduce and dynamic-slice
     rates = {"all-gather": group - 1, "all-reduce": 2 * (group - 1) / group, "collective-permute": 1}
     if kind == "all-gather":
         shapes = tuple(shape for shape in operation.shapes if shape.dims not in {s.dims for s in shapes}) or shapes
@@ -251,7 +261,7 @@ def as_collective(module: Module, operation: Operation, where: str, kind: str, g
 
 
 def only_slices_read(body: Computation, operation: Operation) -> bool:
-    """Whether each part of the result goes into a slice alone."""
+    """Whether every use of the result, or of its elements, is a dynamic-slice."""
     readers = [other for other in body.values() if operation.name in other.operands]
     parts = [reader for reader in readers if reader.kind == "get-tuple-element"]
     if parts:
@@ -260,7 +270,7 @@ def only_slices_read(body: Computation, operation: Operation) -> bool:
 
 
 def group_size(operation: Operation, devices: int) -> int:
-    """How many chips take part together, of three spellings: {{0,1},{2,3}}, [2,4]<=[8] and mesh['a'=2,'b'=4] {'b'}."""
+    """How many chips take part together. HLO has three notations: {{0,1},{2,3}}, [2,4]<=[8] and mesh['a'=2,'b'=4] {'b'}."""
     if operation.kind.startswith("collective-permute"):
         pairs = re.search(r"source_target_pairs=\{(.*?\})\}", operation.attributes)
         return len(pairs[1].split("},")) if pairs else devices
@@ -277,10 +287,10 @@ def group_size(operation: Operation, devices: int) -> int:
 
 
 def copies(module: Module, computation: str, least: int) -> list[tuple[Operation, int]]:
-    """Copies of `least` bytes or more from main memory to main memory, and how often each runs when `computation` does.
+    """Copies of at least `least` bytes from main memory to main memory in `computation`, and how often each runs.
 
-    A copy is a copy, transpose or convert operation, or a fusion that does nothing else. What a TPU brings into VMEM is none:
-    operands must come there anyway.
+    A copy is a copy, transpose or convert operation, or a fusion that does nothing else. Transfers to a TPU's VMEM do not
+    count, because every operand must go there.
     """
     inside = {name for body in module.computations.values() for op in body.values() if op.kind == "fusion" for name in op.calls}
     found = []
@@ -294,11 +304,11 @@ def copies(module: Module, computation: str, least: int) -> list[tuple[Operation
 
 
 def only_moves(module: Module, fusion: Operation) -> bool:
-    """Whether a fusion calculates nothing but indices."""
+    """Whether a fusion only moves data, apart from index arithmetic."""
     parts = [operation for name in fusion.calls for operation in module.computations[name].values()]
     return all(operation.kind in MOVES or all(not shape.dims for shape in operation.shapes) for operation in parts)
 
 
 def copied_bytes(found: list[tuple[Operation, int]]) -> int:
-    """What copies write; an asynchronous one's result also names its operand, which counts once."""
+    """The bytes that copies write. The result of an asynchronous copy contains its operand too; only the larger counts."""
     return sum(max(shape.bytes for shape in operation.shapes) * times for operation, times in found)

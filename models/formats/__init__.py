@@ -1,1 +1,1 @@
-"""Checkpoint formats: Hugging Face, Flax, GGUF and LoRA adapters, read into and written from the stacked parameter tree."""
+"""Checkpoint formats: reads Hugging Face, Flax (orbax), GGUF and LoRA adapters; writes Hugging Face and PEFT folders."""

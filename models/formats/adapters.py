@@ -1,12 +1,12 @@
-"""LoRA adapters in the forms of others -> ours, on the host; ours -> a PEFT folder.
+"""Read LoRA adapters of Tunix and PEFT into host memory; write them as a PEFT folder.
 
-    Tunix    a tree of orbax's: layers.3.attn.q_einsum.w_lora_a (D, r) and w_lora_b (r, N, H), and so on; k and v share A, and
-             have one B (r, 2, K, H). It does not say alpha.
+    Tunix    an orbax tree: layers.3.attn.q_einsum.w_lora_a (D, r) and w_lora_b (r, N, H), and so on; k and v share A, and
+             have one B (r, 2, K, H). It does not store alpha.
     PEFT     adapter_model.safetensors: ...layers.3.self_attn.q_proj.lora_A.weight (r, D) and lora_B.weight (N*H, r), and so on;
              adapter_config.json.
 
-Both name a projection as their models do, so weight_names.py knows it.
-Left out: DoRA, biases, a rank or an alpha of its own for some projections, adapters on the embedding.
+Both name projections as their models do, so weight_names.py applies. Not supported: DoRA, biases, ranks or alphas that differ
+between projections, adapters on the embedding.
 """
 
 import re
@@ -27,22 +27,22 @@ from models.formats.weight_names import HEADS, Place
 from models.gemma import GemmaConfig
 from models.lora import PROJECTIONS, Adapter
 
-WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
-CACHED = 2**16  # elements of a product under way at a time: what stays in a cache
+ADAPTER_WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+CACHED = 2**16  # elements of a product that are computed at a time, few enough to stay in the CPU's cache
 
 
 @dataclass(frozen=True)
-class Adapters:
-    """Of a whole model, by the projection's name, float32 arrays on the host; they count `alpha / rank` times."""
+class LoadedAdapters:
+    """The adapters of a model, as float32 arrays on the host."""
 
-    weights: dict[str, Adapter]
+    weights: dict[str, Adapter]  # by the projection's name
     rank: int
-    scale: float
+    scale: float  # alpha / rank
 
     def on(self, read: Reader, dtype: str = "float32") -> Reader:
-        """The base that `read` gives with these adapters merged into it, as training in `dtype` merges them.
+        """A reader of the base that `read` reads with these adapters merged into it, as training in `dtype` merges them.
 
-        An element is the same to the bit on every machine and whatever slice it is read in, so that a digest of it is too.
+        Each element is bit-identical on every machine and in every slice, so that a digest of the weights identifies them.
         """
 
         def merged(leaf: str, layer: int, index: Any) -> np.ndarray:
@@ -57,12 +57,12 @@ class Adapters:
 
 
 def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
-    """`x` to the precision of `dtype`, in float32."""
+    """`x` rounded to the precision of `dtype`, as float32."""
     return x.astype(jnp.dtype(dtype)).astype(np.float32)
 
 
 def ordered_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a @ b, each element a sum from the first term to the last, each step rounded; the order of BLAS is nobody's promise."""
+    """a @ b in float32, with terms added from first to last. BLAS does not guarantee an order of summation."""
     out = np.zeros((len(a), b.shape[1]), np.float32)
     count = max(CACHED // b.shape[1], 1)
     for start in range(0, len(a), count):
@@ -73,24 +73,26 @@ def ordered_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def is_peft(path: Path) -> bool:
+    """Whether a folder holds adapters of peft."""
     return (path / SETTINGS).is_file()
 
 
 def is_tunix(path: Path) -> bool:
-    """Whether a tree of orbax's holds adapters; or the folder that Tunix has put it into does."""
+    """Whether `path` is an orbax tree of adapters, or the folder in which Tunix saves one."""
     path = tree_of(path)
     return (path / "manifest.ocdbt").is_file() and any("lora_a" in n for n in OrbaxTree(path).names)
 
 
 def tree_of(path: Path) -> Path:
+    """The orbax tree at `path` or in its folder `model_params`."""
     return path / "model_params" if (path / "model_params").is_dir() else locate(path)
 
 
 # ------------------------------------------------------------------------------------------------------------------- reading
 
 
-def read_peft(folder: Path, config: GemmaConfig) -> Adapters:
-    """A folder that peft wrote. Raises ModelError."""
+def read_peft(folder: Path, config: GemmaConfig) -> LoadedAdapters:
+    """The adapters in a folder that peft wrote. Raises ModelError."""
     settings = Settings(folder / SETTINGS, read_json(folder / SETTINGS))
     said = settings.values
     for key, wanted in {"peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False}.items():
@@ -99,8 +101,8 @@ def read_peft(folder: Path, config: GemmaConfig) -> Adapters:
     for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication"):
         if said.get(key):
             raise ModelError(f"{settings.path}: {key} is not supported; it must be empty")
-    if not (folder / WEIGHTS).is_file():
-        raise ModelError(f"{folder / WEIGHTS} is missing: adapters are read from safetensors alone")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ModelError(f"{folder / ADAPTER_WEIGHTS} is missing: adapters are only read from safetensors")
     container = AdapterFile(folder)
 
     def place(projection: str, side: str) -> Place:
@@ -112,11 +114,11 @@ def read_peft(folder: Path, config: GemmaConfig) -> Adapters:
     if rank != settings.need("r"):
         raise ModelError(f"{settings.path}: r {said['r']} is not the rank of the weights, {rank}")
     alpha = settings.need("lora_alpha", float)
-    return Adapters(weights, rank, alpha / (rank**0.5 if said.get("use_rslora") else rank))
+    return LoadedAdapters(weights, rank, alpha / (rank**0.5 if said.get("use_rslora") else rank))
 
 
-def read_tunix(path: Path, config: GemmaConfig, alpha: float) -> Adapters:
-    """A tree of adapters that Tunix saved. Raises ModelError."""
+def read_tunix(path: Path, config: GemmaConfig, alpha: float) -> LoadedAdapters:
+    """The adapters in a tree that Tunix saved. Raises ModelError."""
     container = OrbaxTree(tree_of(path))
 
     def place(projection: str, side: str) -> Place:
@@ -130,20 +132,21 @@ def read_tunix(path: Path, config: GemmaConfig, alpha: float) -> Adapters:
         return Place(f"{weight.name}/lora_{side}", letters, weight.part)
 
     weights, rank = read_all(container, config, place)
-    return Adapters(weights, rank, alpha / rank)
+    return LoadedAdapters(weights, rank, alpha / rank)
 
 
 class AdapterFile(Safetensors):
-    """`adapter_model.safetensors`, its names those of the model's weights."""
+    """`adapter_model.safetensors`; its names are prefixed names of the model's weights."""
 
     def __init__(self, folder: Path):
         self.path, self.handles = folder, {}
-        self.files = dict.fromkeys(self.opened(folder / WEIGHTS).keys(), folder / WEIGHTS)
+        file = folder / ADAPTER_WEIGHTS
+        self.files = dict.fromkeys(self.opened(file).keys(), file)
         self.names = {re.sub(r"^(base_model\.)?(model\.)*(language_model\.)?(model\.)?", "", name): name for name in self.files}
 
 
 def read_all(container: Container, config: GemmaConfig, place: Callable[[str, str], Place]) -> tuple[dict[str, Adapter], int]:
-    """Every projection that has adapters, and their rank. `place` says where one side of them lies."""
+    """The adapters of every projection that has them, and their rank. `place(projection, side)` says where "a" or "b" is."""
     found = [name for name in PROJECTIONS if place(name, "a").of(0).name in container.names]
     if not found:
         raise ModelError(f"{container.path} holds no adapters of a Gemma, such as {place('q', 'a').of(0).name}")
@@ -155,11 +158,11 @@ def read_all(container: Container, config: GemmaConfig, place: Callable[[str, st
         at = place(projection, side)
         rows, columns = leaf_names(config)[f"layers.{projection}"].removeprefix("L")
         ours = f"{rows}J" if side == "a" else f"J{columns}"
-        index = tuple(slice(0, size) for size in weight_names.shape(ours, config, J=rank))
+        index = tuple(slice(0, size) for size in weight_names.array_shape(ours, config, rank))
         layers = []
         for layer in range(config.num_layers):
             one = at.of(layer)
-            container.check(one, config, J=rank)
+            container.check(one, config, rank)
             wanted.add(one.name)
             layers.append(weight_names.to_ours(lambda cut, name=one.name: container.read(name, cut), one, ours, index))
         return np.stack(layers).astype(np.float32)
@@ -174,8 +177,8 @@ def read_all(container: Container, config: GemmaConfig, place: Callable[[str, st
 # ------------------------------------------------------------------------------------------------------------------- writing
 
 
-def write_peft(folder: Path, adapters: Adapters, config: GemmaConfig, base: str, dtype: str = "float32") -> None:
-    """The adapters as a folder that peft loads upon `base`."""
+def write_peft(folder: Path, adapters: LoadedAdapters, config: GemmaConfig, base: str, dtype: str = "float32") -> None:
+    """Write the adapters as a folder that peft loads on top of the model `base`."""
 
     def tensor(projection: str, layer: int, side: str) -> Tensor:
         name = weight_names.hugging_face(f"layers.{projection}", config).of(layer).name.removesuffix(".weight")
@@ -183,9 +186,8 @@ def write_peft(folder: Path, adapters: Adapters, config: GemmaConfig, base: str,
         return Tensor(f"base_model.model.model.{name}.lora_{side.upper()}.weight", array.shape, lambda: array)
 
     layers = range(config.num_layers)
-    write_safetensors(
-        folder / WEIGHTS, [tensor(name, layer, side) for name in adapters.weights for layer in layers for side in "ab"], dtype
-    )
+    weights = [tensor(name, layer, side) for name in adapters.weights for layer in layers for side in "ab"]
+    write_safetensors(folder / ADAPTER_WEIGHTS, weights, dtype)
     modules = [weight_names.TABLE[f"layers.{name}"][0].rpartition(".")[2] for name in adapters.weights]
     alpha = adapters.scale * adapters.rank
     write_json(folder / SETTINGS, {

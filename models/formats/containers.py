@@ -1,7 +1,7 @@
-"""The arrays of a checkpoint by name, read slice by slice: safetensors, the trees that orbax writes, GGUF.
+"""The arrays of a checkpoint by name, read slice by slice: safetensors, orbax trees, GGUF.
 
-Names come out in the words of `weight_names.py`, whatever a writer puts around them. Nothing is read before it is asked for,
-and nothing is unpickled. Left out: trees whose layers are stacked, and their optimizer states.
+Names are those of weight_names.py, without the prefixes and suffixes of some writers. Only the slices that are asked for are
+read, and nothing is unpickled. Not supported: orbax trees with stacked layers, optimizer states.
 """
 
 import json
@@ -24,6 +24,7 @@ INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def read_json(path: Path) -> dict:
+    """The object in a JSON file of a model folder. Raises ModelError."""
     if not path.is_file():
         raise ModelError(f"{path} is missing: a model folder holds config.json, *.safetensors and a tokenizer")
     try:
@@ -41,13 +42,13 @@ KINDS = {int: "a whole number above 0", float: "a number above 0", list: "a list
 
 
 class Settings:
-    """The values of a JSON file, each checked as it is asked for."""
+    """The values of a JSON file; each is checked when it is read."""
 
     def __init__(self, path: Path, values: dict):
         self.path, self.values = path, values
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
-        """The value of `key`; `default` where the file is silent or says null."""
+        """The value of `key`, or `default` if it is missing or null. Raises ModelError for a value of another kind."""
         value = self.values.get(key)
         if value is None:
             return default
@@ -57,62 +58,67 @@ class Settings:
         return value
 
     def need(self, key: str, kind: type = int) -> Any:
+        """The value of `key`. Raises ModelError if it is missing."""
         if (value := self.get(key, kind)) is None:
             raise ModelError(f"{self.path}: {key} is missing")
         return value
 
     def part(self, key: str) -> "Settings":
-        """An object inside this one; empty where there is none."""
+        """The object at `key`; an empty one if it is missing."""
         return Settings(self.path, self.get(key, dict, {}))
 
     def __or__(self, other: "Settings") -> "Settings":
-        """Both, the other's values first."""
+        """The values of both; those of `other` take precedence."""
         return Settings(self.path, self.values | other.values)
 
 
 class Container:
-    """Arrays by name. A subclass says what they are called, how large they are, and reads them."""
+    """Arrays by name. A subclass knows a format: what it calls the arrays, how large they are, how to read them."""
 
     path: Path
-    names: dict[str, Any]  # a key for each array
+    names: dict[str, Any]  # the arrays' names in the words of weight_names.py -> what the subclass needs to find them
     spare_rows = 0  # how many rows of padding an embedding may have
 
     def places(self, leaf: str, config: GemmaConfig) -> list[Place]:
-        """Where a leaf may lie."""
+        """Where this format may store a leaf."""
         raise NotImplementedError
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of an array. Raises ModelError unless it holds floats."""
         raise NotImplementedError
 
     def read(self, name: str, index: tuple) -> np.ndarray:
-        """A slice of an array of floats."""
+        """The slice `index` of an array."""
         raise NotImplementedError
 
-    def passed_over(self, name: str) -> bool:
-        """Whether an array that is no weight of the text model may lie here."""
+    def ignored(self, name: str) -> bool:
+        """Whether a file of this format may hold this array besides the weights of the text model."""
         raise NotImplementedError
 
     def place(self, leaf: str, config: GemmaConfig) -> Place:
-        """Where a leaf lies, by the names and the shapes that are there."""
+        """Where this file stores a leaf, judged by the names and shapes in it."""
         places = self.places(leaf, config)
-        there = [place for place in places if place.of(0).name in self.names]
-        fit = [place for place in there if self.shape(place.of(0).name) == weight_names.shape(place.letters, config)]
+        found = [place for place in places if place.of(0).name in self.names]
+        fit = [place for place in found if self.shape(place.of(0).name) == weight_names.array_shape(place.letters, config)]
         if len(fit) > 1:
             raise ModelError(f"{self.path}: {fit[0].of(0).name} could be stored as {fit[0].letters} or {fit[1].letters}")
-        return (fit or there or places)[0]
+        return (fit or found or places)[0]
 
-    def check(self, place: Place, config: GemmaConfig, **sizes: int) -> None:
-        """Raises ModelError unless the array is there, and has the shape that it must have."""
+    def check(self, place: Place, config: GemmaConfig, rank: int = 0) -> None:
+        """Raises ModelError unless there is an array of the right shape at `place`. `rank` is that of adapters."""
         if place.name not in self.names:
             raise ModelError(f"{self.path}: weight {place.name} is missing")
-        found, wanted = self.shape(place.name), weight_names.shape(place.letters, config, **sizes)
+        found, wanted = self.shape(place.name), weight_names.array_shape(place.letters, config, rank)
         padded = place.letters[0] == "V" and found[1:] == wanted[1:] and 0 <= found[0] - wanted[0] <= self.spare_rows
         if found != wanted and not padded:
             raise ModelError(f"{self.path}: weight {place.name} has shape {found}, config.json says {wanted}")
 
 
 def locate(path: Path) -> Path:
-    """What is meant by `path`: itself, or the one tree or GGUF file in that folder, where that is all there is."""
+    """`path`, or the orbax tree or GGUF file inside it when it is a folder without a Hugging Face model.
+
+    Raises ModelError when it holds more than one.
+    """
     if not path.is_dir() or is_tree(path) or ((path / "config.json").is_file() and any(path.glob("*.safetensors*"))):
         return path
     inside = sorted(found for found in path.iterdir() if found.suffix == ".gguf" or (found.is_dir() and is_tree(found)))
@@ -122,7 +128,7 @@ def locate(path: Path) -> Path:
 
 
 def open_container(path: Path) -> Container:
-    """Whatever lies at `path`. Raises ModelError."""
+    """The checkpoint at `path`, in any format. Raises ModelError."""
     path = locate(path)
     if path.suffix == ".gguf" and path.is_file():
         return Gguf(path)
@@ -130,7 +136,7 @@ def open_container(path: Path) -> Container:
 
 
 def is_tree(folder: Path) -> bool:
-    """Whether orbax wrote it, whichever way."""
+    """Whether a folder is an orbax tree, in either of its two layouts."""
     return any((folder / name).is_file() for name in ("manifest.ocdbt", "_METADATA"))
 
 
@@ -138,7 +144,7 @@ def is_tree(folder: Path) -> bool:
 
 
 class Safetensors(Container):
-    """`model.safetensors` of a Hugging Face folder, or its shards. Checks names and shards before anything is read."""
+    """`model.safetensors` of a Hugging Face folder, or its shards."""
 
     def __init__(self, folder: Path):
         self.path = folder
@@ -150,20 +156,22 @@ class Safetensors(Container):
             self.files = dict.fromkeys(self.opened(folder / WHOLE).keys(), folder / WHOLE)
         else:
             pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
-            hint = f"; {pickled[0]} may be a pickle, which could run code, and is not read: convert it" if pickled else ""
+            hint = f"; {pickled[0]} may be a pickle, which could run code: convert it to safetensors" if pickled else ""
             raise ModelError(f"{folder} holds no {WHOLE} and no {INDEX}{hint}")
-        # a text model lies under "model.", that of a multimodal one under "language_model.model." or "model.language_model."
+        # names start with "model.", in multimodal models with "language_model.model." or "model.language_model."
         short = [name.removeprefix("model.").removeprefix("language_model.").removeprefix("model.") for name in self.files]
         self.names = dict(zip(short, self.files, strict=True))
 
     def shard(self, file: str) -> Path:
+        """The path of a shard that the index names. Raises ModelError."""
         if Path(str(file)).name != file:
-            raise ModelError(f"{self.path / INDEX}: {file!r} leaves the folder; shards must lie beside their index")
+            raise ModelError(f"{self.path / INDEX}: {file!r} leaves the folder; shards must be next to their index")
         if not (self.path / file).is_file():
-            raise ModelError(f"{self.path / file} is missing: {INDEX} names it")
+            raise ModelError(f"{self.path / file} is missing, but {INDEX} names it")
         return self.path / file
 
     def opened(self, file: Path):
+        """The handle of a file, opened once. Raises ModelError."""
         from safetensors import SafetensorError, safe_open
 
         if file not in self.handles:
@@ -183,7 +191,7 @@ class Safetensors(Container):
         stored = self.names[name]
         file = self.opened(self.files[stored])
         if stored not in set(file.keys()):
-            raise ModelError(f"{self.files[stored]} holds no weight {stored}, though the index says so")
+            raise ModelError(f"{self.files[stored]} holds no weight {stored}, but the index says that it does")
         tensor = file.get_slice(stored)
         if tensor.get_dtype() not in ("F32", "F16", "BF16"):
             raise ModelError(f"{self.path}: weight {name} is {tensor.get_dtype()}; F32, F16 or BF16 is needed")
@@ -192,12 +200,12 @@ class Safetensors(Container):
     def read(self, name: str, index: tuple) -> np.ndarray:
         return self.opened(self.files[self.names[name]]).get_slice(self.names[name])[index]
 
-    def passed_over(self, name: str) -> bool:
+    def ignored(self, name: str) -> bool:
         return name == "lm_head.weight" or name.startswith(("vision_tower", "multi_modal")) or "rotary_emb" in name
 
 
 def pointer_hint(file: Path) -> str:
-    """What to say of a file that git-lfs has not fetched."""
+    """The hint for a file that git-lfs has not fetched; empty for others."""
     with file.open("rb") as opened:
         return " (it is a git-lfs pointer: run git lfs pull)" if opened.read(8) == b"version " else ""
 
@@ -206,10 +214,10 @@ def pointer_hint(file: Path) -> str:
 
 
 def flax_name(stored: str) -> str:
-    """An array's name in the words of weight_names.py, however nested its tree was.
+    """The name in weight_names.py of an array that orbax stored under `stored`.
 
     transformer/layer_0/attn/q_einsum.w       Google's, flat       -> layer_0/attn/q_einsum
-    params.layer_0.mlp.linear                 nested
+    params.layer_0.mlp.linear                 nested               -> layer_0/mlp/linear
     layers.0.attn.q_einsum.w_lora_a.value     Tunix's adapters     -> layer_0/attn/q_einsum/lora_a
     """
     name = re.sub(r"^(params/|transformer/)*", "", stored.replace(".", "/"))
@@ -218,9 +226,9 @@ def flax_name(stored: str) -> str:
 
 
 class OrbaxTree(Container):
-    """A tree of arrays that orbax wrote, as Google's Flax checkpoints on Kaggle and what Tunix saves are."""
+    """A tree of arrays that orbax wrote, such as Google's Flax checkpoints on Kaggle and Tunix's checkpoints."""
 
-    spare_rows = 128  # of 256,128
+    spare_rows = 128  # 256,128 rows for 256,000 pieces
 
     def __init__(self, folder: Path):
         import tensorstore
@@ -228,28 +236,32 @@ class OrbaxTree(Container):
         self.path, self.arrays = folder, {}
         try:
             files = [key.decode() for key in tensorstore.KvStore.open(self.store("")).result().list().result()]
-        except Exception as error:  # tensorstore raises what it likes
+        except Exception as error:  # tensorstore documents no exception types
             raise self.unreadable(error) from None
-        self.drivers = {}  # by the array's name on disk
+        self.drivers = {}  # stored name -> tensorstore driver
         for file in files:
             array, _, last = file.rpartition("/")
             if driver := {".zarray": "zarr", "zarr.json": "zarr3"}.get(last):
                 self.drivers[array] = driver
         self.names = {flax_name(name): name for name in self.drivers if name}
         if len(self.names) < len(self.drivers) or not self.names:
-            raise ModelError(f"{folder} holds {len(self.drivers)} arrays under {len(self.names)} names: no tree of one model")
+            raise ModelError(
+                f"{folder} holds {len(self.drivers)} arrays with {len(self.names)} names: not the tree of one model"
+            )
 
     def store(self, name: str) -> dict[str, Any]:
-        """Where the array of that name on disk lies; "" is all of them."""
+        """The tensorstore spec of the array stored under `name`; "" means the whole tree."""
         base = {"driver": "file", "path": f"{self.path.absolute()}/"}
         if (self.path / "manifest.ocdbt").is_file():
             return {"driver": "ocdbt", "base": base, "path": name}
         return base | {"path": base["path"] + name}
 
     def unreadable(self, error: Exception) -> ModelError:
+        """The error to raise for an error of tensorstore."""
         return ModelError(f"{self.path} cannot be read; download it again: {' '.join(str(error).split())[:200]}")
 
     def opened(self, name: str):
+        """The handle of an array, opened once. Raises ModelError."""
         import tensorstore
 
         if name not in self.arrays:
@@ -278,15 +290,16 @@ class OrbaxTree(Container):
         except Exception as error:
             raise self.unreadable(error) from None
 
-    def passed_over(self, name: str) -> bool:
+    def ignored(self, name: str) -> bool:
         return name.startswith(("vision_encoder/", "embedder/mm_"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------- GGUF
 
 
-@lru_cache(1)  # reading the file's list of 262,144 pieces takes seconds
+@lru_cache(1)  # reading the vocabulary of 262,144 pieces takes seconds
 def gguf_tensors(path: Path, _changed: int) -> dict[str, Any]:
+    """The tensors of a GGUF file by name. `_changed` is the time of its last change. Raises ModelError."""
     try:
         from gguf import GGUFReader
     except ImportError:
@@ -302,7 +315,7 @@ def gguf_tensors(path: Path, _changed: int) -> dict[str, Any]:
 
 
 class Gguf(Container):
-    """A file of llama.cpp's; quantised matrices come out as the floats that they stand for."""
+    """A GGUF file, as llama.cpp uses. Quantized matrices are read as floats."""
 
     spare_rows = 128
 
@@ -320,10 +333,10 @@ class Gguf(Container):
         from gguf.quants import dequantize
 
         tensor = self.names[name]
-        try:  # whole rows, as their blocks lie along them
+        try:  # blocks run along rows, so rows are read whole
             return np.asarray(dequantize(tensor.data[index[0]], tensor.tensor_type), np.float32)[:, *index[1:]]
         except NotImplementedError:
             raise ModelError(f"{self.path}: weight {name} is {tensor.tensor_type.name}, which gguf cannot read") from None
 
-    def passed_over(self, name: str) -> bool:
+    def ignored(self, name: str) -> bool:
         return name in ("output.weight", "rope_freqs.weight")

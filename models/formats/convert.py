@@ -1,8 +1,7 @@
-"""A checkpoint of Gemma 1, 2 or 3, in any form that containers.py reads -> `GemmaConfig` and `Params`, straight onto the mesh;
-the way back is save.py.
+"""Load a checkpoint of Gemma 1, 2 or 3, in any format that containers.py reads, as `GemmaConfig` and `Params` on a mesh.
 
-weight_names.py names every weight. Each device reads its own slice, as far as the form allows; no array is ever whole in
-host memory on top of what the devices hold. Left out: pickled checkpoints (`.bin`, `.pth`), which could run code.
+weight_names.py maps the names of weights. Each device reads its own slices where the format allows it, so no whole array is in
+host memory besides what the devices hold. Not supported: pickled checkpoints (`.bin`, `.pth`), which could run code.
 """
 
 from collections.abc import Callable
@@ -25,7 +24,7 @@ FAMILIES = {
     "GemmaForCausalLM": 1, "Gemma2ForCausalLM": 2, "Gemma3ForCausalLM": 3, "Gemma3ForConditionalGeneration": 3,
 }  # fmt: skip
 
-# What transformers takes for granted where a config.json is silent; the first multimodal ones name little but sizes.
+# The defaults of transformers for keys that a config.json may lack. The first multimodal ones hold little besides sizes.
 DEFAULTS = {
     1: {},
     2: {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
@@ -34,7 +33,10 @@ DEFAULTS = {
 
 
 def read_config(path: str | Path) -> GemmaConfig:
-    """The dimensions of the model at `path`: from its `config.json`, or one beside it; else those of the preset that fits."""
+    """The dimensions of the model at `path`, from the `config.json` in it or next to it, or else from the preset that fits it.
+
+    Raises ModelError.
+    """
     found = locate(Path(path))
     if not is_tree(found) and found.suffix != ".gguf":
         return parse_config(found / "config.json")
@@ -48,40 +50,21 @@ def read_config(path: str | Path) -> GemmaConfig:
         except ModelError:
             continue
         return config
-    raise ModelError(f"{found} fits none of {', '.join(MODELS)}; put the config.json of its Hugging Face twin beside it")
+    raise ModelError(f"{found} fits none of {', '.join(MODELS)}; put the config.json of its Hugging Face twin next to it")
 
 
 def parse_config(path: Path) -> GemmaConfig:
-    """`config.json`, in transformers' older dialect (`rope_theta`, ...) or newer (`rope_parameters`)."""
-    given = Settings(path, read_json(path))
-    architecture = (given.get("architectures", list) or ["none"])[0]
-    if architecture not in list(FAMILIES):
-        raise ModelError(f"{path}: architecture {architecture} is unknown; one of {', '.join(FAMILIES)} is needed")
-    family = FAMILIES[architecture]
-    values = Settings(path, DEFAULTS[family]) | given | given.part("text_config")
-    said = values.values
-
-    activation = said.get("hidden_activation") or said.get("hidden_act") or "gelu_pytorch_tanh"
-    if activation not in ("gelu", "gelu_pytorch_tanh"):  # "gelu" in a Gemma config has always meant the tanh form
-        raise ModelError(f"{path}: activation {activation} is unknown; gelu_pytorch_tanh is needed")
-    if said.get("attention_bias") or said.get("use_bidirectional_attention"):
-        raise ModelError(f"{path}: attention_bias and use_bidirectional_attention are not supported; both must be false")
-    if said.get("tie_word_embeddings") is False:
-        raise ModelError(f"{path}: tie_word_embeddings is false; a head of its own is not supported")
-    layers, head_dim = values.need("num_hidden_layers"), values.need("head_dim")
-    heads, kv_heads = values.need("num_attention_heads"), values.need("num_key_value_heads")
+    """Read a `config.json` with the keys of transformers 4 (`rope_theta`, ...) or 5 (`rope_parameters`). Raises ModelError."""
+    values, family = read_settings(path)
+    check_features(values)
+    heads, kv_heads, head_dim = (values.need(key) for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     if heads % kv_heads:
         raise ModelError(f"{path}: num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}")
     if head_dim % 2:
-        raise ModelError(f"{path}: head_dim {head_dim} must be even")  # RoPE turns pairs
+        raise ModelError(f"{path}: head_dim {head_dim} must be even")  # RoPE rotates pairs
+    layers = values.need("num_hidden_layers")
     local = local_layers(values, layers, family)
-    if len(local) != layers:
-        raise ModelError(f"{path}: layer_types names {len(local)} layers, num_hidden_layers says {layers}")
-    rope, rope_local = rope_parameters(values, family)
-    for kind, parameters, known in (("global", rope, ("default", "linear")), ("local", rope_local, ("default",))):
-        rope_type = parameters.values.get("rope_type") or parameters.values.get("type") or "default"
-        if rope_type not in known and (kind == "global" or any(local)):
-            raise ModelError(f"{path}: rope_type {rope_type} of {kind} layers is unknown; {' or '.join(known)} is needed")
+    rope, rope_local = rope_parameters(values, family, any(local))
     query_scalar = head_dim if family == 1 else values.need("query_pre_attn_scalar", float)
     return GemmaConfig(
         num_layers=layers,
@@ -105,58 +88,94 @@ def parse_config(path: Path) -> GemmaConfig:
     )
 
 
+def read_settings(path: Path) -> tuple[Settings, int]:
+    """The values of a `config.json`, its family's defaults below them, a multimodal model's text part above; and the family."""
+    given = Settings(path, read_json(path))
+    architecture = (given.get("architectures", list) or ["none"])[0]
+    if architecture not in list(FAMILIES):
+        raise ModelError(f"{path}: architecture {architecture} is unknown; one of {', '.join(FAMILIES)} is needed")
+    family = FAMILIES[architecture]
+    return Settings(path, DEFAULTS[family]) | given | given.part("text_config"), family
+
+
+def check_features(values: Settings) -> None:
+    """Raises ModelError for a model with features that we do not implement."""
+    path, said = values.path, values.values
+    activation = said.get("hidden_activation") or said.get("hidden_act") or "gelu_pytorch_tanh"
+    if activation not in ("gelu", "gelu_pytorch_tanh"):  # in a Gemma config "gelu" always means the tanh approximation
+        raise ModelError(f"{path}: activation {activation} is unknown; gelu_pytorch_tanh is needed")
+    if said.get("attention_bias") or said.get("use_bidirectional_attention"):
+        raise ModelError(f"{path}: attention_bias and use_bidirectional_attention are not supported; both must be false")
+    if said.get("tie_word_embeddings") is False:
+        raise ModelError(f"{path}: tie_word_embeddings is false; a separate vocabulary head is not supported")
+
+
 def local_layers(values: Settings, layers: int, family: int) -> tuple[bool, ...]:
-    """Which layers see only a window: none in Gemma 1, every other in 2 (the first one too), five of six in 3."""
+    """Which layers have a sliding window: none in Gemma 1, every other one in 2 from the first on, five of six in 3."""
     if family == 1:
         return (False,) * layers
     if kinds := values.get("layer_types", list):
         for kind in kinds:
             if kind not in ("sliding_attention", "full_attention"):
                 raise ModelError(f"{values.path}: layer type {kind!r} must be sliding_attention or full_attention")
+        if len(kinds) != layers:
+            raise ModelError(f"{values.path}: layer_types names {len(kinds)} layers, num_hidden_layers says {layers}")
         return tuple(kind == "sliding_attention" for kind in kinds)
     pattern = values.get("sliding_window_pattern", int) or values.get("_sliding_window_pattern", int, 6)
     return tuple((i + 1) % (2 if family == 2 else pattern) != 0 for i in range(layers))
 
 
-def rope_parameters(values: Settings, family: int) -> tuple[Settings, Settings]:
-    """RoPE of global and of local layers: perhaps `rope_theta`, `rope_type` and `factor`."""
+def rope_parameters(values: Settings, family: int, has_local: bool) -> tuple[Settings, Settings]:
+    """`rope_theta`, `rope_type` and `factor`, as far as given, of global and of local layers. Raises ModelError."""
     given, scaling = values.part("rope_parameters"), values.part("rope_scaling")
-    theta = Settings(values.path, {"rope_theta": values.get("rope_theta", float)}) | scaling
+    rope = Settings(values.path, {"rope_theta": values.get("rope_theta", float)}) | scaling
+    rope_local = Settings(values.path, {"rope_theta": values.get("rope_local_base_freq", float)})
     if family < 3:
-        return theta | given, theta | given
-    local = Settings(values.path, {"rope_theta": values.get("rope_local_base_freq", float)})
-    return theta | given.part("full_attention"), local | given.part("sliding_attention")
+        rope = rope_local = rope | given
+    else:
+        rope, rope_local = rope | given.part("full_attention"), rope_local | given.part("sliding_attention")
+    check_rope_type(rope, "global", ("default", "linear"))
+    if has_local:
+        check_rope_type(rope_local, "local", ("default",))
+    return rope, rope_local
+
+
+def check_rope_type(rope: Settings, kind: str, known: tuple[str, ...]) -> None:
+    """Raises ModelError for a RoPE that we do not implement in layers of this kind."""
+    rope_type = rope.values.get("rope_type") or rope.values.get("type") or "default"
+    if rope_type not in known:
+        raise ModelError(f"{rope.path}: rope_type {rope_type} of {kind} layers is unknown; {' or '.join(known)} is needed")
 
 
 def leaf_names(config: GemmaConfig) -> dict[str, str]:
-    """Our leaf -> its letters: {"embedding": "VD", "layers.q": "LDA", ...}."""
+    """The letters of each leaf of our tree: {"embedding": "VD", "layers.q": "LDA", ...}."""
     flat, _ = jax.tree_util.tree_flatten_with_path(axes(config))
     return {jax.tree_util.keystr(path, simple=True, separator="."): letters.upper() for path, letters in flat}
 
 
 def layers_of(letters: str, config: GemmaConfig) -> range:
-    """The layers that a leaf has; one that is not stacked counts as one."""
+    """The layers of a leaf; a leaf that is not stacked counts as one layer."""
     return range(config.num_layers if letters[0] == "L" else 1)
 
 
 def check_weights(container: Container, config: GemmaConfig) -> None:
-    """Raises ModelError unless the container holds the weights of this model, whole, and none of another."""
+    """Raises ModelError unless the container holds all weights of this model, and no others."""
     wanted = set()
     for leaf, letters in leaf_names(config).items():
         place = container.place(leaf, config)
         for layer in layers_of(letters, config):
             container.check(place.of(layer), config)
             wanted.add(place.of(layer).name)
-    extra = sorted(name for name in set(container.names) - wanted if not container.passed_over(name))
+    extra = sorted(name for name in set(container.names) - wanted if not container.ignored(name))
     if extra:
         raise ModelError(f"{container.path}: weight {extra[0]} has no place in this model ({len(extra)} such)")
 
 
-Reader = Callable[[str, int, Any], np.ndarray]  # (leaf, layer, index) -> that slice of one layer's weight, in our form
+Reader = Callable[[str, int, Any], np.ndarray]  # (leaf, layer, index) -> the slice `index` of one layer's weight, in our layout
 
 
 def open_weights(path: str | Path, config: GemmaConfig) -> Reader:
-    """What reads the weights at `path`, slice by slice, in the dtype they are stored in. Raises ModelError."""
+    """A reader of the weights at `path`; slices have the dtype in which they are stored. Raises ModelError."""
     container = open_container(Path(path))
     check_weights(container, config)
     letters = leaf_names(config)
@@ -170,12 +189,12 @@ def open_weights(path: str | Path, config: GemmaConfig) -> Reader:
 
 
 def load_params(path: str | Path, config: GemmaConfig, mesh: Mesh, rules: Rules, dtype: str = "float32") -> Params:
-    """The weights at `path`, each leaf laid out by `rules` on `mesh` and cast to `dtype`. Raises ModelError."""
+    """The weights at `path`, sharded over `mesh` by `rules` and cast to `dtype`. Raises ModelError."""
     return place_params(open_weights(path, config), config, mesh, rules, dtype)
 
 
 def place_params(read: Reader, config: GemmaConfig, mesh: Mesh, rules: Rules, dtype: str) -> Params:
-    """What `read` gives, laid out by `rules` on `mesh`; each device asks for its own slices."""
+    """The weights that `read` reads, sharded over `mesh` by `rules` and cast to `dtype`; each device reads its own slices."""
 
     def load(path: Any, letters: str) -> jax.Array:
         leaf = jax.tree_util.keystr(path, simple=True, separator=".")

@@ -1,6 +1,6 @@
-"""`Params`, or anything that gives weights leaf by leaf -> a Hugging Face folder: safetensors, an index, config.json.
+"""Write a Hugging Face folder (safetensors, an index, config.json) from `Params`, or from anything that reads weights by leaf.
 
-One tensor is in host memory at a time, however large the model. Left out: the tokenizer's files, which the caller copies.
+One tensor is in host memory at a time, however large the model is. The caller copies the tokenizer's files.
 """
 
 import json
@@ -16,13 +16,13 @@ import numpy as np
 
 from models.formats.containers import INDEX, WHOLE
 from models.formats.convert import DEFAULTS, Reader, layers_of, leaf_names
-from models.formats.weight_names import from_ours, hugging_face, shape
+from models.formats.weight_names import array_shape, from_ours, hugging_face
 from models.gemma import GemmaConfig, Params, shapes
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a folder to be written; its values are made when their turn comes."""
+    """One tensor to be written. `make` computes its values when they are written."""
 
     name: str
     shape: tuple[int, ...]
@@ -30,20 +30,20 @@ class Tensor:
 
 
 def tensors(config: GemmaConfig, read: Reader) -> list[Tensor]:
-    """All tensors of a Hugging Face folder."""
+    """All tensors of the Hugging Face folder of the weights that `read` reads."""
 
     def tensor(leaf: str, letters: str, layer: int) -> Tensor:
         place, ours = hugging_face(leaf, config).of(layer), letters.removeprefix("L")
-        whole = tuple(slice(0, size) for size in shape(ours, config))
+        whole = tuple(slice(0, size) for size in array_shape(ours, config))
         make = lambda: from_ours(read(leaf, layer, whole), place, ours)  # noqa: E731
-        return Tensor("model." + place.name, shape(place.letters, config), make)
+        return Tensor("model." + place.name, array_shape(place.letters, config), make)
 
     names = leaf_names(config).items()
     return [tensor(leaf, letters, layer) for leaf, letters in names for layer in layers_of(letters, config)]
 
 
 def write_weights(folder: Path, tensors: list[Tensor], dtype: str, shard_bytes: int = 5 * 10**9) -> None:
-    """`model.safetensors`, or shards of it with an index. One tensor is in memory at a time."""
+    """Write `model.safetensors`, or with more than `shard_bytes` shards and their index."""
     shards, size = [[]], 0
     for tensor in tensors:
         if shards[-1] and size + tensor_bytes(tensor, dtype) > shard_bytes:
@@ -61,12 +61,16 @@ def write_weights(folder: Path, tensors: list[Tensor], dtype: str, shard_bytes: 
 
 
 def tensor_bytes(tensor: Tensor, dtype: str) -> int:
+    """The bytes of a tensor in a file."""
     return math.prod(tensor.shape) * jnp.dtype(dtype).itemsize
 
 
 def write_safetensors(file: Path, tensors: list[Tensor], dtype: str) -> None:
-    """A length, a JSON header that places every tensor, and their bytes. The library would want them all at once."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # as transformers marks its own
+    """Write the length of the header, a JSON header with the offsets of all tensors, and their bytes.
+
+    Done by hand because the safetensors library wants all tensors in memory.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers writes this mark and looks for it
     end = 0
     for tensor in tensors:
         start, end = end, end + tensor_bytes(tensor, dtype)
@@ -83,11 +87,12 @@ def write_safetensors(file: Path, tensors: list[Tensor], dtype: str) -> None:
 
 
 def write_json(path: Path, values: dict) -> None:
+    """Write an object as indented JSON."""
     path.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def save_params(folder: str | Path, params: Params, config: GemmaConfig, config_json: dict, dtype: str = "float32") -> None:
-    """Weights and `config.json` in Hugging Face's form; the tokenizer's files are the caller's to copy."""
+    """Write weights and `config.json` as a Hugging Face folder, in `dtype`."""
     assert jax.tree.map(lambda p: p.shape, params) == jax.tree.map(lambda s: s.shape, shapes(config))
     leaves = dict(zip(leaf_names(config), jax.tree.leaves(params), strict=True))
 
@@ -101,7 +106,7 @@ def save_params(folder: str | Path, params: Params, config: GemmaConfig, config_
 
 
 def text_config(config_json: dict) -> dict:
-    """The `config.json` of the text model alone: that of a multimodal one says more than we read, and would be believed."""
+    """The `config.json` of the text model alone: readers of a multimodal one would look for weights that are not written."""
     if "text_config" not in config_json:
         return config_json
     outer = {key: value for key, value in config_json.items() if not isinstance(value, dict)}
@@ -112,8 +117,8 @@ def text_config(config_json: dict) -> dict:
     return text | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "tie_word_embeddings": True}
 
 
-def config_json(config: GemmaConfig, **token_ids: Any) -> dict:
-    """A `config.json`, in both of transformers' dialects, for a model that came without one."""
+def config_json(config: GemmaConfig, token_ids: dict[str, Any] | None = None) -> dict:
+    """A `config.json` for a model that came without one, with the keys of transformers 4 and 5, and with `token_ids`."""
     family = config.family
     linear = {"rope_type": "linear", "factor": config.rope_factor} if config.rope_factor != 1 else {"rope_type": "default"}
     values = {
@@ -123,7 +128,7 @@ def config_json(config: GemmaConfig, **token_ids: Any) -> dict:
         "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim,
         "vocab_size": config.vocab_size, "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": config.norm_eps,
         "max_position_embeddings": 32_768 if family == 3 else 8192, "tie_word_embeddings": True, "attention_bias": False,
-        "rope_theta": config.rope_base, **token_ids,
+        "rope_theta": config.rope_base, **(token_ids or {}),
     }  # fmt: skip
     if family == 1:
         return values | {"hidden_act": "gelu_pytorch_tanh", "rope_parameters": linear | {"rope_theta": config.rope_base}}

@@ -1,9 +1,9 @@
-"""One table of every weight: our name for it, Hugging Face's, GGUF's and Flax's, and the order of its axes in each.
+"""One table of all weights: their names in our tree and in Hugging Face, GGUF and Flax, and their axes in each format.
 
-Axes are letters as in gemma.py, so nothing but letters says what is turned, cut or joined on the way: ours is `DA`, Hugging
-Face's `AD` is its transpose, and Flax's `NDH` has the heads apart and first (A = N*H, E = K*H). A digit is an axis of that many
-matrices in one array, of which a weight is the `part`-th. Norm scales lack their 1 everywhere but in GGUF, which stores 1 + w.
-The layers' names are those of one layer, {}; ours are stacked on L.
+Axes are letters as in gemma.py, and they define every conversion: our `DA` is Hugging Face's `AD` transposed, and Flax's `NDH`
+has the heads as an axis of their own, in front (A = N*H, E = K*H). A digit is an axis of that many matrices in one array, of
+which the weight is the `part`-th. A norm scale w multiplies by 1 + w; GGUF stores 1 + w, all others store w. Names are those of
+one layer, whose number replaces {}; our leaves are stacked on L.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ import numpy as np
 from models.gemma import GemmaConfig
 
 # fmt: off
-#    ours                    Hugging Face, after "model."                    GGUF                                    both
+#    ours                    Hugging Face, after "model."                    GGUF                                    axes
 TABLE = {
     "embedding":            ("embed_tokens",                                "token_embd",                            "VD"),
     "layers.pre_attn_norm": ("layers.{}.input_layernorm",                   "blk.{}.attn_norm",                      "D"),
@@ -32,11 +32,11 @@ TABLE = {
     "layers.post_mlp_norm": ("layers.{}.post_feedforward_layernorm",        "blk.{}.post_ffw_norm",                  "D"),
     "final_norm":           ("norm",                                        "output_norm",                           "D"),
 }
-GEMMA1_PRE_MLP_NORM = "layers.{}.post_attention_layernorm"  # Hugging Face's name where there are but two norms
+GEMMA1_PRE_MLP_NORM = "layers.{}.post_attention_layernorm"  # Hugging Face's name in a model with two norms per layer
 
-# Flax's forms of it, which the names and shapes that are there decide between. The first is that of Google's checkpoints of
-# Gemma 1 and 2; Gemma 3 has gate and up turned, models with as many key as query heads have q, k and v in one, and Tunix has
-# gate and up apart. A name lacks its last part ("w", "scale", "kernel"), which some writers leave out.
+# Flax has several forms; the names and shapes in a file decide which one it has. The first is that of Google's checkpoints of
+# Gemma 1 and 2. Gemma 3 has gate and up transposed, models with as many key as query heads have q, k and v in one array, and
+# Tunix has gate and up in separate arrays. Names are without their last part ("w", "scale", "kernel"), which some writers omit.
 FLAX = {
     "embedding":            [("embedder/input_embedding", "VD")],
     "layers.pre_attn_norm": [("layer_{}/pre_attention_norm", "D")],
@@ -58,23 +58,25 @@ FLAX = {
 }
 # fmt: on
 
-HEADS = {"A": "NH", "E": "KH"}  # what the joined axes are made of
+HEADS = {"A": "NH", "E": "KH"}  # the axes that a joined axis consists of
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a weight lies in a container."""
+    """Where a checkpoint stores a weight."""
 
-    name: str  # of the array; {} is the layer
+    name: str  # of the array; {} stands for the layer
     letters: str  # the array's axes
-    part: int = 0  # which of its matrices, where it holds several
-    offset: float = 0.0  # what the stored values are larger by
+    part: int = 0  # which of its matrices, in an array of several
+    offset: float = 0.0  # stored value minus our value
 
     def of(self, layer: int) -> "Place":
+        """The place in one layer."""
         return replace(self, name=self.name.format(layer))
 
 
 def hugging_face(leaf: str, config: GemmaConfig) -> Place:
+    """Where a Hugging Face folder stores a leaf of our tree, such as "layers.q"; the name is without its "model."."""
     name, _, letters = TABLE[leaf]
     if leaf == "layers.pre_mlp_norm" and not config.post_norms:
         name = GEMMA1_PRE_MLP_NORM
@@ -82,33 +84,35 @@ def hugging_face(leaf: str, config: GemmaConfig) -> Place:
 
 
 def gguf(leaf: str) -> Place:
+    """Where a GGUF file stores a leaf of our tree."""
     _, name, letters = TABLE[leaf]
     return Place(name + ".weight", letters, offset=1.0 if "norm" in leaf else 0.0)
 
 
 def flax(leaf: str) -> list[Place]:
+    """Where a Flax tree may store a leaf of our tree."""
     return [Place(*form) for form in FLAX[leaf]]
 
 
-def shape(letters: str, config: GemmaConfig, **sizes: int) -> tuple[int, ...]:
-    """Of an array with these axes; `sizes` are those of letters that no weight has."""
-    sizes |= config.sizes | {"N": config.num_heads, "K": config.num_kv_heads}
+def array_shape(letters: str, config: GemmaConfig, rank: int = 0) -> tuple[int, ...]:
+    """The shape of an array with these axes. `rank` is the size of J, in adapters."""
+    sizes = config.sizes | {"N": config.num_heads, "K": config.num_kv_heads, "J": rank}
     return tuple(int(letter) if letter.isdecimal() else sizes[letter] for letter in letters)
 
 
 def to_ours(read: Callable[[tuple], np.ndarray], place: Place, ours: str, index: Sequence[slice]) -> np.ndarray:
-    """A slice of one layer's weight, axes `ours`, as `index` cuts them. `read` gives a slice of the array at `place`."""
+    """The slice `index` of one layer's weight, whose axes are `ours`. `read` returns a slice of the array at `place`."""
     wanted = dict(zip(ours, index, strict=True))
     array = read(tuple(place.part if c.isdecimal() else wanted.get(c, slice(None)) for c in place.letters))
-    there = [c for c in place.letters if not c.isdecimal()]
-    sizes = dict(zip(there, array.shape, strict=True))
-    parts = [c if c in sizes else HEADS[c] for c in ours]  # each of our axes as what it is made of there
-    array = array.transpose([there.index(c) for c in "".join(parts)])
+    theirs = [c for c in place.letters if not c.isdecimal()]
+    sizes = dict(zip(theirs, array.shape, strict=True))
+    parts = [c if c in sizes else HEADS[c] for c in ours]  # for each of our axes, the stored axes that it consists of
+    array = array.transpose([theirs.index(c) for c in "".join(parts)])
     array = array.reshape([int(np.prod([sizes[c] for c in part])) for part in parts])
-    array = array[tuple(slice(None) if c in sizes else wanted[c] for c in ours)]  # joined axes were read whole
+    array = array[tuple(slice(None) if c in sizes else wanted[c] for c in ours)]  # axes that were split are read whole
     return array - np.asarray(place.offset, array.dtype) if place.offset else array
 
 
 def from_ours(array: np.ndarray, place: Place, ours: str) -> np.ndarray:
-    """One layer's weight as Hugging Face stores it: the same axes, perhaps in another order."""
+    """One layer's weight as Hugging Face stores it, which has the same axes in another order."""
     return np.ascontiguousarray(array.transpose([ours.index(c) for c in place.letters]))
