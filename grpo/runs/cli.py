@@ -1,45 +1,39 @@
-"""What every script does around its work: the user's mistakes end in one line, the result in one line of JSON.
+"""What a script that computes with jax does around its work: compiled programs are cached, errors of memory are explained.
 
-Exit codes: 0 done, 2 the user's mistake, 1 a run that cannot go on (one line) or our own mistake (a traceback), 130 and 143
-stopped by SIGINT and SIGTERM.
+Exit codes are those of outcome.py; a run stopped by SIGINT or SIGTERM ends with 130 or 143.
 """
 
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from data import DataError
-from grpo.errors import ConfigError, RunError
-from grpo.runs.flags import fail
-from grpo.runs.distributed import leave, print_main
+from grpo.errors import RunError
+from grpo.runs.distributed import is_main_process, leave
 from grpo.runs.interrupts import Stopped
-from models import ModelError
+from grpo.runs.outcome import errors_as_exit_codes, print_result
 
 
-def run_script(main: Callable[[list[str]], dict[str, Any]], argv: list[str]) -> None:
+def run_script(main: Callable[[list[str]], dict[str, Any]], argv: list[str], short: Sequence[str] = ()) -> None:
+    """Run a script and print its result as one line of JSON; on a terminal only its keys in `short`, if there are any."""
     if getattr(sys.modules["__main__"], "main", None) is main:  # this process is that script, and nobody's notebook
         use_huge_pages()
     keep_compiled_programs()
     try:
         try:
-            with memory_explained():
+            with errors_as_exit_codes(), memory_explained():
                 result = main(argv)
-        except (ConfigError, DataError, ModelError) as error:
-            fail(str(error))
-        except RunError as error:
-            fail(str(error), code=1)
         except Stopped as stopped:
             raise SystemExit(stopped.code) from None
     except BaseException as error:
         leave(error)
         raise
-    print_main(json.dumps(result))
+    if is_main_process():
+        print_result(result, short)
 
 
 @contextmanager
