@@ -2,11 +2,11 @@
 
     python scripts/report.py RUN_DIR [ANOTHER_RUN_DIR ...] [--evaluation EVAL]
 
-RUN_DIR/report.html is one file that a browser opens without a server or a network. It shows the curves of all runs given; of the
+RUN_DIR/report.html is one file that a browser opens without a server or a network. It shows the curves of all the runs. For the
 first run it also shows the sessions, the groups of completions with the arithmetic of their advantages and losses, and the
 evaluation. The gain of the vote is shown for all evaluations of all runs: RUN_DIR/consensus, and RUN_DIR/consensus-STEP of a
-checkpoint. The plots are RUN_DIR/training.png and, with an evaluation, evaluation.png. RUN_DIR/analyses.json has all analyses of
-grpo/reports/analysis.py with their n and intervals. The last line of standard output is one line of JSON.
+checkpoint. The plots are RUN_DIR/training.png and, with an evaluation, evaluation.png. RUN_DIR/analyses.json has all analyses
+of grpo/reports/analysis.py with their n and intervals. The last line of standard output is one line of JSON.
 """
 
 import json
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo.config import flag
+from grpo.config import check_fields, flag
 from grpo.errors import ConfigError, RunError
 from grpo.reports.page import find_evaluations, read_analyses, read_page, render
 from grpo.reports.plots import draw_evaluation, draw_or_warn, draw_training
@@ -32,12 +32,11 @@ class ReportConfig:
         "", "directory that evaluate_consensus.py wrote; default: RUN_DIR/consensus, else the latest consensus-STEP"
     )
     megabytes: float = flag(
-        64.0, "most megabytes of completions in the page, and of tokens, and of evaluation texts, before compression"
+        64.0, "most megabytes of completions in the page, and of tokens, and of evaluation texts, before compression", least=0
     )
 
     def __post_init__(self):
-        if not 0 <= self.megabytes < float("inf"):
-            raise ConfigError(f"megabytes {self.megabytes} must be at least 0, and finite")
+        check_fields(self)
 
 
 def draw_plots(folder: Path, evaluation: Path | None) -> list[str]:
@@ -64,7 +63,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     config = parse(ReportConfig, argv[first_flag:], __doc__ or "")
     if not folders:
         raise ConfigError("give the directory of a run: report.py RUN_DIR [ANOTHER_RUN_DIR ...] [--evaluation EVAL]")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a report downloads nothing: questions come from the hub's cache or not at all
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # questions come from the hub's cache or not at all
     evaluation = Path(config.evaluation) if config.evaluation else next(iter(find_evaluations(folders[0])), None)
     if evaluation and not evaluation.is_dir():
         raise ConfigError(f"evaluation {config.evaluation!r} is not a directory")

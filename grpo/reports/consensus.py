@@ -53,8 +53,8 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 def maj_at_k(answers: Sequence[Answer], temperatures: Sequence[float], gold: str) -> list[float]:
     """For k = 1 to n: the share of all subsets of k samples whose majority vote is the gold answer. Exact, ties included.
 
-    The subsets are counted, not listed. Suppose that the gold answer has `count` votes, the first of them at `first` in order of
-    temperature. It wins if each rival has fewer votes, or as many but all of them after `first`.
+    The subsets are counted, not listed. Suppose that the gold answer has `count` votes, the first of them at place `first` in
+    order of temperature. It wins if each rival has fewer votes, or as many but all of them after `first`.
     """
     n = len(answers)
     places: dict[Answer, list[int]] = defaultdict(list)  # of each answer, in order of temperature

@@ -56,8 +56,6 @@ def describe_skipped(name: str, numbers: list[int]) -> str:
 
 def has_only(path: Path, count: int) -> bool:
     """Whether a file consists of exactly `count` lines, the last one with its newline: nothing was skipped, nothing is torn."""
-    lines, last = 0, b"\n"
     with path.open("rb") as file:
-        for last in file:
-            lines += 1
-    return lines == count and last.endswith(b"\n")
+        whole = [line.endswith(b"\n") for line in file]
+    return len(whole) == count and all(whole)

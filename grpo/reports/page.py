@@ -21,6 +21,7 @@ from typing import Any
 from data import DataError
 from data.arithmetic import training_problems
 from data.problems import Problem, load_problems
+from grpo.config import current_names
 from grpo.errors import ConfigError
 from grpo.reports import analysis
 from grpo.reports.consensus import canonical, majority_vote
@@ -32,7 +33,6 @@ FLAGS = ("tagged", "strict", "flexible", "reasoning_tags", "answer_tags", "viola
 COMPLETION_KEYS = ("step", "problem", "text")
 GROUP_KEYS = ("step", "problem", "question", "beta", "epsilon_low", "epsilon_high", "tis_cap")
 TOKEN_COLUMNS = ("ids", "logprobs", "sampler_logprobs", "old_logprobs", "ref_logprobs", "ratio", "kl", "clipped", "weight")
-RENAMED = {"sampler_cap": "tis_cap"}  # settings that older runs recorded under another name
 
 
 def read_page(run_dirs: list[Path], evaluation: Path | None, megabytes: float) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def read_run(folder: Path, notes: list[str]) -> dict[str, Any]:
     sessions = read_object(folder / "sessions.json", [], notes)
     return {
         "name": folder.resolve().name,
-        "config": rename(read_object(folder / "config.json", {}, notes)),
+        "config": current_names(read_object(folder / "config.json", {}, notes)),
         "step": [step["step"] for step in steps],
         "metrics": {name: [round_floats(step.get(name)) for step in steps] for name in names if name != "step"},
         "alarms": [[step["step"], name] for step in steps for name in step.get("alarms") or []],
@@ -131,13 +131,8 @@ def read_run(folder: Path, notes: list[str]) -> dict[str, Any]:
     }
 
 
-def rename(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings under their present names."""
-    return {RENAMED.get(name, name): value for name, value in settings.items()}
-
-
 def read_completions(folder: Path, config: dict[str, Any], wanted: set[int], limit: float, notes: list[str]) -> dict[str, Any]:
-    """The completions as columns, in groups. Beyond `limit` bytes whole steps are left out; the steps in `wanted` come first."""
+    """The completions as columns, in groups. Whole steps are left out beyond `limit` bytes; those in `wanted` come first."""
     path = folder / "completions.jsonl"
     steps, total = choose_steps(path, wanted, limit, notes)
     columns = CompletionColumns(config.get("group_size"))
@@ -248,7 +243,7 @@ def read_tokens(path: Path, limit: float, notes: list[str]) -> list[dict[str, An
     if len(kept) < len(sizes):
         notes.append(f"Tokens of {len(sizes) - len(kept):,} of {len(sizes):,} groups are not in this page (--megabytes)")
     groups = [group for number, group in enumerate(read_records(path, [], *keys)) if number in kept]
-    return [token_columns(rename(group)) for group in groups]
+    return [token_columns(current_names(group)) for group in groups]
 
 
 def token_columns(group: dict[str, Any]) -> dict[str, Any]:
@@ -314,7 +309,7 @@ def choose_texts(samples: list[dict[str, Any]], limit: float, notes: list[str]) 
 
 
 def read_votes(samples: list[dict[str, Any]], ids: list[str], temperatures: list[float], kept: set[str]) -> dict[str, Any]:
-    """One model's answers and texts (a list of 1 + voters for each problem) and votes. Texts are those of problems in `kept`."""
+    """One model's votes, and for each problem a list of its 1 + voters answers, and of their texts if the problem is in `kept`."""
     by_number = {(sample["problem"], sample["sample"]): sample for sample in samples}
     rows = [[by_number.get((id, number)) for number in range(1 + len(temperatures))] for id in ids]
     answers = [[sample["answer"] if sample else None for sample in row] for row in rows]

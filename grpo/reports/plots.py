@@ -74,7 +74,7 @@ def draw_or_warn(draw: Callable[[Path, Path], None], source: Path, path: Path) -
 
 
 def save_figure(figure: Figure, headline: str, note: str, path: Path) -> None:
-    """Write the figure with a headline and a note as a PNG of 128 colours, which is small. The file appears only when complete."""
+    """Write the figure with a headline and a note as a small PNG of 128 colours. The file appears only when complete."""
     figure.suptitle(headline, x=0.008, ha="left", fontsize=12)
     figure.text(0.992, 0.99, note, ha="right", va="top", color=GREY)
     canvas = FigureCanvasAgg(figure)
@@ -160,7 +160,7 @@ class StepPanels:
 
 
 def draw_training(folder: Path, path: Path) -> None:
-    """Draw the dashboard of the run in `folder`. Panels show what is recorded: a run may have one step, no evaluation, no KL."""
+    """Draw the dashboard of the run in `folder`. Panels show what there is: a run may have one step, no evaluation, no KL."""
     metrics, evaluations = (read_lines(folder / f"{name}.jsonl", "step") for name in ("metrics", "evaluations"))
     sessions = json.loads((folder / "sessions.json").read_text("utf-8"))
     config = json.loads((folder / "config.json").read_text("utf-8"))

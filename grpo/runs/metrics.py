@@ -133,6 +133,11 @@ def rewrite(path: Path, text: str) -> None:
     part.replace(path)
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file by a value as indented JSON, atomically."""
+    rewrite(path, json.dumps(value, indent=1) + "\n")
+
+
 def strict(value: Any) -> Any:
     """NaN and infinities become null: JSON has no others."""
     if isinstance(value, dict):

@@ -1,6 +1,6 @@
 """How a script ends: errors that a user can act on as one line and an exit code, the result as one line of JSON. No jax.
 
-Exit codes: 0 success; 2 a mistake of the user; 1 a run that cannot continue (one line), or an error of the program (a traceback).
+Exit codes: 0 success; 2 a mistake of the user; 1 a run that cannot continue (one line) or a bug (a traceback).
 """
 
 import json
