@@ -10,7 +10,6 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # before anything imports jax
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # what a test compiles, it compiles here and now
-os.environ.setdefault("GLIBC_TUNABLES", "")  # no script that a test calls starts this process again
 
 import pytest
 

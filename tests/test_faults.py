@@ -87,10 +87,10 @@ class Launcher:
         self.files = {"model_path": folder / "model", "reward": f"{folder / 'rewards.py'}:variety"}
 
     def __call__(self, *argv: str, devices: int = 1, traced: bool = True, **environment: str) -> Process:
-        env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "GLIBC_TUNABLES")}
+        env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
         env |= {
             "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_ENABLE_COMPILATION_CACHE": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"), "GLIBC_TUNABLES": "", "PYTHONUNBUFFERED": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"), "PYTHONUNBUFFERED": "1",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         } | environment  # fmt: skip
         script = "tests/traced_run.py" if traced else "scripts/train.py"
