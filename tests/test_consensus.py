@@ -136,7 +136,7 @@ def test_maj_at_k_of_the_usual_five_voters_takes_less_than_a_millisecond():
 
 
 def test_maj_at_k_of_many_voters_has_its_closed_form():
-    """Of 40 voters 25 are right and 15 agree on a wrong answer. Right ones are drawn first in ties, so j of k win if 2 j >= k."""
+    """Of 40 voters 25 are right, 15 agree on a wrong answer. Right ones win ties, so j of k win if 2 j >= k."""
     answers, temperatures = ["18"] * 25 + ["20"] * 15, [0.2] * 25 + [1.0] * 15
     for k, share in enumerate(maj_at_k(answers, temperatures, "18"), start=1):
         wins = sum(comb(25, j) * comb(15, k - j) for j in range(-(-k // 2), k + 1))

@@ -44,7 +44,7 @@ def test_every_analysis_of_the_run_and_of_its_evaluation_is_in_one_file(folder):
 
 
 def test_the_gain_of_every_checkpoint_that_was_evaluated(folder, tmp_path):
-    """The base appears once. An evaluation without a result has no gain. Without RUN/consensus the page shows the latest step."""
+    """The base appears once; no result, no gain. Without RUN/consensus the page shows the latest step."""
     run = Path(shutil.copytree(folder / "run", tmp_path / "run"))
     for name, right in {"consensus": 60, "consensus-9": 30, "consensus-20": 40, "consensus-30": None}.items():
         shutil.copytree(folder / "run" / "consensus", run / name, dirs_exist_ok=True)
