@@ -33,7 +33,16 @@ def test_rewards_of_a_group_are_a_row():
 
 
 def test_a_group_has_no_variance_when_its_rewards_are_equal_or_fewer_than_two():
-    groups = [[1, 1, 1], [1, 1, 2], [NAN, 1, 1], [NAN, 1, 2], [NAN, NAN, 1], [NAN, NAN, NAN], [0.0, -0.0, 0.0], [1, 1 + 1e-6, 1]]
+    groups = [
+        [1, 1, 1],
+        [1, 1, 2],
+        [NAN, 1, 1],
+        [NAN, 1, 2],
+        [NAN, NAN, 1],
+        [NAN, NAN, NAN],
+        [0.0, -0.0, 0.0],
+        [1, 1 + 1e-6, 1],
+    ]
     expected = [True, False, True, False, True, True, True, False]
     rewards = np.array(groups, np.float32)
     assert zero_variance_groups(rewards).tolist() == expected

@@ -1,6 +1,5 @@
-"""Laws of grpo/step.py: what a step adds to the batch, when it updates, and that the planner knows its programs."""
+"""Laws of grpo/step.py: what a step adds to the batch, and when it updates."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,12 +10,9 @@ from tiny_run import MODEL, C, G, Q, completions_of, grade, make_params, make_ru
 
 import grpo.rollout
 import grpo.step
-from grpo.notebook import load
 from grpo.rollout import build_batch
 from grpo.step import add_logprobs, one_step
-from grpo.update import UpdateConfig, completion_logprobs, init_state
-from models.sampler import Sampling
-from scripts import plan
+from grpo.update import completion_logprobs, init_state
 
 REWARDS = np.array([[1, 3], [0, 6]], np.float32)
 
@@ -65,7 +61,11 @@ def trained(monkeypatch) -> list[SimpleNamespace]:
 
     def train_step(state, batch, rate, model, execution, config, base):
         calls.append(SimpleNamespace(state=state, batch=batch, rate=rate, base=base))
-        return SimpleNamespace(params=state.params, updates=state.updates + 1), {"update": state.updates}, {"terms": state.updates}
+        return (
+            SimpleNamespace(params=state.params, updates=state.updates + 1),
+            {"update": state.updates},
+            {"terms": state.updates},
+        )
 
     def sample(weights, indices, step, run, limits=None, attempt=0):
         return completions_of([1, 2, 3, C], first=4)
@@ -152,61 +152,3 @@ def test_a_real_step_at_two_updates_uses_and_frees_its_state(params, monkeypatch
     )
     assert [each["text"] for each in result.grades] == result.completions.row_texts
     assert float(result.stats["ratio/max"]) > 1.001  # the second update sees a policy that has moved
-
-
-# ------------------------------------------------------------------------------------------------------------ the planner
-
-# As on the command line, for both. The vocabulary is cut, hence rollout_tp.
-SETTINGS = dict(group_size=2, prompts_per_step=8, new_problems=8, sessions=1, max_prompt_tokens=40, max_new_tokens=4, rollout_tp=2)
-
-
-def recorded(policy: Any) -> list[tuple[str, tuple]]:
-    """The names and arguments of the programs that a real step runs, in order; arrays as their shapes and shardings."""
-    calls: list[tuple[str, tuple]] = []
-
-    def record(module: Any, name: str, patch: pytest.MonkeyPatch) -> None:
-        real = getattr(module, name)
-
-        def spy(*arguments):
-            calls.append((name, jax.tree.map(described, arguments)))
-            return real(*arguments)
-
-        patch.setattr(module, name, spy)
-
-    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(policy.run.mesh):
-        for name in ("sampling_params", "prefill", "decode"):
-            record(grpo.rollout, name, patch)
-        for name in ("completion_logprobs", "train_step"):
-            record(grpo.step, name, patch)
-        one_step(1, policy.run.sessions[0], policy.state, policy.run, policy.reference, policy.base)
-    return calls
-
-
-def described(leaf: Any) -> Any:
-    """What a program is compiled for: shape, dtype, sharding of an array; of a number, that it is one. Anything else is static."""
-    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-        spec = [tuple([axis] if isinstance(axis, str) else axis or ()) for axis in leaf.sharding.spec]  # type: ignore[union-attr]
-        spec += [()] * (leaf.ndim - len(spec))
-        return f"{leaf.dtype}{list(leaf.shape)} {spec} weak={getattr(leaf, 'weak_type', False)}"
-    if isinstance(leaf, Sampling):
-        return replace(leaf, stop_ids=())  # those of the tokenizer, which the planner does not read
-    return "a number" if isinstance(leaf, float) else leaf
-
-
-@pytest.mark.parametrize(("updates", "rank"), [(1, 0), (2, 0), (1, 2), (2, 2)])
-@pytest.mark.usefixtures("quick_to_compile")
-def test_the_planned_programs_are_those_that_a_step_runs(updates, rank):
-    """Shapes, dtypes, shardings and static arguments; stop ids, seed and the value of the rate are not known to the planner."""
-    settings = SETTINGS | {"updates_per_rollout": updates, "lora_rank": rank}
-    calls = recorded(load("tiny", **settings))
-    planned = plan.make_plan(replace(plan.STARTS["tiny"], **settings))
-    assert planned.update == UpdateConfig.of(planned.config)
-    with jax.set_mesh(planned.mesh):
-        programs = plan.programs(planned)
-    order = ["sampling_params", "prefill", "decode", "reference", *["old"] * (updates > 1), *["update"] * updates]
-    assert list(programs) == list(dict.fromkeys(order)) and len(calls) == len(order)
-    for name, (function, arguments) in zip(order, calls, strict=True):
-        assert programs[name].function.__name__ == function
-        expected = jax.tree.map(described, programs[name].arguments)
-        assert jax.tree.structure(arguments) == jax.tree.structure(expected), name
-        assert jax.tree.leaves(arguments) == jax.tree.leaves(expected), name

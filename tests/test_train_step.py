@@ -141,7 +141,13 @@ def test_loss_terms_and_statistics_of_an_update_equal_float64(params, batch, exa
     old, ref, sampler = (np.asarray(x, float) for x in (batch.old_logprobs, batch.ref_logprobs, batch.sampler_logprobs))
     loss, expected = exact_loss(exact, old, ref, sampler, config)
     assert float(stats["loss"]) == pytest.approx(loss, abs=1e-6) and abs(loss) > 0.01
-    for name, values in (("ratio", "ratio"), ("kl", "kl"), ("clipped_low", "low"), ("clipped_high", "high"), ("weight", "weight")):
+    for name, values in (
+        ("ratio", "ratio"),
+        ("kl", "kl"),
+        ("clipped_low", "low"),
+        ("clipped_high", "high"),
+        ("weight", "weight"),
+    ):
         np.testing.assert_allclose(np.asarray(terms[name])[MASK], expected[values][MASK], rtol=0, atol=1e-5, err_msg=name)
     assert 0 < expected["low"][MASK].sum() and 0 < expected["high"][MASK].sum()
     gap = np.abs(old - sampler)[MASK]
@@ -190,7 +196,9 @@ def test_statistics_are_over_the_tokens_that_count_by_hand():
     }  # fmt: skip
     stats = {name: float(value) for name, value in token_stats(terms, batch).items()}
     assert stats == pytest.approx(expected)
-    assert set(token_stats(terms, replace(batch, ref_logprobs=None))) == {name for name in expected if not name.startswith("kl/")}
+    assert set(token_stats(terms, replace(batch, ref_logprobs=None))) == {
+        name for name in expected if not name.startswith("kl/")
+    }
 
 
 # --------------------------------------------------------------------------------------------------------------- AdamW
