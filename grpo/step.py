@@ -80,11 +80,12 @@ def one_step(
 @phase("reference")
 def add_logprobs(batch: Batch, weights: Params, reference: Params | None, run: Run) -> Batch:
     """Adds log-probabilities of the reference and, when mu > 1, of the old policy (with mu = 1 that is the policy itself)."""
+    added = {}
     if reference is not None:
-        batch = replace(batch, ref_logprobs=completion_logprobs(reference, batch, run.model, run.train, run.update))
+        added["ref_logprobs"] = completion_logprobs(reference, batch, run.model, run.train, run.update)
     if run.config.updates_per_rollout > 1:
-        batch = replace(batch, old_logprobs=completion_logprobs(weights, batch, run.model, run.train, run.update))
-    return batch
+        added["old_logprobs"] = completion_logprobs(weights, batch, run.model, run.train, run.update)
+    return replace(batch, **added)
 
 
 @phase("update")

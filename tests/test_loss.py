@@ -403,6 +403,17 @@ def test_k3_errs_by_rounding_of_d_and_is_never_negative(sign):
     assert (np.abs(naive - exact_k3(d.astype(float))) > allowed).any()
 
 
+def test_k3_is_not_negative_where_expm1_is_one_rounding_too_low(monkeypatch):
+    """A faithful expm1, as a CPU's, is never below d; one that errs by an ulp is, at those d that are looked for here."""
+    real = jnp.expm1
+    monkeypatch.setattr(jnp, "expm1", lambda x: jnp.nextafter(real(x), jnp.full_like(x, -jnp.inf)))
+    d = np.geomspace(1e-10, 1e-3, 10_000).astype(np.float32)
+    d = np.concatenate([d, -d])
+    negative = d[np.asarray(jnp.expm1(jnp.asarray(d)) - d) < 0]
+    assert len(negative) > 100
+    assert (np.asarray(kl_k3(jnp.zeros_like(negative), jnp.asarray(negative))) == 0).all()
+
+
 def test_k3_is_zero_where_the_policies_agree():
     logprobs = -np.random.default_rng(8).exponential(5, 1000).astype(np.float32)
     assert (np.asarray(kl_k3(jnp.asarray(logprobs), jnp.asarray(logprobs))) == 0).all()

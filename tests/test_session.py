@@ -1,5 +1,6 @@
-"""Laws of grpo/session.py: what is new, what is reviewed, and in which order."""
+"""Laws of grpo/session.py: what is new, what is reviewed, in which order, and at which learning rates."""
 
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import pytest
 
 from grpo.config import Config
 from grpo.errors import ConfigError
-from grpo.session import plan_sessions
+from grpo.session import learning_rate, learning_rates, plan_sessions
 
 CONFIG = Config(new_problems=50, sessions=3, prompts_per_step=8, epochs=2, seed=3)
 
@@ -82,3 +83,44 @@ def test_the_last_window_may_be_smaller_but_not_empty():
 def test_max_steps_cuts_each_session():
     sessions = plan_sessions(replace(CONFIG, max_steps=20), 1000)
     assert [(session.start, session.end) for session in sessions] == [(0, 13), (13, 33), (33, 53)]
+
+
+def test_a_review_holds_no_problem_twice_and_none_that_is_new():
+    """Half of 80 earlier problems, in 20 draws: with replacement one would hold a problem twice."""
+    for seed in range(20):
+        _, _, three = plan_sessions(replace(CONFIG, seed=seed, new_problems=40), 1000)
+        assert len(set(three.review.tolist())) == len(three.review) == 40
+        assert (np.diff(three.review) > 0).all() and three.review.max() < 80
+
+
+def test_every_epoch_of_a_session_has_an_order_of_its_own():
+    one, _, _ = plan_sessions(replace(CONFIG, prompts_per_step=10), 1000)
+    order = problems_of(one)
+    first, second = order[:50], order[50:]
+    assert sorted(first) == sorted(second) == list(range(50)) and (first != second).any()
+
+
+def test_the_rate_warms_up_in_equal_parts_and_ends_close_to_a_tenth():
+    """Peak 8 over 7 updates, 3 of them warm-up: quarters of the peak, the peak, then the cosine."""
+    rates = [learning_rate(update, 7, 8.0, 3) for update in range(7)]
+    cosine = [8 * (0.1 + 0.9 * (1 + math.cos(math.pi * share)) / 2) for share in (0, 1 / 4, 2 / 4, 3 / 4)]
+    assert rates == pytest.approx([2, 4, 6, *cosine], rel=1e-12)
+    assert learning_rate(7, 7, 8.0, 3) == pytest.approx(0.8, rel=1e-12)  # where the cosine would arrive next
+    assert [learning_rate(update, 3, 8.0, 9) for update in range(3)] == pytest.approx([8 / 3, 16 / 3, 8])  # of 2, not of 9
+    assert learning_rate(0, 1, 8.0, 9) == 8
+
+
+def test_the_schedule_spans_the_session_or_the_run_in_updates():
+    """Sessions of 2, 3 and 4 steps and two updates a step: a session begins anew, a run goes on."""
+    config = Config(updates_per_rollout=2, learning_rate=8.0, warmup_steps=3)
+    ends, number = [(0, 2), (2, 5), (5, 9)], 0
+    for start, end in ends:
+        session = replace(plan_sessions(CONFIG, 1000)[0], start=start, end=end)
+        for step in range(start + 1, end + 1):
+            at = 2 * (step - start - 1)
+            expected = [learning_rate(at + i, 2 * (end - start), 8.0, 3) for i in range(2)]
+            assert learning_rates(step, session, 9, config) == expected
+            expected = [learning_rate(number + i, 18, 8.0, 3) for i in range(2)]
+            assert learning_rates(step, session, 9, replace(config, schedule="run")) == expected
+            number += 2
+    assert number == 18

@@ -1,0 +1,122 @@
+"""Laws of grpo/batch.py and grpo/memory.py: which tokens count, microbatches, what a step needs."""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_run import CONFIG, MODEL
+
+from data.batches import FAR, Packed
+from grpo.batch import Batch, loss_mask, make_batch, split, unsplit
+from grpo.memory import choose_remat, device_memory, resident_bytes
+from grpo.update import UpdateConfig
+from models.gemma import ExecutionConfig
+
+pytestmark = pytest.mark.usefixtures("mesh")
+
+UPDATE = UpdateConfig.of(CONFIG)
+LENGTHS, TRUNCATED = np.array([0, 1, 3, 3]), np.array([False, False, False, True])
+NAN = float("nan")
+
+
+def test_the_tokens_up_to_the_length_count_where_there_is_a_reward():
+    rewards = np.array([[1.0, 2.0], [3.0, 4.0]])
+    mask = loss_mask(LENGTHS, TRUNCATED, rewards, 3, False)
+    assert mask.dtype == bool
+    assert mask.astype(int).tolist() == [[0, 0, 0], [1, 0, 0], [1, 1, 1], [1, 1, 1]]
+    missing = loss_mask(LENGTHS, TRUNCATED, np.array([[1.0, NAN], [3.0, NAN]]), 3, False)
+    assert missing.astype(int).tolist() == [[0, 0, 0], [0, 0, 0], [1, 1, 1], [0, 0, 0]]
+
+
+def test_mask_truncated_leaves_out_the_truncated_completions_alone():
+    mask = loss_mask(LENGTHS, TRUNCATED, np.array([[1.0, 2.0], [3.0, 4.0]]), 3, True)
+    assert mask.astype(int).tolist() == [[0, 0, 0], [1, 0, 0], [1, 1, 1], [0, 0, 0]]
+
+
+def test_a_batch_holds_each_array_in_its_place():
+    """Two groups of two, unpacked: positions go on from the prompt's length, segments number the group's completions."""
+    tokens = np.array([[5, 6, 0], [7, 0, 0], [8, 9, 4], [3, 2, 0]], np.int32)
+    lengths, prompts = np.array([2, 1, 3, 2]), np.array([[1, 2], [3, 0]], np.int32)
+    logprobs = -np.arange(12, dtype=np.float32).reshape(4, 3)
+    mask, advantages = np.arange(3) < lengths[:, None], np.array([1, -1, 2, -2], np.float32)
+    batch = make_batch(prompts, np.array([2, 1], np.int32), tokens, lengths, logprobs, mask, advantages, 0)
+    assert np.asarray(batch.packed.tokens).tolist() == tokens.tolist()
+    assert np.asarray(batch.packed.positions).tolist() == [[2, 3, FAR], [2, FAR, FAR], [1, 2, 3], [1, 2, FAR]]
+    assert np.asarray(batch.packed.segments).tolist() == [[1, 1, 0], [2, 0, 0], [1, 1, 1], [2, 2, 0]]
+    assert np.asarray(batch.packed.slots).tolist() == [[0, 1, 0], [3, 0, 0], [0, 1, 2], [3, 4, 0]]
+    for mine, given in ((batch.prompts, prompts), (batch.lengths, [2, 1]), (batch.sampler_logprobs, logprobs)):
+        np.testing.assert_array_equal(mine, given)
+    assert batch.mask.dtype == jnp.float32 and np.asarray(batch.mask).tolist() == mask.astype(float).tolist()
+    assert np.asarray(batch.advantages).tolist() == advantages.tolist()
+    assert batch.old_logprobs is None and batch.ref_logprobs is None
+
+
+def test_every_microbatch_takes_every_nth_group_whole():
+    """Four groups of two in two parts: groups 0 and 2, then 1 and 3."""
+    at = ExecutionConfig().at
+    rows = jnp.arange(8 * 3).reshape(8, 3)
+    parts = split({"rows": rows, "groups": jnp.arange(4), "flat": jnp.arange(8)}, 4, 2, at)
+    assert np.asarray(parts["groups"]).tolist() == [[0, 2], [1, 3]]
+    assert np.asarray(parts["flat"]).tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    np.testing.assert_array_equal(parts["rows"], np.asarray(rows)[np.asarray(parts["flat"])])
+
+
+@pytest.mark.parametrize(("questions", "parts", "group"), [(4, 2, 3), (6, 3, 2), (4, 4, 1), (3, 1, 2)])
+def test_unsplit_is_the_inverse_of_split(questions, parts, group):
+    at = ExecutionConfig().at
+    rows = jnp.arange(questions * group * 5).reshape(questions * group, 5)
+    divided = split(rows, questions, parts, at)
+    assert divided.shape == (parts, questions // parts * group, 5)
+    np.testing.assert_array_equal(unsplit(divided, questions, at), rows)
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+# Counted by hand. Vocabulary 32 x 8; a layer: q and o 8 x 8 each, k and v 8 x 4 each, gate, up and down 8 x 16 each, two norms
+# of 8; the last norm of 8.
+WEIGHTS = 32 * 8 + (2 * 64 + 2 * 32 + 3 * 128 + 2 * 8) + 8
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2)])
+def test_weights_moments_and_gradients_take_16_bytes_and_a_reference_its_own(dtype, width):
+    assert resident_bytes(MODEL, dtype, replace(UPDATE, beta=0.0)) == 16 * WEIGHTS
+    assert resident_bytes(MODEL, dtype, replace(UPDATE, beta=0.1)) == (16 + width) * WEIGHTS
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_with_lora_the_base_is_its_own_reference_and_16_bytes_are_of_adapters(beta):
+    """Rank 2 on q [8, 8] and down [16, 8]: 2 * (8 + 8) + 2 * (16 + 8) numbers."""
+    config = replace(UPDATE, lora_rank=2, lora_targets="q,down", beta=beta)
+    assert resident_bytes(MODEL, "bfloat16", config) == 2 * WEIGHTS + 16 * (32 + 48)
+
+
+def batch_of(prompt_slots: int, packed_slots: int) -> Batch:
+    """Only the sizes of prompts and packed tokens are read."""
+    packed = Packed(np.zeros((packed_slots, 1)), None, None, None)
+    nothing = np.zeros(0)
+    return Batch(np.zeros((prompt_slots, 1)), nothing, packed, nothing, nothing, nothing)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("microbatches", "devices", "width"), [(1, 1, 4), (2, 1, 4), (1, 8, 2), (4, 8, 4)])
+def test_auto_keeps_products_where_four_fifths_of_the_memory_hold_them(microbatches, devices, width):
+    """A slot keeps, a layer: q 8, k 4, v 4, the outputs of attention and MLP 8 each, gate and up 16 each."""
+    model, config = replace(MODEL, num_layers=3, local_layers=(False,) * 3), replace(UPDATE, microbatches=microbatches)
+    execution = ExecutionConfig(remat="auto", dtype={4: "float32", 2: "bfloat16"}[width])
+    kept = (24 + 40) / microbatches * 3 * (8 + 4 + 4 + 2 * 8 + 2 * 16) * width
+    needed = (resident_bytes(model, execution.dtype, config) + kept) / devices
+    arguments = execution, model, batch_of(24, 40), config, devices
+    assert choose_remat(*arguments, needed / 0.8 * 1.001) == replace(execution, remat="dots")
+    assert choose_remat(*arguments, needed / 0.8 * 0.999) == replace(execution, remat="full")
+    assert choose_remat(*arguments, 0) == replace(execution, remat="full")
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_a_rematerialisation_that_is_asked_for_stays(remat):
+    execution = ExecutionConfig(remat=remat)
+    assert choose_remat(execution, MODEL, batch_of(1, 1), UPDATE, 1, 0) == execution
+    assert choose_remat(execution, MODEL, batch_of(1, 1), UPDATE, 1, 1e12) == execution
+
+
+def test_a_cpu_names_no_memory(mesh):
+    assert device_memory(mesh) == 0

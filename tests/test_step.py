@@ -1,0 +1,154 @@
+"""Laws of grpo/step.py: what a step adds to the batch, and when it updates."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import MODEL, C, G, Q, completions_of, grade, make_params, make_run, sum_of_ids
+
+import grpo.rollout
+import grpo.step
+from grpo.rollout import build_batch
+from grpo.step import add_logprobs, one_step
+from grpo.update import completion_logprobs, init_state
+
+REWARDS = np.array([[1, 3], [0, 6]], np.float32)
+
+
+@pytest.fixture(scope="module")
+def params(mesh):
+    return make_params()
+
+
+# --------------------------------------------------------------------------------------------------- log-probabilities
+
+
+@pytest.fixture
+def batch(params):
+    _, batch = build_batch(completions_of([1, 2, 3, C], first=4), REWARDS, np.sign(REWARDS - 2), make_run())
+    return batch
+
+
+def logprobs(weights, batch) -> np.ndarray:
+    run = make_run()
+    return np.asarray(completion_logprobs(weights, batch, MODEL, run.train, run.update))
+
+
+@pytest.mark.parametrize("updates", [1, 2, 3])
+def test_old_logprobs_are_the_policys_when_a_rollout_is_used_twice_and_reference_ones_the_references(params, batch, updates):
+    reference, run = make_params(1), make_run(updates_per_rollout=updates)
+    alone, both = add_logprobs(batch, params, None, run), add_logprobs(batch, params, reference, run)
+    assert alone.ref_logprobs is None
+    np.testing.assert_array_equal(both.ref_logprobs, logprobs(reference, batch))
+    assert np.abs(np.asarray(both.ref_logprobs) - logprobs(params, batch)).max() > 0.1
+    for found in (alone, both):
+        if updates == 1:
+            assert found.old_logprobs is None
+        else:
+            np.testing.assert_array_equal(found.old_logprobs, logprobs(params, batch))
+        assert found.packed is batch.packed and found.mask is batch.mask
+
+
+# ------------------------------------------------------------------------------------------------------------ one step
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[SimpleNamespace]:
+    """The calls of `train_step`, which counts them in the state; and a sampler whose completions are made up."""
+    calls: list[SimpleNamespace] = []
+
+    def train_step(state, batch, rate, model, execution, config, base):
+        calls.append(SimpleNamespace(state=state, batch=batch, rate=rate, base=base))
+        return (
+            SimpleNamespace(params=state.params, updates=state.updates + 1),
+            {"update": state.updates},
+            {"terms": state.updates},
+        )
+
+    def sample(weights, indices, step, run, limits=None, attempt=0):
+        return completions_of([1, 2, 3, C], first=4)
+
+    monkeypatch.setattr(grpo.step, "train_step", train_step)
+    monkeypatch.setattr(grpo.rollout, "sample", sample)
+    return calls
+
+
+def graded(rewards: Any):
+    values = np.asarray(rewards).reshape(-1).tolist()
+    return lambda texts, problems, cut: [grade(text, reward) for text, reward in zip(texts, values, strict=True)]
+
+
+@pytest.mark.parametrize("schedule", ["session", "run"])
+def test_a_step_makes_one_update_for_each_rate_of_its_schedule_in_order(params, trained, schedule):
+    """Steps 1 and 2 are session 1, 3 to 6 session 2; two updates a step; warm-up over three updates."""
+    run = make_run(
+        graded(REWARDS), updates_per_rollout=2, schedule=schedule, sessions=2, new_problems=2, max_steps=4, epochs=2,
+        warmup_steps=3, beta=0.0,
+    )  # fmt: skip
+    assert [(session.start, session.end) for session in run.sessions] == [(0, 2), (2, 6)]
+    state: Any = SimpleNamespace(params=params, updates=5)
+    after, result = one_step(3, run.sessions[1], state, run, base=None)
+    first, last = (2, 6) if schedule == "session" else (0, 6)
+    total = 2 * (last - first)
+    expected = []
+    for update in (2 * (2 - first), 2 * (2 - first) + 1):
+        share = (update - 3) / (total - 3)
+        expected.append(0.01 * ((update + 1) / 4 if update < 3 else 0.55 + 0.45 * np.cos(np.pi * share)))
+    assert [call.rate for call in trained] == result.rates == pytest.approx(expected, rel=1e-12)
+    assert result.rates[0] != result.rates[1]
+    assert [call.state.updates for call in trained] == [5, 6] and after.updates == 7  # type: ignore[attr-defined]
+    assert result.stats == {"update": 6} and result.terms == {"terms": 6}  # of the last update
+    assert trained[0].batch is trained[1].batch is result.batch and result.batch.old_logprobs is not None
+
+
+@pytest.mark.parametrize(
+    ("rewards", "changes"),
+    [(np.full((Q, G), np.nan), {}), (REWARDS, {"mask_truncated": True})],
+    ids=["no reward", "all truncated"],
+)
+def test_when_no_token_counts_there_is_no_update_and_the_state_is_the_same_object(
+    params, trained, monkeypatch, rewards, changes
+):
+    run = make_run(graded(rewards), beta=0.0, **changes)
+    if changes:
+        monkeypatch.setattr(grpo.rollout, "sample", lambda *arguments: completions_of([C] * 4, first=4))
+    state: Any = SimpleNamespace(params=params, updates=5)
+    after, result = one_step(1, run.sessions[0], state, run)
+    assert after is state and trained == [] and result.stats == result.terms == {}
+    assert not result.mask.any() and len(result.rates) == 1
+
+
+def test_a_step_counts_tokens_even_when_every_advantage_is_zero(params, trained):
+    """Equal rewards pull nowhere, but the KL does."""
+    run = make_run(graded(np.ones((Q, G))))
+    state: Any = SimpleNamespace(params=params, updates=0)
+    _, result = one_step(1, run.sessions[0], state, run, reference=params)
+    assert len(trained) == 1 and not result.advantages.any()
+    assert trained[0].batch.ref_logprobs is not None
+
+
+def test_the_advantages_and_the_mask_of_a_step_are_those_of_its_rewards(params, trained):
+    rewards = np.array([[1, 3], [np.nan, 6]], np.float32)
+    run = make_run(graded(rewards), beta=0.0)
+    state: Any = SimpleNamespace(params=params, updates=0)
+    _, result = one_step(1, run.sessions[0], state, run)
+    each = 1 / (np.sqrt(2) + 1e-4)
+    np.testing.assert_allclose(result.advantages, [[-each, each], [0, 0]], rtol=1e-6)
+    assert result.mask.sum(axis=1).tolist() == [1, 2, 0, C] and result.resampled == 0
+    np.testing.assert_array_equal(result.batch.advantages, result.advantages.reshape(-1))
+    np.testing.assert_array_equal(result.batch.mask, result.mask)
+
+
+def test_a_real_step_at_two_updates_uses_and_frees_its_state(params, monkeypatch):
+    """The sampler's and the trainer's programs together: the policy's own log-probabilities are the sampler's."""
+    run = make_run(sum_of_ids, updates_per_rollout=2, beta=0.0)
+    state = init_state(jax.tree.map(lambda leaf: leaf + 0, params), run.update)
+    after, result = one_step(1, run.sessions[0], state, run)
+    assert int(after.opt_state[1].count) == 2 and jax.tree.leaves(state)[0].is_deleted()
+    np.testing.assert_allclose(
+        np.asarray(result.batch.old_logprobs)[result.mask], result.completions.samples.logprobs[result.mask], atol=1e-4
+    )
+    assert [each["text"] for each in result.grades] == result.completions.row_texts
+    assert float(result.stats["ratio/max"]) > 1.001  # the second update sees a policy that has moved
