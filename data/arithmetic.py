@@ -28,6 +28,8 @@ SPLIT_TENTHS = {"train": range(8), "tune": range(8, 9), "test": range(9, 10)}
 # One draw in ten is a test chain, so this many draws without a new one mean that fewer than 1 in 1,000 are left.
 DRAWS_BEFORE_GIVING_UP = 10_000
 
+SESSION_PROBLEMS = 4000  # problems of a session that sets no number of its own
+
 Step = tuple[str, int]  # ("+", 2), ("-", 3), ("*", 2) or ("/", 2)
 
 
@@ -49,6 +51,11 @@ def make_problems(count: int, seed: int, split: str) -> list[Problem]:
             raise DataError(f'cannot make {count} different problems in split "{split}": found {len(problems)}')
         problems[problem.id] = problem
     return list(problems.values())
+
+
+def training_problems(new_problems: int, sessions: int, seed: int) -> list[Problem]:
+    """The training problems of a run, `new_problems` for each session; 0 means 4,000. Raises DataError."""
+    return make_problems((new_problems or SESSION_PROBLEMS) * sessions, seed, "train")
 
 
 def demonstration(problem: Problem, style: str) -> str:

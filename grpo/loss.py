@@ -1,4 +1,4 @@
-"""The GRPO loss: what a group of scored completions does to the policy.
+"""The GRPO loss: how a group of rewarded completions moves the policy.
 
     A_i  = (r_i - mean(r)) / (std(r) + 1e-4)                              group_advantages
     ρ_t  = exp(logπ_t - logπ_old,t)                                       1 while the policy is the one that sampled
@@ -6,13 +6,13 @@
     k3_t = exp(d_t) - d_t - 1,   d_t = logπ_ref,t - logπ_t                kl_k3
     loss = Σ_t w_t (β k3_t - ν_t S_t)                                     grpo_loss
 
-r are the rewards of the G completions of one question; t runs over completion tokens, the stop token included; w_t are the
-weights of an aggregation (`grpo_weights`, `dapo_weights`, `dr_grpo_weights`) and sum over everything that one optimizer step
-sees, so that splitting a batch changes nothing; ν_t corrects for a sampler that is not quite the trainer. All log-probs are at
-the sampling temperature. GRPO: arXiv 2402.03300 (eq. 3, 4). Left out: value functions, per-token rewards, k1 as a loss (its
-expected gradient on-policy is zero).
+r are the rewards of the G completions of one question. t runs over completion tokens, the stop token included. w_t are the
+weights of an aggregation (`grpo_weights`, `dapo_weights`, `dr_grpo_weights`) over the tokens of a whole optimizer step, so
+that splitting a batch changes nothing. ν_t is truncated importance sampling (TIS, `tis_weights`): it corrects for a sampler
+whose probabilities differ a little from the trainer's. All log-probabilities are at the sampling temperature.
+GRPO: arXiv 2402.03300 (eq. 3, 4). There are no value functions and no per-token rewards.
 
-On-policy the loss is close to β·KL, near 0 whatever happens to the reward: watch the reward, not the loss.
+On-policy the loss is close to β·KL and stays near 0 whatever happens to the reward: watch the reward, not the loss.
 """
 
 import jax
@@ -22,12 +22,12 @@ from jax.typing import ArrayLike
 
 
 def group_std(centred: Array, counts: Array) -> Array:
-    """Spread of each group, with n - 1 in the denominator: every group pulls equally hard.  QG, Q1 -> Q1"""
+    """Standard deviation of each group, with n - 1 in the denominator: every group has the same weight.  QG, Q1 -> Q1"""
     return jnp.sqrt((centred**2).sum(axis=1, keepdims=True) / jnp.maximum(counts - 1, 1))
 
 
 def batch_std(centred: Array, counts: Array) -> Array:
-    """Spread of all rewards around their own group's mean: groups keep their relative weight.  QG, Q1 -> scalar"""
+    """Standard deviation of all rewards around their group means: groups keep their relative weight.  QG, Q1 -> scalar"""
     return jnp.sqrt((centred**2).sum() / jnp.maximum(counts.sum() - 1, 1))
 
 
@@ -39,14 +39,14 @@ def no_scale(centred: Array, counts: Array) -> Array:
 def group_advantages(rewards: ArrayLike, scale=group_std) -> Array:
     """How much better each completion is than its group.  QG -> QG, float32
 
-    `scale` is `group_std` (GRPO), `batch_std` or `no_scale` (Dr. GRPO); 1e-4 is added to a spread, as in TRL. A group of equal
-    rewards gets exactly 0: it is centred on one of its members before the mean is taken, so that no rounding is left over.
-    A completion without a score (NaN) gets 0 and is in no mean and no spread.
+    `scale` is `group_std` (GRPO), `batch_std` or `no_scale` (Dr. GRPO); 1e-4 is added to the standard deviation, as in TRL. A
+    group of equal rewards gets exactly 0: rewards are first centred on one member of the group, which leaves no rounding.
+    A completion without a reward (NaN) gets 0 and enters no mean and no standard deviation.
     """
     rewards = jnp.asarray(rewards, jnp.float32)
     scored = ~jnp.isnan(rewards)
     counts = scored.sum(axis=1, keepdims=True)
-    member = jnp.take_along_axis(rewards, scored.argmax(axis=1, keepdims=True), axis=1)  # the first that is scored
+    member = jnp.take_along_axis(rewards, scored.argmax(axis=1, keepdims=True), axis=1)  # the first one with a reward
     centred = jnp.where(scored, rewards - member, 0.0)
     mean = centred.sum(axis=1, keepdims=True) / jnp.maximum(counts, 1)
     centred = jnp.where(scored, centred - mean, 0.0)
@@ -56,21 +56,21 @@ def group_advantages(rewards: ArrayLike, scale=group_std) -> Array:
 def kl_k3(logprobs: Array, ref_logprobs: Array, cap: float = 10.0) -> Array:
     """Schulman's k3 = exp(d) - d - 1 with d = ref - policy: unbiased for KL(policy || ref), never negative.  BC, BC -> BC
 
-    `expm1(d) - d` errs by rounding of d, exp(d) - d - 1 by rounding of 1: noise where d is small. d is held within ±20 and the
-    value below `cap`, so that one token cannot take over a step. http://joschu.net/blog/kl-approx.html
+    `expm1(d) - d` has the rounding error of d, `exp(d) - d - 1` that of 1, which is noise where d is small. d is clipped to ±20
+    and the value to `cap`, so that one token cannot dominate a step. http://joschu.net/blog/kl-approx.html
     """
     d = jnp.clip(ref_logprobs - logprobs, -20.0, 20.0)
     return jnp.clip(jnp.expm1(d) - d, 0.0, cap)
 
 
 def clipped_surrogate(ratio: Array, advantages: Array, epsilon_low: float, epsilon_high: float) -> Array:
-    """PPO's pessimistic bound (arXiv 1707.06347, eq. 7), with its own bound upwards (DAPO, arXiv 2503.14476).  BC, B -> BC"""
+    """PPO's clipped objective (arXiv 1707.06347, eq. 7) with a separate upper bound (DAPO, arXiv 2503.14476).  BC, B -> BC"""
     clipped = jnp.clip(ratio, 1 - epsilon_low, 1 + epsilon_high)
     return jnp.minimum(ratio * advantages[:, None], clipped * advantages[:, None])
 
 
 def tis_weights(old_logprobs: Array, sampler_logprobs: Array, cap: float) -> Array:
-    """ν = min(π_old / π_sampler, cap), a constant: corrects for a sampler that rounds unlike the trainer.  BC, BC -> BC"""
+    """Truncated importance sampling: ν = min(π_old / π_sampler, cap), without a gradient.  BC, BC -> BC"""
     return lax.stop_gradient(jnp.exp(jnp.minimum(old_logprobs - sampler_logprobs, jnp.log(cap))))
 
 
@@ -81,12 +81,12 @@ def grpo_weights(mask: Array) -> Array:
 
 
 def dapo_weights(mask: Array) -> Array:
-    """Mean over all tokens of the step: long completions count for more (DAPO, arXiv 2503.14476).  BC -> BC, sums to 1"""
+    """Mean over all tokens of the step: long completions weigh more (DAPO, arXiv 2503.14476).  BC -> BC, sums to 1"""
     return mask / jnp.maximum(mask.sum(), 1)
 
 
 def dr_grpo_weights(mask: Array) -> Array:
-    """Sum over tokens by a constant, B * C: no reward for length either way (Dr. GRPO, arXiv 2503.20783).  BC -> BC"""
+    """Sum over tokens divided by the constant B * C: no length bias (Dr. GRPO, arXiv 2503.20783).  BC -> BC"""
     B, C = mask.shape
     return mask / (B * C)
 
@@ -98,8 +98,8 @@ def grpo_loss(
 ) -> tuple[Array, dict[str, Array]]:  # fmt: skip
     """The loss of a batch or of a part of it, and its terms for each token.  BC, BC, BC, B, BC -> scalar, {name: BC}
 
-    `weights` come from an aggregation over the mask of the whole optimizer step; where they are 0 a token has no effect, be it
-    NaN. `ref_logprobs` may be None when `beta` is 0, `sampler_logprobs` when the sampler is trusted. Nats throughout.
+    `weights` come from an aggregation over the mask of the whole optimizer step. A token of weight 0 has no effect, even if it
+    is NaN. `ref_logprobs` may be None when `beta` is 0; without `sampler_logprobs` there is no TIS. The unit is nats.
     """
     counts = weights > 0
     logprobs = jnp.where(counts, logprobs, 0.0)

@@ -4,9 +4,9 @@
 
 A completion should read `<reasoning>5 + 13 = 18</reasoning><answer>18</answer>`. The answer is what the complete
 `<answer>` blocks state: exactly one decimal numeral, alone or among words, compared exactly with the gold answer.
-What is not a plain numeral is not an answer: no expression is evaluated, nothing is rounded or rescaled, no number
-words are read. No completion raises, and time is linear in its length: the model will find whatever is slow or
-generous. Left out: tokens, batches, advantages, and any reading of the prompt.
+Only a plain numeral is an answer: no expression is evaluated, nothing is rounded or rescaled, number words are not read.
+No completion raises an exception, and the time is linear in its length, because a model in training finds whatever is slow
+or generous.
 """
 
 import re
@@ -24,8 +24,8 @@ WEIGHTS: dict[str, float] = {
 
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")  # each exactly once, in this order
 
-MAX_ANSWER_CHARS = 200  # a sentence; every regex but OPERATION only ever sees this much text
-MAX_ANSWERS = 32  # different wordings in one completion; more are taken to disagree, unread, to bound the time
+MAX_ANSWER_CHARS = 200  # about a sentence; every regex except OPERATION sees at most this much text
+MAX_ANSWERS = 32  # different wordings in one completion; more count as disagreeing, unread, which bounds the time
 
 # ASCII digits only: \d also matches Arabic and full-width digits. Malformed thousands (1,23) match neither branch.
 NUMERAL = r"(?:[0-9]{1,15}|[1-9][0-9]{0,2}(?:,[0-9]{3}){1,4})(?:\.[0-9]{1,15})?"
@@ -38,21 +38,21 @@ WORDS = rf"""(?:[{LETTER}\s.,:;!?'’"()°$]++|(?<=[{LETTER}0-9])[-/](?=[{LETTER
 # One numeral among words. Its sign touches it, and no letter, point or comma does: `x18`, `COVID-19` and `.5` fail.
 STATEMENT = re.compile(rf"{WORDS}(?<![{LETTER}.,])([-+]?)\$?({NUMERAL}){WORDS}")
 
-# Words that make the value another than the numeral's. By case, for 5 m is metres; no dozen, for GSM8K asks in dozens.
+# Words that change the value of the numeral. Case matters: 5 m is metres. Not "dozen": GSM8K asks for dozens.
 RESCALING = re.compile(
     rf"(?<![{LETTER}])(?:(?i:k|mn|bn|hundreds?|thousands?|(?:m|b|tr)illions?|half(?!-)|minus|negative)|M|B)(?![{LETTER}])"
 )
 DOLLAR = re.compile(r"EUR|GBP|USD|[€£]|\\\$")  # every currency is read as $, \$ is LaTeX
 BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 MARKUP = re.compile(r"\*\*|####|\\?%")
-EQUALS = re.compile(r"(?<![<>!~])=")  # x >= 18 states no number
+EQUALS = re.compile(r"(?<![<>!~])=")  # x >= 18 does not state a number
 
-OPERATION = re.compile(r"[0-9] *[-+*/x×÷−] *[0-9]")  # spaces only: a numbered list over two lines is no subtraction
+OPERATION = re.compile(r"[0-9] *[-+*/x×÷−] *[0-9]")  # spaces only: a numbered list over two lines is not a subtraction
 LOOSE_NUMBER = re.compile(r"-?[$0-9.,]+")  # lm-eval's flexible-extract
 
 
 class HasAnswer(Protocol):
-    """A problem, as far as the reward can see it."""
+    """The part of a problem that the reward sees."""
 
     @property
     def answer(self) -> str: ...
@@ -156,12 +156,12 @@ def blocks(text: str, tag: str) -> Iterator[str]:
 
 
 def has_operation(completion: str) -> bool:
-    """Whether a reasoning block calculates: digit, operator, digit, as in `5 + 13`. An equals sign is no operator."""
+    """Whether a reasoning block calculates: digit, operator, digit, as in `5 + 13`. An equals sign is not an operator."""
     return any(OPERATION.search(block) for block in blocks(completion, "reasoning"))
 
 
 def format_checks(completion: str, truncated: bool = False) -> dict[str, bool]:
-    """The three components that read nothing but tags."""
+    """The three components that depend on the tags alone."""
     return {
         "reasoning_tags": has_one_block(completion, "reasoning"),
         "answer_tags": has_one_block(completion, "answer"),

@@ -1,239 +1,212 @@
-"""From problems to a scored batch: prompts -> samples -> text -> rewards -> advantages. Text and tensors meet here only.
+"""The rollout of a step: prompts -> completions -> grades -> rewards -> batch. The only place where tokens become text.
 
-Left out: which problems (session.py), what the batch does to the policy (update.py).
+    completions = sample(weights, indices, step, run)         tokens and logprobs BC, texts B
+    grades      = grade(completions, run)                       plain Python over text and problem
+    mask, batch = build_batch(completions, rewards, advantages, run)
+
+Every function takes the run (`grpo.step.Run`) for its settings. Resampling, off by default, is at the end.
 """
 
-import math
-import time
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
-import flax.struct
 import jax
 import numpy as np
 from jax import Array
 
-from data.batches import Packed, pack, pad_prompts
-from data.problems import Problem
-from data.tokenizer import Tokenizer
-from grpo.config import Config, RunError
+from data.batches import pad_prompts
+from grpo.batch import Batch, loss_mask, make_batch
+from grpo.config import Config
 from grpo.loss import batch_std, group_advantages, group_std, no_scale
-from grpo.reward import accuracies, format_checks, score
-from grpo.runs.distributed import broadcast_from_main, is_main_process
-from grpo.runs.reward_worker import UserRewards
-from models.gemma import ExecutionConfig, GemmaConfig, Params
+from grpo.timing import phase
+from grpo.update import sampling_params
+from models.gemma import Params
 from models.sampler import PrefillResult, Samples, Sampling, decode, prefill, row_keys
 from models.sharding import to_devices, to_host
 
+if TYPE_CHECKING:
+    from grpo.step import Run
+
 SCALES = {"group": group_std, "batch": batch_std, "none": no_scale}
 
-
-@flax.struct.dataclass
-class Batch:
-    """What one step trains on. Row b answers question b // G."""
-
-    prompts: Array  # QP, right-padded
-    lengths: Array  # Q
-    packed: Packed  # the completions, without their padding
-    mask: Array  # BC, 1 where a completion token counts, the stop token included
-    sampler_logprobs: Array  # BC
-    advantages: Array  # B
-    old_logprobs: Any = None  # BC, when a rollout is used for more than one update
-    ref_logprobs: Any = None  # BC, when beta > 0
+Grade = dict[str, Any]  # of one completion: text, reward (NaN: none), components, accuracy, format, truncated
+Grader = Callable[[Sequence[str], Sequence[Any], Iterable[bool]], list[Grade]]  # texts, problems, truncated -> grades
 
 
-def rollout(
-    view: Params, problems: list[Problem], prompt_ids: list[list[int]], step: int, tokenizer: Tokenizer, model: GemmaConfig,
-    execution: ExecutionConfig, config: Config, rewards: UserRewards,
-) -> tuple[Batch, list[dict[str, Any]], dict[str, float]]:  # fmt: skip
-    """A group of completions for each of Q problems, scored: the batch, a record of each completion, the step's metrics.
+class Detokenizer(Protocol):
+    """The part of `data.tokenizer.Tokenizer` that a rollout uses."""
 
-    Groups that teach nothing are sampled again, up to `resample` times; the first attempt of a group that does is kept.
+    @property
+    def pad_id(self) -> int: ...
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]: ...
+
+    def decode(self, ids: Any) -> str: ...
+
+
+@dataclass(frozen=True)
+class Completions:
+    """A group of G completions for each of Q problems, on the host. Row b belongs to problem b // G."""
+
+    problems: list[Any]  # Q; only the grader looks at them
+    prompts: np.ndarray  # QP, right-padded ids
+    prompt_lengths: np.ndarray  # Q
+    samples: Samples  # tokens and logprobs BC, lengths and truncated B
+    row_texts: list[str]  # B
+
+    @property
+    def texts(self) -> list[list[str]]:
+        """The texts by group.  QG"""
+        G = len(self.row_texts) // len(self.problems)
+        return [self.row_texts[b : b + G] for b in range(0, len(self.row_texts), G)]
+
+    @property
+    def asked(self) -> list[Any]:
+        """The problem of each row.  B"""
+        G = len(self.row_texts) // len(self.problems)
+        return [problem for problem in self.problems for _ in range(G)]
+
+
+def sample(
+    weights: Params, indices: Sequence[int] | np.ndarray, step: int, run: "Run", limits: np.ndarray | None = None,
+    attempt: int = 0,
+) -> Completions:  # fmt: skip
+    """A group of completions for each problem of `run.problems` at `indices`, under the policy `weights`."""
+    params = cast_and_reshard(weights, run)  # freed on return: the update needs its memory
+    problems, prompt_ids = [run.problems[i] for i in indices], [run.prompt_ids[i] for i in indices]
+    return sample_groups(params, problems, prompt_ids, step, run, limits, attempt)
+
+
+@phase("sampling_params")
+def cast_and_reshard(weights: Params, run: "Run") -> Params:
+    return sampling_params(weights, run.model, run.sample)
+
+
+def sample_groups(
+    params: Params, problems: Sequence[Any], prompt_ids: Sequence[Sequence[int]], step: int, run: "Run",
+    limits: np.ndarray | None = None, attempt: int = 0,
+) -> Completions:  # fmt: skip
+    """`group_size` completions of every prompt under `params`, which come from `sampling_params`.
+
+    The random stream of a row depends on (seed, step, attempt, row) alone. `limits` B are the most tokens of each row,
+    `max_new_tokens` by default.
     """
-    Q, G = len(problems), config.group_size
-    B = Q * G
-    asked = [problem for problem in problems for _ in range(G)]
-    limits = np.array(config.limits(step, B), np.int32)
+    config, tokenizer = run.config, run.tokenizer
+    B = len(prompt_ids) * config.group_size
     prompts, lengths = pad_prompts(prompt_ids, config.max_prompt_tokens, tokenizer.pad_id)
-    start = time.perf_counter()
-    prefix = jax.block_until_ready(prefill(view, to_devices(prompts, "QP"), to_devices(lengths, "Q"), model, execution))
-    times = {"time/prefill": time.perf_counter() - start, "time/decode": 0.0, "time/reward": 0.0}
-
-    def attempt(number: int, rows: np.ndarray) -> tuple[Samples, list[dict[str, Any]]]:
-        """Samples of all rows, of which those not in `rows` stop at once; records of `rows`."""
-        start = time.perf_counter()
-        wanted = np.ones_like(limits)
-        wanted[rows] = limits[rows]
-        samples, texts = generate(view, prefix, number * B + np.arange(B), wanted, step, tokenizer, model, execution, config)
-        middle = time.perf_counter()
-        records = grade_everywhere([texts[b] for b in rows], [asked[b] for b in rows], samples.truncated[rows], config, rewards)
-        times["time/decode"] += middle - start
-        times["time/reward"] += time.perf_counter() - middle
-        return samples, records
-
-    samples, records = attempt(0, np.arange(B))
-    dead = zero_variance_groups(records, G)
-    resampled = int(dead.sum()) if config.resample else 0
-    for number in range(1, config.resample + 1):
-        if not dead.any():
-            break
-        rows = np.flatnonzero(np.repeat(dead, G))
-        others, other_records = attempt(number, rows)
-        kept = ~np.repeat(zero_variance_groups(other_records, G), G)
-        samples = replace_rows(samples, others, rows[kept])
-        for b, record, keep in zip(rows, other_records, kept, strict=True):
-            records[b] = record if keep else records[b]
-        dead = zero_variance_groups(records, G)
-
-    rewards_of = np.array([record["reward"] for record in records], np.float32).reshape(Q, G)
-    advantages = np.asarray(group_advantages(rewards_of, SCALES[config.advantage_scale])).reshape(-1)
-    mask = counted(samples, rewards_of, config)
-    batch = make_batch(prompts, lengths, samples, mask, advantages, config)
-    records = [
-        {"step": step, "problem": problem.id, "answer": problem.answer, **record}
-        | {"advantage": float(advantage), "length": int(length)}
-        for problem, record, advantage, length in zip(asked, records, advantages, samples.lengths, strict=True)
-    ]
-    return batch, records, summarise(records, G, mask, np.asarray(samples.logprobs)) | {"resampled_groups": resampled} | times
+    prefilled = prefill_prompts(params, prompts, lengths, run)
+    keys = row_keys(config.seed, step, to_devices(attempt * B + np.arange(B), "B"))
+    samples = decode_groups(params, prefilled, keys, np.full(B, config.max_new_tokens) if limits is None else limits, run)
+    texts = [tokenizer.decode(ids[:length]) for ids, length in zip(samples.tokens, samples.lengths, strict=True)]
+    return Completions(list(problems), prompts, lengths, samples, texts)
 
 
-def counted(samples: Samples, rewards: np.ndarray, config: Config) -> np.ndarray:  # B, QG -> BC, of bools
-    """Which tokens count: all of a completion, unless it has no reward (NaN), or was cut off and `mask_truncated` says so."""
-    mask = (np.arange(config.max_new_tokens) < np.asarray(samples.lengths)[:, None]) & ~np.isnan(rewards).reshape(-1, 1)
-    return mask & ~np.asarray(samples.truncated)[:, None] if config.mask_truncated else mask
+@phase("prefill")
+def prefill_prompts(params: Params, prompts: np.ndarray, lengths: np.ndarray, run: "Run") -> PrefillResult:
+    """The keys and values of right-padded prompts, computed once for each group.  QP, Q"""
+    return prefill(params, to_devices(prompts, "QP"), to_devices(lengths, "Q"), run.model, run.sample)
 
 
-def make_batch(
-    prompts: np.ndarray, lengths: np.ndarray, samples: Samples, mask: np.ndarray, advantages: np.ndarray, config: Config
-) -> Batch:
-    """QP, Q, samples on the host, BC, B -> what one step trains on, on the devices."""
-    packed = pack(np.asarray(samples.tokens), np.asarray(samples.lengths), lengths, config.packing)
-    return Batch(
-        prompts=to_devices(prompts, "QP"),
-        lengths=to_devices(lengths, "Q"),
-        packed=Packed(*(to_devices(x, "BC") for x in packed)),
-        mask=to_devices(mask.astype(np.float32), "BC"),
-        sampler_logprobs=to_devices(samples.logprobs, "BC"),
-        advantages=to_devices(advantages, "B"),
-    )
+@phase("decode")
+def decode_groups(params: Params, prefilled: PrefillResult, keys: Array, limits: np.ndarray, run: "Run") -> Samples:
+    """Up to `limits` tokens for each of B rows, at the run's temperature: samples on the host."""
+    temperature = np.full(len(keys), run.config.temperature, np.float32)
+    rows = keys, to_devices(temperature, "B"), to_devices(np.asarray(limits, np.int32), "B")
+    return to_host(decode(params, prefilled, *rows, run.model, run.sample, sampling_config(run.tokenizer, run.config)))
 
 
-def generate(
-    view: Params,
-    prefix: PrefillResult,
-    rows: np.ndarray,
-    limits: np.ndarray,
-    step: int,
-    tokenizer: Tokenizer,
-    model: GemmaConfig,
-    execution: ExecutionConfig,
-    config: Config,
-) -> tuple[Samples, list[str]]:
-    """A completion of up to `limits` tokens for each of `rows`, which name random streams: samples on the host, and text."""
-    keys = row_keys(config.seed, step, to_devices(rows, "B"))
-    temperature = np.full(len(rows), config.temperature, np.float32)
-    settings = to_devices(temperature, "B"), to_devices(limits, "B")
-    samples = to_host(decode(view, prefix, keys, *settings, model, execution, sampling(tokenizer, config)))
-    return samples, [tokenizer.decode(ids[:length]) for ids, length in zip(samples.tokens, samples.lengths, strict=True)]
-
-
-def sampling(tokenizer: Tokenizer, config: Config) -> Sampling:
+def sampling_config(tokenizer: Detokenizer, config: Config) -> Sampling:
+    """How tokens are drawn under the settings of a run."""
     return Sampling(config.max_new_tokens, tokenizer.stop_ids, config.top_k, config.top_p, config.halvings)
 
 
-def grade_everywhere(
-    texts: list[str], problems: list[Problem], truncated: Iterable[bool], config: Config, rewards: UserRewards
-) -> list[dict[str, Any]]:
-    """A record of each completion: its reward and components, its three accuracies, its format.
+@phase("reward")
+def grade(completions: Completions, run: "Run") -> list[Grade]:
+    """A grade of every completion.  B"""
+    return run.grade(completions.row_texts, completions.asked, completions.samples.truncated.tolist())
 
-    Plain Python values, process 0's on every process. The reward is NaN where one of the user's functions gave none.
+
+def rewards_of(grades: list[Grade], group_size: int) -> np.ndarray:
+    """Rewards by group; NaN where a completion has none.  B -> QG, float32"""
+    return np.array([grade["reward"] for grade in grades], np.float32).reshape(-1, group_size)
+
+
+def advantages_of(rewards: np.ndarray, config: Config) -> np.ndarray:
+    """`grpo.loss.group_advantages` with the run's scale, on the host.  QG -> QG"""
+    return np.asarray(group_advantages(rewards, SCALES[config.advantage_scale]))
+
+
+def build_batch(
+    completions: Completions, rewards: np.ndarray, advantages: np.ndarray, run: "Run"
+) -> tuple[np.ndarray, Batch]:  # fmt: skip
+    """(the tokens that count, BC on the host; the batch, still without log-probabilities of old policy and reference)."""
+    samples: Any = completions.samples  # numpy arrays: they are on the host
+    config = run.config
+    mask = loss_mask(samples.lengths, samples.truncated, rewards, config.max_new_tokens, config.mask_truncated)
+    batch = make_batch(
+        completions.prompts, completions.prompt_lengths, samples.tokens, samples.lengths, samples.logprobs, mask,
+        advantages.reshape(-1), config.packing,
+    )  # fmt: skip
+    return mask, batch
+
+
+# ------------------------------------------------------------------------------------------------------------ resampling
+
+
+def zero_variance_groups(rewards: np.ndarray) -> np.ndarray:
+    """Groups whose rewards are all equal, or that have none: every advantage is 0.  QG -> Q, bool"""
+    return np.array([len(set(group[~np.isnan(group)].tolist())) < 2 for group in rewards], bool)
+
+
+def resample(
+    completions: Completions, grades: list[Grade], weights: Params, indices: Sequence[int] | np.ndarray, step: int,
+    run: "Run", limits: np.ndarray | None,
+) -> tuple[Completions, list[Grade], int]:  # fmt: skip
+    """Samples zero-variance groups again, up to `config.resample` times, and keeps a group's first attempt with a spread.
+
+    Returns completions, grades, and how many groups were sampled again. In an attempt the other rows stop after one token.
     """
-    fault, records = "", []
-    if is_main_process():
-        try:
-            records = grade(texts, problems, truncated, config, rewards)
-        except RunError as error:
-            fault = str(error)  # it ends the run on every process
-    fault, records = broadcast_from_main([fault, records])
-    if fault:
-        raise RunError(fault)
-    return records
+    config, G = run.config, run.config.group_size
+    full = np.full(len(grades), config.max_new_tokens) if limits is None else limits
+    equal = zero_variance_groups(rewards_of(grades, G))
+    resampled = int(equal.sum())
+    for attempt in range(1, config.resample + 1):
+        if not equal.any():
+            break
+        rows = np.flatnonzero(np.repeat(equal, G))
+        others = sample(weights, indices, step, run, np.where(np.repeat(equal, G), full, 1), attempt)
+        fresh = grade(take_groups(others, np.flatnonzero(equal)), run)
+        kept = ~np.repeat(zero_variance_groups(rewards_of(fresh, G)), G)
+        completions, grades = replace_rows(completions, others, rows[kept]), list(grades)
+        for b, other, keep in zip(rows, fresh, kept, strict=True):
+            if keep:
+                grades[b] = other
+        equal = zero_variance_groups(rewards_of(grades, G))
+    return completions, grades, resampled
 
 
-def grade(
-    texts: list[str], problems: list[Problem], truncated: Iterable[bool], config: Config, rewards: UserRewards
-) -> list[dict[str, Any]]:
-    """`judge_all` on this process alone."""
-    theirs = rewards.score(texts, problems)
-    records = []
-    for b, (text, problem, cut) in enumerate(zip(texts, problems, map(bool, truncated), strict=True)):
-        components, total = score(text, problem, cut, config.reward_weights)
-        added = {name: values[b] for name, values in theirs.items()}
-        records.append({
-            "text": text,
-            "reward": total + sum(added.values()),
-            "components": components | added,
-            "accuracy": accuracies(text, problem.answer, cut),
-            "format": format_checks(text, cut),
-            "truncated": cut,
-        })  # fmt: skip
-    return records
+def take_groups(completions: Completions, groups: np.ndarray) -> Completions:
+    """The completions of some groups alone."""
+    G = len(completions.row_texts) // len(completions.problems)
+    rows = (groups[:, None] * G + np.arange(G)).reshape(-1)
+    return Completions(
+        [completions.problems[q] for q in groups], completions.prompts[groups], completions.prompt_lengths[groups],
+        jax.tree.map(lambda leaf: leaf[rows], completions.samples), [completions.row_texts[b] for b in rows],
+    )  # fmt: skip
 
 
-def zero_variance_groups(records: list[dict[str, Any]], G: int) -> np.ndarray:  # -> Q
-    """Whether the scored rewards of a group are all equal, or none: every advantage is then 0."""
-    totals = np.array([record["reward"] for record in records], np.float32).reshape(-1, G)
-    return np.array([len(set(group[~np.isnan(group)].tolist())) < 2 for group in totals], bool)
+def replace_rows(completions: Completions, others: Completions, rows: np.ndarray) -> Completions:
+    """`completions` with some rows taken from `others`, which answer the same prompts."""
 
-
-def replace_rows(samples: Samples, others: Samples, rows: np.ndarray) -> Samples:
     def choose(old: np.ndarray, new: np.ndarray) -> np.ndarray:
         old = old.copy()
         old[rows] = new[rows]
         return old
 
-    return jax.tree.map(choose, samples, others)
-
-
-def summarise(records: list[dict[str, Any]], G: int, mask: np.ndarray, logprobs: np.ndarray) -> dict[str, float]:
-    """The metrics of a rollout. Those of rewards are over the completions that have one, and NaN if none has.
-
-    `entropy` is the mean of -logπ over sampled tokens: an unbiased estimate, in nats.
-    """
-
-    def mean(values) -> float:
-        values = list(values)
-        return float(np.mean(values)) if values else math.nan
-
-    lengths = np.array([record["length"] for record in records])
-    ended = lengths[[not record["truncated"] for record in records]]
-    advantages = np.array([record["advantage"] for record in records])
-    scored = [record for record in records if not math.isnan(record["reward"])]
-    groups = np.array([record["reward"] for record in records]).reshape(-1, G)
-    spreads = [np.nanstd(group, ddof=1) for group in groups if np.isfinite(group).sum() > 1]
-    metrics = {
-        "reward": mean(r["reward"] for r in scored),
-        "reward_std": mean(spreads),
-        "accuracy": mean(r["accuracy"]["tagged"] for r in records),
-        "accuracy/strict": mean(r["accuracy"]["strict"] for r in records),
-        "accuracy/flexible": mean(r["accuracy"]["flexible"] for r in records),
-        "format/strict": mean(not r["format"]["violation"] for r in records),
-        "format/reasoning": mean(r["format"]["reasoning_tags"] for r in records),
-        "format/answer": mean(r["format"]["answer_tags"] for r in records),
-        "frac_reward_zero_std": mean(zero_variance_groups(records, G)),
-        "frac_unscorable": 1 - len(scored) / len(records),
-        "skipped_update": int(not mask.any()),  # no completion says anything: the optimizer does not even see it
-        "frac_truncated": mean(r["truncated"] for r in records),
-        "completions/mean_length": float(lengths.mean()),
-        "completions/max_length": float(lengths.max()),
-        "completions/mean_terminated_length": float(ended.mean()) if len(ended) else 0.0,
-        "completions/mean_words": mean(len(r["text"].split()) for r in records),
-        "advantage/abs_mean": float(np.abs(advantages).mean()),
-        "advantage/max": float(np.abs(advantages).max()),
-        "entropy": float(-(logprobs * mask).sum() / mask.sum()) if mask.any() else math.nan,
-    }
-    for name in records[0]["components"]:
-        values = [r["components"][name] for r in scored]
-        metrics[f"rewards/{name}/mean"] = mean(values)
-        metrics[f"rewards/{name}/std"] = float(np.std(values)) if values else math.nan
-    return metrics
+    chosen = set(rows.tolist())
+    texts = [
+        new if b in chosen else old for b, (old, new) in enumerate(zip(completions.row_texts, others.row_texts, strict=True))
+    ]
+    return replace(completions, samples=jax.tree.map(choose, completions.samples, others.samples), row_texts=texts)

@@ -1,27 +1,29 @@
-"""Relay sessions and Active Review: which problems each session trains on, and when.
+"""Relay sessions and Active Review: which problems each session trains on, when, and at which learning rates.
 
-Session k meets the next `new_problems` problems and reviews min(round(review_ratio * new), all before) earlier ones, drawn
-without replacement from (seed, k); its steps read the union in orders drawn from (seed, k, epoch). So a session is a pure
-function of configuration and problems, and a run that goes on, here or in another directory, needs no stored position.
+Session k takes the next `new_problems` problems and reviews min(round(review_ratio * new), all before) earlier ones, drawn
+without replacement from (seed, k); its steps go through the union in orders drawn from (seed, k, epoch). So a session is a pure
+function of configuration and problems, and a resumed run needs no stored position.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from data.batches import step_indices
-from grpo.config import Config, ConfigError
+from grpo.config import Config
+from grpo.errors import ConfigError
 
-REVIEW = 2**31  # stands where an epoch would: the stream that draws the problems to review
+REVIEW = 2**31  # in the place of an epoch: the random stream that draws the problems to review
 
 
 @dataclass(frozen=True)
 class Session:
-    """One session. Steps are counted through the whole run: those of this one are start + 1 to end."""
+    """One session. Steps are counted through the whole run: this session has steps start + 1 to end."""
 
     number: int  # from 1
-    new: np.ndarray  # indices of the problems that it meets for the first time
-    review: np.ndarray  # and of those that an earlier one has met
+    new: np.ndarray  # indices of the problems that it sees for the first time
+    review: np.ndarray  # indices of problems that an earlier session has seen
     start: int
     end: int
     seed: int
@@ -54,3 +56,19 @@ def plan_sessions(config: Config, count: int) -> list[Session]:
         sessions.append(Session(number, new, np.sort(review), start, end, config.seed, config.prompts_per_step))
         seen += len(new)
     return sessions
+
+
+def learning_rates(step: int, session: Session, run_end: int, config: Config) -> list[float]:
+    """The rate of each of the mu updates of a step. The schedule spans the session, or the run, which ends at `run_end`."""
+    mu = config.updates_per_rollout
+    first, last = (session.start, session.end) if config.schedule == "session" else (0, run_end)
+    updates = [(step - first - 1) * mu + i for i in range(mu)]
+    return [learning_rate(i, (last - first) * mu, config.learning_rate, config.warmup_steps) for i in updates]
+
+
+def learning_rate(update: int, updates: int, peak: float, warmup_steps: int) -> float:
+    """The rate of an update, counted from 0, among `updates`: linear warm-up to `peak`, then a cosine to a tenth of it."""
+    warmup = min(warmup_steps, updates - 1)
+    if update < warmup:
+        return peak * (update + 1) / (warmup + 1)
+    return peak * (0.55 + 0.45 * math.cos(math.pi * (update - warmup) / max(updates - warmup, 1)))

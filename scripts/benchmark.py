@@ -1,14 +1,14 @@
-"""How fast a step and its parts run, and how near to the bound, with random weights at any model's size: nothing is downloaded.
+"""Time of a training step and its phases against their bounds, with random weights of any model's size. Downloads nothing.
 
     python scripts/benchmark.py --model gemma3-270m --prompts_per_step 4 --max_new_tokens 64
     python scripts/benchmark.py --model gemma2-2b --mean_length 150 --autotune
     python scripts/benchmark.py --model gemma2-2b --mean_length 150 --lora_rank 64
-    python scripts/benchmark.py --model gemma2-2b --transformers         (beside its generate; needs torch and transformers)
+    python scripts/benchmark.py --model gemma2-2b --transformers         (compares with its generate; needs torch)
 
-Completions run to `--max_new_tokens`, or to natural lengths around `--mean_length`. A bound is that of models/bounds/roofline.py
-for the same lengths, at the peaks that this device shows in a large product and a large copy (nominal ones: see CHIPS there). It
-counts no padding and nothing recomputed: where arithmetic binds, the percentage is the MFU, where memory does, the MBU.
-Medians (min-max) over `--repeats`, after a warm-up that compiles; then one line of JSON.
+Completions run to `--max_new_tokens`, or to natural lengths around `--mean_length`. The bound is that of
+models/bounds/roofline.py for the same lengths, at the peaks that this device reaches in a large product and a large copy. It
+counts no padding and no recomputation: the percentage is the MFU where arithmetic binds, the MBU where memory does. Prints
+medians (min-max) over `--repeats` steps after a warm-up that compiles, then one line of JSON.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ import resource
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,54 +27,47 @@ import numpy as np
 from jax.sharding import Mesh
 
 from data.problems import Problem
-from grpo.config import ConfigError, flag, parse
-from grpo.rollout import rollout
+from grpo.config import flag
+from grpo.errors import ConfigError
+from grpo.rollout import sample_groups
 from grpo.runs.cli import run_script
+from grpo.runs.flags import parse
+from grpo.runs.grading import make_grader
 from grpo.runs.metrics import CompileCounter
-from grpo.runs.model_source import Model
 from grpo.runs.reward_worker import UserRewards
-from grpo.runs.setup import Run
-from grpo.runs.trainer import one_step
-from grpo.runs.workload import Workload
+from grpo.runs.workload import Workload, row_limits
 from grpo.session import plan_sessions
-from grpo.update import (
-    choose_remat,
-    completion_logprobs,
-    device_memory,
-    frozen,
-    init_state,
-    policy,
-    sampling_params,
-    starting_point,
-    train_step,
-)
+from grpo.step import Run, one_step
+from grpo.timing import phase_seconds
+from grpo.update import frozen, init_state, sampling_params, starting_point
 from models.bounds import roofline
 from models.bounds.roofline import Bound, Chip
-from models.gemma import ExecutionConfig, init_params
+from models.gemma import ExecutionConfig, Params, init_params
 from models.lora import count_adapters
 from models.presets import MODELS
 from models.sharding import ROLLOUT, STORE, TRAIN, activation_dtype, check_divides, make_mesh
 
+PHASES = ("sampling_params", "prefill", "decode", "reward", "reference", "update")
+
 
 @dataclass(frozen=True)
 class BenchmarkConfig(Workload):
-    model: str = flag("gemma2-6m", f"one of {', '.join(MODELS)}")
-    repeats: int = flag(5, "timed runs of each part")
+    model: str = flag("gemma2-6m", f"one of {', '.join(MODELS)}", "data")
+    repeats: int = flag(5, "timed steps", above=0)
     transformers: bool = flag(False, "time transformers' generate too, on the same device: same sizes, full length")
-    autotune: bool = flag(False, "time sampling with every rollout_tp that divides the devices, and go on with the fastest")
+    autotune: bool = flag(False, "time sampling with every rollout_tp that divides the devices, and use the fastest")
 
     def __post_init__(self):
         super().__post_init__()
-        if self.repeats < 1:
-            raise ConfigError(f"repeats {self.repeats} must be above 0")
         if self.transformers and self.mean_length:
-            raise ConfigError(f"transformers runs all rows to the end: mean_length {self.mean_length} must be 0 beside it")
+            raise ConfigError(f"--transformers runs all rows to the end: mean_length {self.mean_length} must be 0")
 
 
 class NumberTokens:
-    """Stands for a tokenizer: text is token ids with blanks between. No id stops a completion."""
+    """In place of a tokenizer: text is token ids with blanks between. No id stops a completion."""
 
-    pad_id, stop_ids = 0, (-1,)
+    pad_id: int = 0
+    stop_ids: tuple[int, ...] = (-1,)
 
     def decode(self, ids: Any) -> str:
         return " ".join(map(str, ids))
@@ -117,76 +110,53 @@ def make_run(config: BenchmarkConfig, mesh: Mesh) -> Run:
     prompt_ids = [rng.integers(3, model.vocab_size, width).tolist() for width in widths]
     problems = [Problem(str(i), "", str(i)) for i in range(Q)]
     sessions = plan_sessions(dataclasses.replace(config, epochs=10 * config.repeats), Q)
-    weights = Model(
-        Path(), f"{config.model}, random weights", Path(), model,
-        lambda mesh, rules, dtype: init_params(jax.random.key(0), model, rules, dtype),
-    )  # fmt: skip
     return Run(
-        config, mesh, weights, model, NumberTokens(), problems, prompt_ids, [], [], [], UserRewards(), sessions,  # type: ignore[arg-type]
-        ExecutionConfig(TRAIN, dtype, config.remat, config.unroll), ExecutionConfig(ROLLOUT, dtype, unroll=config.unroll),
+        config=config, mesh=mesh, model=model, tokenizer=NumberTokens(), problems=problems, prompt_ids=prompt_ids,
+        grade=make_grader(config, UserRewards()), sessions=sessions,
+        train=ExecutionConfig(TRAIN, dtype, config.remat, config.unroll),
+        sample=ExecutionConfig(ROLLOUT, dtype, unroll=config.unroll),
     )  # fmt: skip
 
 
-def measure(run: Run, shapes: int) -> dict[str, list[float]]:
-    """Seconds of each phase, `repeats` times: parts of one step after another, then whole steps."""
-    config, model = run.config, run.model
-    assert isinstance(config, BenchmarkConfig)
-    figures: dict[str, list[float]] = {}
-    repeats = config.repeats
+def random_weights(run: Run) -> Params:
+    return init_params(jax.random.key(0), run.model, STORE, "float32")
+
+
+def measure(run: Run, config: BenchmarkConfig) -> dict[str, list[float]]:
+    """Seconds of each phase of a step and of the whole step, `repeats` times, after as many steps as it takes to compile.
+
+    The steps are those of training: `grpo.step.one_step`, its phases timed by `grpo.timing`.
+    """
+    figures: dict[str, list[float]] = defaultdict(list)
     with jax.set_mesh(run.mesh):
-        trained, base = starting_point(run.base.load(run.mesh, STORE, "float32"), model, run.train.dtype, config)
-        reference = base or frozen(trained, run.train.dtype)
-        state = init_state(trained, config)
+        trained, base = starting_point(random_weights(run), run.model, run.train.dtype, config.seed, run.update)
+        reference = (base or frozen(trained, run.train.dtype)) if config.beta else None
+        state = init_state(trained, run.update)
         del trained
-        weights = policy(state.params, base, config)
-        view = sampling_params(weights, model, run.sample)
-        figures["view"] = timed(lambda _: sampling_params(weights, model, run.sample), repeats)
-        rolled = []
-
-        def roll(i: int):
-            rolled.append(
-                rollout(view, run.problems, run.prompt_ids, i + 1, run.tokenizer, model, run.sample, config, run.rewards)
-            )
-            return rolled[-1][0]
-
-        figures["sample"] = timed(roll, repeats, shapes)
-        rolled = rolled[shapes:]
-        for name in ("prefill", "decode", "reward"):
-            figures[name] = [metrics[f"time/{name}"] for *_, metrics in rolled]
-        figures["sample"] = [a - b for a, b in zip(figures["sample"], figures["reward"], strict=True)]
-        batches = [batch for batch, *_ in rolled]
-
-        def refer(i: int):
-            return completion_logprobs(reference, batches[i], model, run.train, config)
-
-        figures["reference"] = timed(refer, repeats, shapes)
-        batches = [dataclasses.replace(batch, ref_logprobs=refer(i)) for i, batch in enumerate(batches)]
-
-        def update(i: int):
-            nonlocal state
-            execution = choose_remat(run.train, model, batches[i], config, run.mesh.size, device_memory(run.mesh))
-            state, stats, _ = train_step(state, batches[i], config.learning_rate, model, execution, config, base)
-            return stats
-
-        figures["update"] = timed(update, repeats, shapes)
-
-        def step(i: int):
-            nonlocal state
-            state, *_ = one_step(i + 1, run.sessions[0], state, base, reference, run)
-
-        figures["step"] = timed(step, repeats, shapes)
-    return figures
+        shapes = config.repeats if config.mean_length else 1  # packing gives each set of lengths a shape of its own
+        for i in [*range(shapes), *range(-config.repeats, 0)]:
+            step = (i % config.repeats) + 1
+            start = time.perf_counter()
+            with phase_seconds() as seconds:
+                state, _ = one_step(step, run.sessions[0], state, run, reference, base, row_limits(config, step))
+                jax.block_until_ready(state)
+            if i < 0:
+                for name in PHASES:
+                    figures[name].append(seconds.get(name, 0.0))
+                figures["sample"].append(seconds["prefill"] + seconds["decode"])
+                figures["step"].append(time.perf_counter() - start)
+    return dict(figures)
 
 
-def bounds(run: Run, chip: Chip, step: int) -> dict[str, Bound]:
-    """What each phase of a step must take at least."""
+def bounds(run: Run, config: BenchmarkConfig, chip: Chip, step: int) -> dict[str, Bound]:
+    """The least that each phase of a step can take."""
     model, devices, tp = run.model, run.mesh.size, run.mesh.shape["tp"]
     width = jnp.dtype(run.train.dtype).itemsize
-    prompts, lengths = [len(ids) for ids in run.prompt_ids], run.config.limits(step, run.config.rows)
+    prompts, lengths = [len(ids) for ids in run.prompt_ids], row_limits(config, step).tolist()
     tokens = sum(prompts) + sum(lengths), sum(lengths), roofline.group_pairs(model, prompts, lengths)
-    adapters = count_adapters(model, run.config.lora_names, run.config.lora_rank)
+    adapters = count_adapters(model, run.update.lora_names, config.lora_rank)
     found = {
-        "view": roofline.sampling_params_bound(model, chip, devices, tp, width=width, adapters=adapters),
+        "sampling_params": roofline.sampling_params_bound(model, chip, devices, tp, width=width, adapters=adapters),
         "prefill": roofline.prefill_bound(model, chip, devices, tp, prompts, width=width),
         "decode": roofline.decode_bound(model, chip, devices, tp, prompts, lengths, width=width),
         "reference": roofline.logprobs_bound(model, chip, devices, *tokens, width=width),
@@ -202,24 +172,23 @@ def autotune(config: BenchmarkConfig) -> dict[int, float]:
     for k in (k for k in (1, 2, 4, 8) if len(jax.devices()) % k == 0):
         run = make_run(config, make_mesh(k))
         with jax.set_mesh(run.mesh):
-            view = sampling_params(run.base.load(run.mesh, STORE, "float32"), run.model, run.sample)
+            params = sampling_params(random_weights(run), run.model, run.sample)
 
-            def roll(i: int, run: Run = run, view: Any = view):
-                arguments = run.problems, run.prompt_ids, i, run.tokenizer, run.model, run.sample, config, run.rewards
-                return rollout(view, *arguments)[0]
+            def roll_out(i: int, run: Run = run, params: Params = params):
+                limits = row_limits(config, i)
+                return sample_groups(params, run.problems, run.prompt_ids, i, run, limits).samples
 
-            seconds[k] = statistics.median(timed(roll, 3))
+            seconds[k] = statistics.median(timed(roll_out, 3))
         print(f"rollout_tp {k}: {seconds[k]:.3f} s a rollout", flush=True)
     return seconds
 
 
-def time_transformers(run: Run) -> list[float]:
+def time_transformers(run: Run, config: BenchmarkConfig) -> list[float]:
     """Seconds of transformers' `generate` for the step's rows: a model of the same dimensions, random too, every row full."""
     import torch
     import transformers
 
-    model, config, count = run.model, run.config, run.config.max_new_tokens
-    assert isinstance(config, BenchmarkConfig)
+    model, count = run.model, config.max_new_tokens
     family = "Gemma3" if model.qk_norms else "Gemma2" if model.post_norms else "Gemma"
     kinds = ["sliding_attention" if local else "full_attention" for local in model.local_layers]
     sizes = dict(
@@ -260,13 +229,13 @@ def main(argv: list[str]) -> dict[str, Any]:
         config = dataclasses.replace(config, rollout_tp=min(tuned, key=tuned.__getitem__))
     run = make_run(config, make_mesh(config.rollout_tp))
     chip = measure_chip(run.train.dtype)
-    figures = measure(run, config.repeats if config.mean_length else 1)
+    figures = measure(run, config)
     if config.transformers:
-        figures["generate"] = time_transformers(run)
+        figures["generate"] = time_transformers(run, config)
     steps = range(1, config.repeats + 1)
-    found = [bounds(run, chip, step) for step in steps]
-    sampled = statistics.mean(sum(config.limits(step, config.rows)) for step in steps)
-    tokens = dict.fromkeys(figures, sampled) | {"view": 0, "prefill": sum(map(len, run.prompt_ids))}
+    found = [bounds(run, config, chip, step) for step in steps]
+    sampled = statistics.mean(int(row_limits(config, step).sum()) for step in steps)
+    tokens = dict.fromkeys(figures, sampled) | {"sampling_params": 0, "prefill": sum(map(len, run.prompt_ids))}
     phases = {
         name: describe(seconds, tokens[name], [bound[name] for bound in found if name in bound])
         for name, seconds in figures.items()
@@ -295,20 +264,21 @@ def describe(seconds: list[float], tokens: float, bounds: list[Bound]) -> dict[s
 
 
 def table(result: dict[str, Any], config: BenchmarkConfig) -> str:
+    """The phases in 80 columns."""
     Q, G, P, C = config.prompts_per_step, config.group_size, config.max_prompt_tokens, config.max_new_tokens
     lines = [
-        f"{config.model}, {result['devices']} x {result['device']}, {result['dtype']}; measured {result['peak_tflops']:.2f} "
-        f"TFLOP/s, {result['peak_gb_per_s']:.0f} GB/s a device",
-        f"{Q} prompts x {G} completions, {P} + {C} tokens, {result['mean_length']:.0f} a completion on average; "
-        f"median of {config.repeats}",
-        f"{'phase':10}{'ms':>10}{'(min-max)':>20}{'tokens/s':>11}{'GFLOP':>10}{'MB':>9}{'bound ms':>10}{'% of it':>9}",
+        f"{config.model}, {result['devices']} x {result['device']}, {result['dtype']}",
+        f"measured peaks {result['peak_tflops']:.2f} TFLOP/s, {result['peak_gb_per_s']:.0f} GB/s a device",
+        f"{Q} prompts x {G} completions, {P} + {C} tokens, {result['mean_length']:.0f} a completion",
+        f"median of {config.repeats} steps",
+        f"{'phase':15}{'ms':>9}{'(min-max)':>18}{'tokens/s':>9}{'GFLOP':>9}{'MB':>7}{'bound ms':>9}{'%':>4}",
     ]
     for name, row in result["phases"].items():
         spread = f"({row['ms_min']:.1f}-{row['ms_max']:.1f})"
-        line = f"{name:10}{row['ms']:10.1f}{spread:>20}"
-        line += f"{row['tokens_per_s']:11.0f}" if "tokens_per_s" in row else " " * 11
+        line = f"{name:15}{row['ms']:9.1f}{spread:>18}"
+        line += f"{row['tokens_per_s']:9.0f}" if "tokens_per_s" in row else " " * 9
         if "bound_ms" in row:
-            line += f"{row['gflop']:10.1f}{row['memory_mb']:9.0f}{row['bound_ms']:10.2f}{row['percent_of_bound']:9.0f}"
+            line += f"{row['gflop']:9.1f}{row['memory_mb']:7.0f}{row['bound_ms']:9.2f}{row['percent_of_bound']:4.0f}"
         lines.append(line)
     lines.append(f"peak memory {result['peak_gib']:.2f} GiB, {result['compiles']} programs compiled")
     return "\n".join(lines)

@@ -30,15 +30,17 @@ from typing import Any
 
 import jax
 
+from data.datasets import choose_problems
 from data.problems import Problem, load_problems
-from grpo.config import Config, ConfigError, flag, parse, parse_float
+from grpo.config import Config, flag
+from grpo.errors import ConfigError
 from grpo.runs.cli import run_script
 from grpo.runs.consensus_eval import open_evaluation
+from grpo.runs.console import clock
 from grpo.runs.evaluate import Completion
+from grpo.runs.flags import parse, parse_float
 from grpo.runs.interrupts import Interrupts, Stopped
-from grpo.runs.metrics import clock
 from grpo.runs.model_source import Model, find_model
-from grpo.runs.setup import choose_problems
 from models.sharding import activation_dtype, check_divides, make_mesh
 
 
@@ -65,7 +67,9 @@ class ConsensusConfig:
     batch_size: int = flag(
         0, "problems under way at a time, each with all its completions; 0: as many rows as a step of the run"
     )
-    dtype: str = flag("auto", "auto: the run's, or float32 on a CPU, bfloat16 elsewhere", ("auto", "float32", "bfloat16"))
+    dtype: str = flag(
+        "auto", "auto: the run's, or float32 on a CPU, bfloat16 elsewhere", choices=("auto", "float32", "bfloat16")
+    )
     rollout_tp: int = flag(1, "devices that share one copy of the MLP and the vocabulary; 0: as many as can, up to 8")
     unroll: bool = flag(False, "unroll the layers, as a run may have: faster on a CPU, slower to compile")
 

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from data.tokenizer import Tokenizer, load_tokenizer
-from grpo.config import ConfigError, RunError, flag, parse
+from grpo.config import flag
+from grpo.errors import ConfigError, RunError
 from grpo.reports.model_card import model_card
 from grpo.runs.cli import run_script
+from grpo.runs.flags import parse
 from grpo.runs.model_source import DESCRIPTION, Model, find_model, has_tokenizer
 from grpo.runs.setup import check_tokenizer
 from models.formats.adapters import write_peft
@@ -40,8 +42,8 @@ message['role']) + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}{% e
 class ExportConfig:
     model_path: str = flag("", "what to export: a run's directory or checkpoint, adapters, or any model folder")
     out: str = flag("", "folder to write")
-    dtype: str = flag("auto", "auto: bfloat16 for weights, float32 for adapters", ("auto", "bfloat16", "float32"))
-    lora: str = flag("merged", "adapters: merged into their base model, or as a PEFT folder", ("merged", "peft"))
+    dtype: str = flag("auto", "auto: bfloat16 for weights, float32 for adapters", choices=("auto", "bfloat16", "float32"))
+    lora: str = flag("merged", "adapters: merged into their base model, or as a PEFT folder", choices=("merged", "peft"))
     base_path: str = flag("", "the base model of adapters; the base model of a run, if it has moved")
     adapter_alpha: float = flag(0.0, "alpha of adapters that do not store it")
 

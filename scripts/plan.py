@@ -1,15 +1,15 @@
-"""Does a training run fit, what would it need, how fast could it be? Compiles what training compiles; needs no accelerator.
+"""Memory, traffic and bounds of a training run before it is started. Compiles what training compiles; needs no accelerator.
 
     python scripts/plan.py gemma2-2b --topology v5e:2x4 --mean_length 150
     python scripts/plan.py --model gemma3-1b --prompts_per_step 16 --rollout_tp 8 --topology v6e:2x4 --search
     python scripts/plan.py gemma2-2b-lora --topology v5e:1x1 --prompts_per_step 4 --mean_length 150
     python scripts/plan.py tiny --topology local
 
-Takes the command line of train.py; no weights, data or tokenizer are read. A TPU slice is compiled for by libtpu, which any
-machine can install: pip install -e ".[tpu]"; `local` is the devices of this one. Prints a line for each program, then one line
-of JSON. Memory, collectives and copies are the compiler's account; `bound` is that of models/bounds/roofline.py, with prompts of
-full length and completions of full or (`--mean_length`) natural length, packed as training packs them: nothing runs faster, and how
-much slower is not known here. Left out: evaluation.
+Takes the command line of train.py and reads no weights, data or tokenizer. Compiling for a TPU slice needs libtpu, which any
+machine can install: pip install -e ".[tpu]"; `local` means the devices of this machine. Prints a line for each program, then
+one line of JSON. Memory, collectives and copies are the compiler's figures. `bound` is that of models/bounds/roofline.py, with
+full prompts and completions of full or natural (`--mean_length`) length, packed as in training: no run is faster, and how much
+slower it is cannot be known here. Evaluation is not planned.
 """
 
 import importlib.util
@@ -29,12 +29,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from data.batches import Packed, pack
-from grpo.config import PRESETS, ConfigError, flag, parse
-from grpo.rollout import Batch
+from grpo.batch import Batch
+from grpo.config import PRESETS, flag
+from grpo.errors import ConfigError
+from grpo.memory import choose_remat, device_memory
 from grpo.runs.cli import run_script
+from grpo.runs.flags import parse
 from grpo.runs.setup import check_shapes
-from grpo.runs.workload import Workload
-from grpo.update import choose_remat, completion_logprobs, device_memory, init_state, policy, sampling_params, train_step
+from grpo.runs.workload import Workload, row_limits
+from grpo.update import UpdateConfig, completion_logprobs, init_state, policy, sampling_params, train_step
 from models.bounds import hlo, roofline
 from models.bounds.roofline import GIB, Chip, find_chip
 from models.formats.convert import read_config
@@ -56,8 +59,8 @@ NO_TPU = {
 
 @dataclass(frozen=True)
 class PlanConfig(Workload):
-    topology: str = flag("local", "local, or a TPU slice such as v5e:2x4, v6e:2x4 or, one chip, v5e:1x1")
-    search: bool = flag(False, "find the largest prompts_per_step and the largest max_new_tokens that fit: minutes")
+    topology: str = flag("local", "local, or a TPU slice such as v5e:2x4, v6e:2x4 or, one chip, v5e:1x1", "machine")
+    search: bool = flag(False, "find the largest prompts_per_step and the largest max_new_tokens that fit: minutes", "machine")
 
 
 # Each preset of train.py; without one, --model and the defaults of Config.
@@ -74,7 +77,7 @@ def choose_model(config: PlanConfig) -> GemmaConfig:
 
 
 def find_devices(topology: str) -> list[Any]:
-    """The devices of this machine, or of a TPU slice that is described and nowhere to be had."""
+    """The devices of this machine, or of a described TPU slice that need not exist."""
     if topology == "local":
         return jax.devices()
     if not re.fullmatch(r"v[56]e:\d+x\d+", topology):
@@ -105,7 +108,7 @@ def usable_memory(device: Any) -> float:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is planned, for which devices."""
+    """A planned run and its devices."""
 
     config: PlanConfig
     model: GemmaConfig
@@ -119,13 +122,17 @@ class Plan:
         return self.model.sizes | {"J": self.config.lora_rank}
 
     @property
+    def update(self) -> UpdateConfig:
+        return UpdateConfig.of(self.config)
+
+    @property
     def width(self) -> int:
         """Bytes of an activation."""
         return jnp.dtype(self.dtype).itemsize
 
 
 def make_plan(config: PlanConfig) -> Plan:
-    """Check what train.py would check before it loads weights."""
+    """Checks everything that train.py checks before it loads weights."""
     model, devices = choose_model(config), find_devices(config.topology)
     mesh = make_mesh(config.rollout_tp, devices)
     check_shapes(config, model, mesh)
@@ -140,22 +147,26 @@ def abstract(shape: list[int], dtype: Any, letters: str, rules: Rules, mesh: Mes
 
 def lora_axes(plan: Plan) -> Any:
     """The letters of the adapters; None without LoRA."""
-    return adapter_axes(plan.model, plan.config.lora_names) if plan.config.lora_rank else None
+    return adapter_axes(plan.model, plan.update.lora_names) if plan.config.lora_rank else None
 
 
 def abstract_tree(plan: Plan, tree: Any, dtype: str) -> Any:
-    """Weights or adapters as they rest, by their letters."""
+    """Weights or adapters as they are stored, by their letters."""
     sizes, mesh = plan.sizes, plan.mesh
     return jax.tree.map(lambda a: abstract([sizes[letter] for letter in a], dtype, a, STORE, mesh), tree)
 
 
 @dataclass(frozen=True)
 class Program:
-    """One program of a step: how to lower it, what lies in memory beside its arguments, the letters of its adapters."""
+    """One program of a step: jitted function, abstract arguments, what else is in memory, letters of its adapters."""
 
-    lower: Callable[[], Any]
+    function: Any
+    arguments: tuple
     beside: list[Any]
     adapters: Any = None
+
+    def lower(self) -> Any:
+        return self.function.lower(*self.arguments)
 
 
 def abstract_batch(plan: Plan) -> Batch:
@@ -166,7 +177,7 @@ def abstract_batch(plan: Plan) -> Batch:
     def to_devices(shape: Sequence[int], letters: str, dtype: str) -> Any:
         return abstract([*shape], dtype, letters, TRAIN, plan.mesh)
 
-    packed = pack(np.zeros((B, C), np.int32), np.array(config.limits(0, B)), np.full(Q, P), config.packing)
+    packed = pack(np.zeros((B, C), np.int32), row_limits(config, 0), np.full(Q, P), config.packing)
     return Batch(
         prompts=to_devices((Q, P), "QP", "int32"), lengths=to_devices((Q,), "Q", "int32"),
         packed=Packed(*(to_devices(x.shape, "BC", "int32") for x in packed)), mask=to_devices((B, C), "BC", "float32"),
@@ -179,44 +190,40 @@ def training(plan: Plan) -> ExecutionConfig:
     config = plan.config
     memory = device_memory(plan.mesh) if config.topology == "local" else plan.memory
     execution = ExecutionConfig(TRAIN, plan.dtype, config.remat, config.unroll)
-    return choose_remat(execution, plan.model, abstract_batch(plan), config, plan.mesh.size, memory)
+    return choose_remat(execution, plan.model, abstract_batch(plan), plan.update, plan.mesh.size, memory)
 
 
 def programs(plan: Plan) -> dict[str, Program]:
-    """The programs of one training step, in the order in which they run."""
-    config, model, on = plan.config, plan.model, partial(abstract_like, mesh=plan.mesh)
+    """The programs of one training step, in the order in which they run, with the arguments that `grpo.step` gives them."""
+    config, model, on, update = plan.config, plan.model, partial(abstract_like, mesh=plan.mesh), plan.update
     sample = ExecutionConfig(ROLLOUT, plan.dtype, unroll=config.unroll)
     sampling = Sampling(config.max_new_tokens, STOP_IDS, config.top_k, config.top_p, config.halvings)
 
     batch, train = abstract_batch(plan), training(plan)
     adapters = lora_axes(plan)
-    state = on(partial(init_state, config=config), abstract_tree(plan, adapters or axes(model), "float32"))
+    state = on(partial(init_state, config=update), abstract_tree(plan, adapters or axes(model), "float32"))
     frozen = abstract_tree(plan, axes(model), plan.dtype)
     base, reference = frozen if config.lora_rank else None, frozen if config.beta else None  # with LoRA the same weights
-    weights, apart = policy(state.params, base, config), None if config.lora_rank else reference
-    view = on(partial(sampling_params, model=model, execution=sample), weights)
-    prefix = on(partial(prefill, config=model, execution=sample), view, batch.prompts, batch.lengths)
+    weights, apart = policy(state.params, base, update), None if config.lora_rank else reference
+    params = on(partial(sampling_params, model=model, execution=sample), weights)
+    prefilled = on(partial(prefill, config=model, execution=sample), params, batch.prompts, batch.lengths)
     temperatures, limits = (abstract([config.rows], dtype, "B", TRAIN, plan.mesh) for dtype in ("float32", "int32"))
     keys = on(lambda rows: row_keys(config.seed, 0, rows), limits)
-    logprobs = on(partial(completion_logprobs, model=model, execution=train, config=config), weights, batch)
+    logprobs = on(partial(completion_logprobs, model=model, execution=train, config=update), weights, batch)
     old = logprobs if config.updates_per_rollout > 1 else None
-    given = replace(batch, ref_logprobs=logprobs if config.beta else None, old_logprobs=old)
+    full_batch = replace(batch, ref_logprobs=logprobs if config.beta else None, old_logprobs=old)
+    rate, rows = config.learning_rate, (keys, temperatures, limits)
     found = {
-        "view": Program(lambda: sampling_params.lower(weights, model, sample), [state.opt_state, apart], adapters),
-        "prefill": Program(lambda: prefill.lower(view, batch.prompts, batch.lengths, model, sample), [state, base or apart]),
-        "decode": Program(
-            lambda: decode.lower(view, prefix, keys, temperatures, limits, model, sample, sampling), [state, base or apart]
-        ),
+        "sampling_params": Program(sampling_params, (weights, model, sample), [state.opt_state, apart], adapters),
+        "prefill": Program(prefill, (params, batch.prompts, batch.lengths, model, sample), [state, base or apart]),
+        "decode": Program(decode, (params, prefilled, *rows, model, sample, sampling), [state, base or apart]),
     }
     if reference is not None:
-        found["reference"] = Program(lambda: completion_logprobs.lower(reference, batch, model, train, config), [state])
+        found["reference"] = Program(completion_logprobs, (reference, batch, model, train, update), [state])
     if old is not None:
-        found["old"] = Program(
-            lambda: completion_logprobs.lower(weights, batch, model, train, config), [state.opt_state, apart], adapters
-        )
-    found["update"] = Program(
-        lambda: train_step.lower(state, given, config.learning_rate, model, train, config, base), [apart], adapters
-    )
+        arguments = weights, batch, model, train, update
+        found["old"] = Program(completion_logprobs, arguments, [state.opt_state, apart], adapters)
+    found["update"] = Program(train_step, (state, full_batch, rate, model, train, update, base), [apart], adapters)
     return found
 
 
@@ -226,12 +233,12 @@ def bounds(plan: Plan) -> dict[str, roofline.Bound]:
     if chip is None:
         return {}
     devices, tp, width = plan.mesh.size, plan.mesh.shape["tp"], plan.width
-    prompts, lengths = [config.max_prompt_tokens] * config.prompts_per_step, config.limits(0, config.rows)
+    prompts, lengths = [config.max_prompt_tokens] * config.prompts_per_step, row_limits(config, 0).tolist()
     tokens = sum(prompts) + sum(lengths), sum(lengths), roofline.group_pairs(model, prompts, lengths)
     forward = roofline.logprobs_bound(model, chip, devices, *tokens, width=width)
-    adapters = count_adapters(model, config.lora_names, config.lora_rank)
+    adapters = count_adapters(model, plan.update.lora_names, config.lora_rank)
     return {
-        "view": roofline.sampling_params_bound(model, chip, devices, tp, width=width, adapters=adapters),
+        "sampling_params": roofline.sampling_params_bound(model, chip, devices, tp, width=width, adapters=adapters),
         "prefill": roofline.prefill_bound(model, chip, devices, tp, prompts, width=width),
         "decode": roofline.decode_bound(model, chip, devices, tp, prompts, lengths, width=width),
         "reference": forward,
@@ -379,22 +386,24 @@ def table(plan: Plan, figures: dict[str, Any]) -> str:
         f"fsdp {mesh.shape['fsdp']} x tp {mesh.shape['tp']}, {plan.dtype}",
         f"{config.prompts_per_step} prompts x {config.group_size} completions, {config.max_prompt_tokens} + "
         f"{config.max_new_tokens} tokens, remat {training(plan).remat}, microbatches {config.microbatches}",
-        "                 GiB a device           MB a device, of decode in one step",
-        "program     own  beside   total    received  weights   copied   bound ms  compiled s",
+        f"{'':15}{'GiB a device':^20}{'MB a device, of decode in a step':>33}",
+        f"{'program':15}{'own':>6}{'beside':>7}{'total':>7}{'received':>10}{'weights':>8}{'copied':>8}"
+        f"{'bound ms':>10}{'comp. s':>8}",
     ]
     for name, row in figures.items():
         if row["peak_gib"] is None:
-            lines.append(f"{name:9} does not fit: {row['error']}")
+            lines.append(f"{name:15}does not fit: {row['error']}")
             continue
         parts = ("collective_bytes_per_step", "weight_bytes_gathered_per_step", "copied_bytes_per_step")
         received, weights, copied = (row[part] / 1e6 for part in parts)
         bound = f"{row['bound_ms']:10.2f}" if "bound_ms" in row else f"{'-':>10}"
         lines.append(
-            f"{name:9} {row['peak_gib']:6.2f} {row['beside_gib']:6.2f} {total_gib(row):8.2f}   {received:9.1f} {weights:8.1f} "
-            f"{copied:8.1f} {bound} {row['compile_seconds']:11.1f}"
+            f"{name:15}{row['peak_gib']:6.2f}{row['beside_gib']:7.2f}{total_gib(row):7.2f}{received:10.1f}{weights:8.1f}"
+            f"{copied:8.1f}{bound}{row['compile_seconds']:8.1f}"
         )
     moved = figures["decode"].get("collectives", [])
-    lines += ["one step of decoding receives:"] * bool(moved)
+    if moved:
+        lines.append("one step of decoding receives:")
     lines += [f"{c['bytes'] / 1e6:9.3f} MB  {c['kind']} x {c['times']} of {c['shape']}" for c in moved[:8]]
     return "\n".join(lines)
 

@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo.config import ConfigError, RunError, flag, parse
+from grpo.config import flag
+from grpo.errors import ConfigError, RunError
 from grpo.reports.page import find_evaluations, read_analyses, read_page, render
 from grpo.reports.plots import attempt, draw_evaluation, draw_training
 from grpo.runs.cli import run_script
+from grpo.runs.flags import parse
 
 
 @dataclass(frozen=True)

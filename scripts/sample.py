@@ -21,8 +21,10 @@ import numpy as np
 from data.batches import pad_prompts
 from data.prompts import encode_prompt, render_prompt
 from data.tokenizer import Tokenizer, load_tokenizer
-from grpo.config import TINY_MODEL, ConfigError, flag, parse
+from grpo.config import TINY_MODEL, flag
+from grpo.errors import ConfigError
 from grpo.runs.cli import run_script
+from grpo.runs.flags import parse
 from grpo.runs.model_source import Model, find_model, has_tokenizer
 from grpo.runs.setup import check_tokenizer
 from models.formats.containers import read_json
@@ -46,7 +48,7 @@ class SampleConfig:
     top_k: int = flag(0, "sample from the k most likely tokens; 0: from all")
     top_p: float = flag(1.0, "sample from the most likely tokens with this total probability; 1: from all")
     seed: int = flag(0, "seed of the samples")
-    dtype: str = flag("auto", "auto: float32 on a CPU, bfloat16 elsewhere", ("auto", "float32", "bfloat16"))
+    dtype: str = flag("auto", "auto: float32 on a CPU, bfloat16 elsewhere", choices=("auto", "float32", "bfloat16"))
     rollout_tp: int = flag(1, "devices that share one copy of the MLP and the vocabulary")
 
     def __post_init__(self):

@@ -3,13 +3,14 @@
     python scripts/train.py                                        the embedded default: a tiny Gemma, minutes on a laptop
     python scripts/train.py gemma2-2b --model_path DIR --data FILE --run_dir DIR
 
-The same command again goes on where it stopped. The last line of standard output is one line of JSON.
+The same command again continues where it stopped. The last line of standard output is one line of JSON.
 """
 
 import sys
 
-from grpo.config import PRESETS, Config, parse
+from grpo.config import PRESETS, Config
 from grpo.runs.cli import run_script
+from grpo.runs.flags import parse
 from grpo.runs.trainer import train
 
 

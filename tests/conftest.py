@@ -4,6 +4,7 @@ import gc
 import os
 import string
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -12,6 +13,8 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # what a test compiles, it com
 os.environ.setdefault("GLIBC_TUNABLES", "")  # no script that a test calls starts this process again
 
 import pytest
+
+pytest_plugins = ["training"]  # fixtures that the tests of training share
 
 
 def pytest_addoption(parser):
@@ -27,14 +30,21 @@ def forget_programs():
         gc.collect()
 
 
-@pytest.fixture(scope="module")
-def quick_to_compile():
-    """Programs of a test file compile in half the time, without most optimizations."""
+@contextmanager
+def few_optimizations():
+    """Programs compile in half the time, without most optimizations."""
     import jax
 
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def quick_to_compile():
+    with few_optimizations():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,11 @@ from safetensors.numpy import load_file, save_file
 from test_export import EXPORT, export, script
 
 from data.tokenizer import load_tokenizer
-from grpo.config import TINY_MODEL, Config, ConfigError
+from grpo.config import TINY_MODEL, Config
+from grpo.errors import ConfigError
 from grpo.runs.checkpoint import Checkpoints, digest, read_digest, sealed
 from grpo.runs.model_source import copy_description, find_model
-from grpo.update import init_state
+from grpo.update import UpdateConfig, init_state
 from models import ModelError
 from models.formats.adapters import ordered_product
 from models.formats.convert import load_params
@@ -196,7 +197,7 @@ def write_run(folder: Path, mesh, **start) -> Path:
     (folder / "model").mkdir(parents=True)
     copy_description(model, folder / "model")
     with closing(Checkpoints(folder / "checkpoints")) as checkpoints:
-        checkpoints.save(5, init_state(adapters, Config()), meta, wait=True)
+        checkpoints.save(5, init_state(adapters, UpdateConfig.of(Config())), meta, wait=True)
     return folder
 
 

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 import grpo.runs.checkpoint
-from grpo.config import ConfigError, RunError
+from grpo.errors import ConfigError, RunError
 from grpo.runs.checkpoint import Checkpoints, digest
 from models.sharding import STORE, make_mesh, spec
 

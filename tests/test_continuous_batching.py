@@ -12,7 +12,7 @@ from grpo.runs.metrics import CompileCounter
 from models.continuous_batching import sample_continuously
 from models.gemma import ExecutionConfig, GemmaConfig, Params, axes, init_params
 from models.sampler import Samples, Sampling, row_keys, sample
-from models.sharding import ROLLOUT, STORE, to_devices, make_mesh
+from models.sharding import ROLLOUT, STORE, make_mesh, to_devices
 
 CONFIG = GemmaConfig(
     num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32, vocab_size=64, query_scale=0.5,

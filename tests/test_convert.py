@@ -1,4 +1,4 @@
-"""Laws of models/formats/convert.py: a folder comes back bit for bit, each device reads its own slice, and mistakes are named."""
+"""Laws of models/formats/convert.py: a folder comes back bit for bit, each device reads its own slice, mistakes are named."""
 
 import json
 import shutil

@@ -20,16 +20,17 @@ from test_sample import load
 
 import grpo.runs.consensus_eval
 from data.arithmetic import make_problems
+from data.datasets import choose_problems
 from data.prompts import drop_long
 from data.tokenizer import load_tokenizer
-from grpo.config import PRESETS, TINY_MODEL, ConfigError
+from grpo.config import PRESETS, TINY_MODEL
+from grpo.errors import ConfigError
 from grpo.reports.consensus import figures, plain, wilson
 from grpo.runs.checkpoint import Checkpoints
 from grpo.runs.evaluate import complete
 from grpo.runs.interrupts import Stopped
 from grpo.runs.model_source import copy_description, find_model
-from grpo.runs.setup import choose_problems
-from grpo.update import init_state
+from grpo.update import UpdateConfig, init_state
 from models.gemma import ExecutionConfig
 from models.sharding import ROLLOUT, STORE, make_mesh
 
@@ -295,7 +296,7 @@ def test_a_run_brings_its_base_its_held_out_problems_and_its_settings(one_device
     config = replace(PRESETS["tiny"], eval_problems=24, run_dir=str(run), new_problems=50)
     mesh = make_mesh(1, jax.devices()[:1])
     with jax.set_mesh(mesh), closing(Checkpoints(run / "checkpoints", keep=1)) as checkpoints:
-        state = init_state(base.load(mesh, STORE, "float32"), config)
+        state = init_state(base.load(mesh, STORE, "float32"), UpdateConfig.of(config))
         checkpoints.save(2, state, {"step": 2, "config": asdict(config)}, wait=True)
     (run / "model").mkdir()
     copy_description(base, run / "model")

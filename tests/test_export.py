@@ -16,11 +16,12 @@ from safetensors.numpy import load_file
 
 from data.prompts import encode_prompt
 from data.tokenizer import load_tokenizer
-from grpo.config import TINY_MODEL, Config, ConfigError, RunError
+from grpo.config import TINY_MODEL, Config
+from grpo.errors import ConfigError, RunError
 from grpo.reports.model_card import model_card
 from grpo.runs.checkpoint import Checkpoints
 from grpo.runs.model_source import copy_description, find_model
-from grpo.update import init_state
+from grpo.update import UpdateConfig, init_state
 from models.formats.convert import load_params, read_config
 from models.formats.save import tensors, text_config, write_weights
 from models.sharding import STORE
@@ -57,7 +58,7 @@ def run(mesh, tmp_path_factory) -> Path:
     with closing(Checkpoints(folder / "checkpoints", keep=2)) as checkpoints:
         for step in (3, 7):
             config = {"model_path": TINY_MODEL, "data": "arithmetic", "system_prompt": "Think.", "run_dir": "/home/me/lucky"}
-            checkpoints.save(step, init_state(params, Config()), {"step": step, "config": config}, wait=True)
+            checkpoints.save(step, init_state(params, UpdateConfig.of(Config())), {"step": step, "config": config}, wait=True)
     figures = {
         "n": 500,
         "low": 0.45,

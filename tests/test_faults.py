@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 import pytest
-from test_train import REWARDS, lines, without_times, write_model
+from training import REWARDS, lines, without_times, write_model
 
 import grpo.runs.checkpoint
 from grpo.runs.checkpoint import Checkpoints

@@ -27,17 +27,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from test_convert import INDEX, WHOLE
-from test_train import devices, final_state, lines, run, write_model
+from training import devices, final_state, lines, run, write_model
 
 import grpo.runs.setup
 import grpo.runs.trainer
+import grpo.step
 from data.problems import Problem, load_problems
 from data.prompts import encode_prompt
 from data.tokenizer import load_tokenizer
-from grpo.config import Config, ConfigError
+from grpo.config import Config
+from grpo.errors import ConfigError
 from grpo.reward import accuracies, extract_answer, format_checks, score
 from grpo.runs.cli import run_script
-from grpo.runs.metrics import Progress
+from grpo.runs.console import Progress, describe_plan
+from grpo.runs.run_dir import open_run_dir
 from models import ModelError
 from models.formats.convert import read_config
 from scripts import sample
@@ -195,7 +198,7 @@ def test_fault_21_prompt_too_long(config, folder, tmp_path, capsys):
     with devices(1):
         prepared = grpo.runs.setup.prepare(replace(config, data=str(path)))
     assert [problem.id for problem in prepared.dropped] == ["mixed.jsonl:2"]
-    assert "1 too long and dropped (mixed.jsonl:2)\n" in grpo.runs.setup.describe(prepared)
+    assert "1 too long and dropped (mixed.jsonl:2)\n" in describe_plan(prepared)
     assert len(prepared.problems) == 8 and max(map(len, prepared.prompt_ids)) <= config.max_prompt_tokens
     path.write_text(long)
     assert "none of 1 prompts fits in 128 tokens" in mistake(capsys, config, data=path)
@@ -483,7 +486,7 @@ def test_fault_28_run_directories(config, tmp_path, capsys):
     assert "--run_dir: expected one argument" in ended(capsys, 2, ["--run_dir", "-x"])
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "kept"
     for name in ("a b", "sub/../c", "-dash"):
-        with grpo.runs.setup.open_run_dir(replace(config, run_dir=f"{tmp_path}/{name}")) as opened:
+        with open_run_dir(replace(config, run_dir=f"{tmp_path}/{name}")) as opened:
             assert opened.is_dir() and opened.resolve().parent == tmp_path
 
 
@@ -772,13 +775,13 @@ def checkpoint_files(config: Config) -> dict[str, bytes]:
 @pytest.mark.usefixtures("run_dir")
 def test_fault_33_non_finite_gradient(config, monkeypatch):
     """The update is skipped and counted, the run goes on, and what it resumes from is bit for bit the state before."""
-    real, states = grpo.runs.trainer.train_step, []
+    real, states = grpo.step.train_step, []
 
     def poisoned(state, batch, *rest):
         states.append(jax.device_get((state.params, state.opt_state)))
         return real(state, replace(batch, advantages=batch.advantages + jnp.nan) if len(states) == 2 else batch, *rest)
 
-    monkeypatch.setattr(grpo.runs.trainer, "train_step", poisoned)
+    monkeypatch.setattr(grpo.step, "train_step", poisoned)
     result = run(config)
     assert result["steps"] == STEPS
     assert [record["bad_updates"] for record in lines(Path(config.run_dir) / "metrics.jsonl")] == [0, 1]
@@ -791,7 +794,7 @@ def test_fault_33_non_finite_gradient(config, monkeypatch):
 @pytest.mark.usefixtures("run_dir")
 def test_fault_34_out_of_memory(config, capsys, monkeypatch):
     """In the second update: one line with the bytes and three ways out, exit code 1, the checkpoint as it was and resumable."""
-    real, checkpoints = grpo.runs.trainer.train_step, []
+    real, checkpoints = grpo.step.train_step, []
 
     def exhausted(*args):
         if checkpoints:
@@ -800,7 +803,7 @@ def test_fault_34_out_of_memory(config, capsys, monkeypatch):
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(grpo.runs.trainer, "train_step", exhausted)
+        patch.setattr(grpo.step, "train_step", exhausted)
         line = ended(capsys, 1, command(config))
     assert line.startswith("out of memory (RESOURCE_EXHAUSTED: Out of memory") and "281474976710656 bytes" in line
     assert all(knob in line for knob in ("microbatches", "group_size", "max_new_tokens"))

@@ -13,7 +13,8 @@ import pytest
 from foreign import write_flax
 from make_references import REFERENCES
 
-from grpo.config import TINY_MODEL, ConfigError
+from grpo.config import TINY_MODEL
+from grpo.errors import ConfigError
 from grpo.runs.hub import download
 from grpo.runs.model_source import find_model
 from models.formats.convert import read_config
@@ -23,7 +24,7 @@ FILES = {path.name: path.read_bytes() for path in Path(TINY_MODEL).iterdir() if 
 REPOSITORIES = {"me/tiny": FILES, "me/gguf": {"config.json": FILES["config.json"], "tiny.gguf": b"GGUF"}}
 FETCH = """
 import json, sys
-from grpo.config import ConfigError
+from grpo.errors import ConfigError
 from grpo.runs.hub import download
 for name in sys.argv[1:]:
     try:

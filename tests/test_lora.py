@@ -14,13 +14,16 @@ import pytest
 from make_references import REFERENCES, load
 from test_gemma import close, logits_of
 from test_relay import config as relay_config  # noqa: F401
-from test_train import devices, folder, interrupted, read_files, run, without_times  # noqa: F401
+from training import devices, interrupted, read_files, run, without_times
 
 import grpo.runs.setup
-from grpo.config import Config, ConfigError
+from grpo.config import Config
+from grpo.errors import ConfigError
+from grpo.memory import resident_bytes
 from grpo.runs.checkpoint import Checkpoints, sealed
+from grpo.runs.console import describe_plan
 from grpo.runs.model_source import find_model
-from grpo.update import init_state, narrow, policy, resting_bytes, sampling_params, starting_point
+from grpo.update import init_state, narrow, policy, sampling_params, starting_point
 from models.formats.convert import load_params, read_config
 from models.formats.save import save_params
 from models.gemma import Adapted, ExecutionConfig, axes, forward, forward_group, linear, token_logprobs
@@ -257,9 +260,9 @@ def base_of(config: Config):
 def final_state_of(config: Config):
     prepared, weights = base_of(config)
     with jax.set_mesh(prepared.mesh):
-        trained, _ = starting_point(weights, prepared.model, "float32", config)
+        trained, _ = starting_point(weights, prepared.model, "float32", config.seed, prepared.update)
         checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints")
-        restored = checkpoints.restore(init_state(trained, config), lambda meta: None)
+        restored = checkpoints.restore(init_state(trained, prepared.update), lambda meta: None)
         checkpoints.close()
     assert restored is not None
     return jax.device_get(restored.state)
@@ -281,13 +284,16 @@ def test_a_run_trains_adapters_and_the_reference_is_below_them(config, finished)
 
 def test_a_checkpoint_holds_adapters_and_moments_and_nothing_of_the_base(config, finished):
     prepared, weights = base_of(config)
-    count = count_adapters(prepared.model, config.lora_names, config.lora_rank)
+    count = count_adapters(prepared.model, prepared.update.lora_names, config.lora_rank)
     meta = Path(config.run_dir) / "checkpoints" / "6" / "meta" / "metadata"
     names = set(json.loads(meta.read_text())["digests"])
     assert {name for name in names if name.startswith("params.")} == {f"params.{p}.{m}" for p in PROJECTIONS for m in "ab"}
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(final_state_of(config))) == 12 * count + 3 * 4
-    assert resting_bytes(prepared.model, "bfloat16", config) == 2 * sum(x.size for x in jax.tree.leaves(weights)) + 16 * count
-    assert f"({count / 1e6:.1f}M parameters" in grpo.runs.setup.describe(prepared)
+    assert (
+        resident_bytes(prepared.model, "bfloat16", prepared.update)
+        == 2 * sum(x.size for x in jax.tree.leaves(weights)) + 16 * count
+    )
+    assert f"({count / 1e6:.1f}M parameters" in describe_plan(prepared)
 
 
 def test_an_interrupted_and_relayed_run_is_the_same_to_the_bit(config, finished, tmp_path):
@@ -312,7 +318,7 @@ def test_a_checkpoint_loads_as_the_weights_that_it_samples_with(config, finished
     prepared, weights = base_of(config)
     state = final_state_of(config)
     with jax.set_mesh(prepared.mesh):
-        params = policy(jax.tree.map(jnp.asarray, state.params), narrow(weights, dtype), config)
+        params = policy(jax.tree.map(jnp.asarray, state.params), narrow(weights, dtype), prepared.update)
         view = sampling_params(params, prepared.model, replace(prepared.sample, dtype=dtype))
     loaded = find_model(config.run_dir).load(prepared.mesh, STORE, dtype)
     for leaf, other in zip(jax.tree.leaves(view), jax.tree.leaves(loaded), strict=True):

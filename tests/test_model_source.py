@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from data.tokenizer import load_tokenizer
-from grpo.config import TINY_MODEL, Config, ConfigError, RunError
+from grpo.config import TINY_MODEL, Config
+from grpo.errors import ConfigError, RunError
 from grpo.runs.checkpoint import Checkpoints
 from grpo.runs.model_source import copy_description, find_model
-from grpo.update import init_state
+from grpo.update import UpdateConfig, init_state
 from models.sharding import ROLLOUT, STORE, make_mesh
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine")  # orbax's
@@ -26,7 +27,7 @@ def run(mesh, tmp_path_factory) -> Path:
     copy_description(base, folder / "model")
     with closing(Checkpoints(folder / "checkpoints", keep=2)) as checkpoints:
         for step, times in ((3, 1), (7, 2)):
-            state = init_state(jax.tree.map(lambda leaf, times=times: times * leaf, params), Config())
+            state = init_state(jax.tree.map(lambda leaf, times=times: times * leaf, params), UpdateConfig.of(Config()))
             checkpoints.save(step, state, {"step": step, "config": {"model_path": TINY_MODEL}}, wait=True)
     return folder
 

@@ -9,10 +9,11 @@ import pytest
 
 import grpo.notebook
 from data.problems import Problem
-from grpo.config import ConfigError
+from grpo.errors import ConfigError
 from grpo.loss import grpo_loss, grpo_weights
 from grpo.notebook import load, loss, sample, score
-from grpo.runs.trainer import learning_rates, one_step
+from grpo.session import learning_rates
+from grpo.step import one_step
 from models import ModelError
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
@@ -32,7 +33,7 @@ def stepped(policy):
     """The first step by the trainer, on a copy of the state; its metrics and completions."""
     run, state = policy.run, jax.tree.map(lambda leaf: leaf + 0, policy.state)
     with jax.set_mesh(run.mesh):
-        return one_step(1, run.sessions[0], state, policy.base, policy.reference, run)
+        return one_step(1, run.sessions[0], state, run, policy.reference, policy.base)
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +44,15 @@ def scored(policy):
 
 
 def test_five_calls_are_a_step_of_the_trainer(policy, stepped, scored):
-    state, metrics, records, _ = stepped
+    state, result = stepped
+    metrics = {name: float(value) for name, value in result.stats.items()}
     completions, batch, rewards = scored
-    assert [text for group in completions.texts for text in group] == [record["text"] for record in records]
-    assert rewards.reshape(-1).tolist() == [record["reward"] for record in records]
-    assert np.asarray(batch.advantages).tolist() == [record["advantage"] for record in records]
-    rate = learning_rates(1, policy.run.sessions[0], policy.run)[-1]
+    assert completions.texts == result.completions.texts
+    assert rewards.reshape(-1).tolist() == [grade["reward"] for grade in result.grades]
+    assert np.asarray(batch.advantages).tolist() == result.advantages.reshape(-1).tolist()
+    assert batch.old_logprobs is None and result.batch.old_logprobs is None  # with one update the policy is its own old one
+    (rate,) = learning_rates(1, policy.run.sessions[0], policy.run.sessions[-1].end, policy.run.config)
+    assert result.rates == [rate]
     copy = grpo.notebook.replace(policy, state=jax.tree.map(lambda leaf: leaf + 0, policy.state))
     after, stats = grpo.notebook.train_step(copy, batch, rate)
     assert stats["loss"] == pytest.approx(metrics["loss"], abs=1e-6) and metrics["grad_norm"] > 0.1

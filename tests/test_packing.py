@@ -11,9 +11,9 @@ from jax import Array
 from make_references import REFERENCES
 
 from data.batches import Packed, pack
+from grpo.batch import Batch
 from grpo.config import Config
-from grpo.rollout import Batch
-from grpo.update import logprobs_of
+from grpo.update import UpdateConfig, logprobs_of
 from models.formats.convert import load_params, read_config
 from models.gemma import FAR, ExecutionConfig, GemmaConfig, Params
 from models.sharding import STORE
@@ -59,7 +59,7 @@ def logprobs_and_gradients(params: Params, batch: Batch, weights: Array, config:
     """Log-probabilities of all tokens, and the gradients of a weighted sum of those that count."""
 
     def scalar(params):
-        logprobs = logprobs_of(params, batch, config, ExecutionConfig(), CONFIG)
+        logprobs = logprobs_of(params, batch, config, ExecutionConfig(), UpdateConfig.of(CONFIG))
         return (logprobs * weights * batch.mask).sum(), logprobs
 
     gradients, logprobs = jax.grad(scalar, has_aux=True)(params)

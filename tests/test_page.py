@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo.config import TINY_MODEL, ConfigError
+from grpo.config import TINY_MODEL
+from grpo.errors import ConfigError
 from grpo.loss import batch_std, group_advantages, group_std, grpo_loss, grpo_weights, no_scale
 from grpo.reports.page import FLAGS, constant, read_page, render, rounded, spread
 

@@ -15,7 +15,7 @@ SMALL = [
     "--prompts_per_step=8", "--group_size=2", "--max_prompt_tokens=8", "--max_new_tokens=4", "--logprob_chunk=4",
     "--rollout_tp=8", "--remat=full",
 ]  # fmt: skip
-PROGRAMS = ["view", "prefill", "decode", "reference", "update"]
+PROGRAMS = ["sampling_params", "prefill", "decode", "reference", "update"]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_with_lora_the_gradients_that_move_and_the_state_that_rests_are_the_adap
         parts = plan.programs(made)
         update = plan.examine(parts["update"], made)
     assert list(parts) == PROGRAMS
-    adapters = 4 * plan.count_adapters(made.model, config.lora_names, rank)
+    adapters = 4 * plan.count_adapters(made.model, made.update.lora_names, rank)
     whole = small["programs"]["update"]
     assert 0 < update["gradient_bytes_reduced_per_step"] < 2 * adapters < whole["gradient_bytes_reduced_per_step"] / 5
     assert update["weight_bytes_gathered_per_step"] >= whole["weight_bytes_gathered_per_step"]  # remat full: the base, twice
@@ -76,7 +76,7 @@ def test_with_lora_the_gradients_that_move_and_the_state_that_rests_are_the_adap
     state = beside["reference"] - scalars
     assert 3 * adapters / 8 < state <= 3 * adapters  # some are cut over the eight devices
     assert beside == {
-        "view": state * 2 / 3 + 4, "prefill": state + scalars + base, "decode": state + scalars + base,
+        "sampling_params": state * 2 / 3 + 4, "prefill": state + scalars + base, "decode": state + scalars + base,
         "reference": state + scalars, "update": 0,
     }  # fmt: skip
 
@@ -85,7 +85,7 @@ def test_without_a_reference_and_with_two_updates_the_programs_are_others():
     config = plan.parse(plan.PlanConfig, ["tiny", *SMALL, "--beta=0", "--updates_per_rollout=2"], "", plan.STARTS)
     made = plan.make_plan(config)
     with jax.set_mesh(made.mesh):
-        assert list(plan.programs(made)) == ["view", "prefill", "decode", "old", "update"]
+        assert list(plan.programs(made)) == ["sampling_params", "prefill", "decode", "old", "update"]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from PIL import Image
 from test_analysis import answered
 
 import grpo.reports.plots
-from grpo.config import Config, RunError
+from grpo.config import Config
+from grpo.errors import RunError
 from grpo.reports.consensus import figures, paired, wilson
 from grpo.reports.plots import COLOURS, draw_evaluation, draw_training
 

@@ -8,11 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from test_train import devices, final_state, folder, interrupted, lines, read_files, run, without_times  # noqa: F401
+from training import devices, final_state, interrupted, lines, read_files, run, without_times
 
 import grpo.runs.setup
 import grpo.runs.trainer
-from grpo.config import Config, ConfigError
+from data.datasets import choose_problems
+from grpo.config import Config
+from grpo.errors import ConfigError
 from grpo.runs.checkpoint import Checkpoints
 from grpo.runs.interrupts import Interrupts, Stopped
 from grpo.session import plan_sessions
@@ -23,7 +25,7 @@ Q = 8
 
 
 @pytest.fixture(scope="module")
-def config(folder) -> Config:  # noqa: F811
+def config(folder) -> Config:
     """Two steps, then four: 16 new problems, then 16 new and 16 reviewed."""
     return Config(
         model_path=str(folder / "model"), data="arithmetic", run_dir=str(folder / "relay"), system_prompt="", new_problems=16,
@@ -56,13 +58,13 @@ def test_sessions_one_by_one_are_sessions_in_a_row(config, in_a_row, tmp_path):
 
 def test_a_run_ends_with_its_picture_and_a_fault_of_drawing_is_a_warning(config, in_a_row, tmp_path, capsys):
     assert (Path(config.run_dir) / "training.png").read_bytes().startswith(b"\x89PNG")
-    grpo.runs.trainer.picture(tmp_path)
+    grpo.runs.trainer.draw_dashboard(tmp_path)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"warning: {tmp_path / 'training.png'} could not be drawn: ")
 
 
 def test_the_problems_of_every_step_are_those_of_the_plan_and_are_recorded(config, in_a_row):
-    problems = grpo.runs.setup.choose_problems(config)[0]
+    problems = choose_problems(config)[0]
     sessions = plan_sessions(config, len(problems))
     completions = in_a_row[1]["completions.jsonl"]
     for session, roll in zip(sessions, in_a_row[1]["sessions.json"], strict=True):
@@ -86,13 +88,13 @@ def test_each_end_measures_held_out_problems_and_those_of_every_session_so_far(c
         prepared = grpo.runs.setup.prepare(config)
     state = final_state(config)
     with jax.set_mesh(prepared.mesh), prepared.rewards:
-        view = grpo.runs.trainer.sampling_params(jax.tree.map(jax.numpy.asarray, state.params), prepared.model, prepared.sample)
+        params = grpo.runs.trainer.sampling_params(
+            jax.tree.map(jax.numpy.asarray, state.params), prepared.model, prepared.sample
+        )
         for number, session in zip("12", prepared.sessions, strict=True):
-            of = session.new[:4]
-            figures = grpo.runs.trainer.evaluate(
-                view, [prepared.problems[i] for i in of], [prepared.prompt_ids[i] for i in of], prepared.tokenizer,
-                prepared.model, prepared.sample, config, prepared.rewards, sampled=False,
-            )  # fmt: skip
+            chosen = session.new[:4]
+            problems, ids = [prepared.problems[i] for i in chosen], [prepared.prompt_ids[i] for i in chosen]
+            figures = grpo.runs.trainer.evaluate(params, problems, ids, prepared, sampled=False)
             assert figures == evaluations[2]["retention"][number]
             assert figures["n"] == 4 and "sampled" not in figures
 
@@ -181,7 +183,7 @@ def test_a_signal_while_a_checkpoint_is_read_is_no_damage(config, in_a_row, monk
 )
 def test_what_would_make_another_run_of_it_is_refused(config, in_a_row, change):
     reasons = {"relay_from": "is not relayed from elsewhere", "max_steps": "has 6 steps already, in session 2",
-               "schedule": "sessions 1 must be all there will be"}  # fmt: skip
+               "schedule": "sessions 1 must be the number of all sessions"}  # fmt: skip
     with pytest.raises(ConfigError, match=reasons[next(iter(change))]):
         run(replace(config, **change))
     assert read_files(config) == in_a_row[1]

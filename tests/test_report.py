@@ -9,7 +9,7 @@ import pytest
 from test_page import make_evaluation, make_run
 from test_sample import load
 
-from grpo.config import ConfigError, RunError
+from grpo.errors import ConfigError, RunError
 from grpo.reports.page import find_evaluations
 
 

@@ -1,4 +1,4 @@
-"""Laws of grpo/runs/reward_worker.py: whatever a reward does, its row has no score, the others have theirs, no process stays."""
+"""Laws of grpo/runs/reward_worker.py: whatever a reward does, its row has no score, others have theirs, no process stays."""
 
 import math
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from data.problems import Problem
-from grpo.config import ConfigError, RunError
+from grpo.errors import ConfigError, RunError
 from grpo.runs.reward_worker import UserRewards
 
 REWARDS = '''
@@ -258,7 +258,7 @@ def test_a_mistake_is_one_line_at_the_start(tmp_path, name, source, message):
 def test_a_file_that_cannot_be_imported_again_ends_the_run(file):
     with UserRewards(f"{file}:obeys") as rewards:
         file.write_text("import nowhere")
-        with pytest.raises(RunError, match=r"No module named 'nowhere', line 1 \(when started again\)$"):
+        with pytest.raises(RunError, match=r"No module named 'nowhere', line 1 \(when restarted\)$"):
             score(rewards, "exit", "four")
 
 

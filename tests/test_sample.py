@@ -10,7 +10,8 @@ import pytest
 
 from data.prompts import encode_prompt
 from data.tokenizer import load_tokenizer
-from grpo.config import TINY_MODEL, ConfigError
+from grpo.config import TINY_MODEL
+from grpo.errors import ConfigError
 from models.gemma import GemmaConfig, shapes
 from models.sharding import make_mesh
 

@@ -27,7 +27,7 @@ from models.gemma import (
     vocab_logits,
 )
 from models.sampler import Samples, Sampling, decode, draw, keep_heaviest, prefill, row_keys, sample
-from models.sharding import ROLLOUT, STORE, to_devices, make_mesh
+from models.sharding import ROLLOUT, STORE, make_mesh, to_devices
 
 COMPUTE = ExecutionConfig(ROLLOUT)
 # Three prompts, three completions each. A window of 8 starts inside the prompt at first, inside the completion at last.

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_train import REWARDS, write_model
+from training import REWARDS, write_model
 
 from grpo.runs.checkpoint import read_digest
 from grpo.runs.model_source import find_model
@@ -95,7 +95,7 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
     (other / "tokenizer.json").write_text(pieces.replace("<start_of_turn>", "<|im_start|>"))
     return {
         "unknown preset": (["--preset", "tinny"], "error: preset 'tinny' is unknown: one of tiny, "),
-        "typo": (["--max_new_token", "8"], "error: --max_new_token is no flag; did you mean --max_new_tokens?"),
+        "typo": (["--max_new_token", "8"], "error: unknown flag --max_new_token; did you mean --max_new_tokens?"),
         "no model": (
             ["--model_path", str(folder / "none")],
             f"error: {folder / 'none'}/config.json is missing: a model folder holds",

@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from grpo.config import Config, ConfigError
+from grpo.config import Config
+from grpo.errors import ConfigError
 from grpo.session import plan_sessions
 
 CONFIG = Config(new_problems=50, sessions=3, prompts_per_step=8, epochs=2, seed=3)

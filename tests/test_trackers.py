@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 import grpo.runs.trackers
-from grpo.config import Config, ConfigError
+from grpo.config import Config
+from grpo.errors import ConfigError
 from grpo.runs.trackers import Trackers, check_installed
 
 

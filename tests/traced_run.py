@@ -4,6 +4,7 @@ import sys
 
 import grpo.rollout
 import grpo.runs.trainer
+import grpo.step
 from grpo.runs.checkpoint import Checkpoints
 from grpo.runs.cli import run_script
 from scripts.train import main
@@ -20,9 +21,9 @@ def tell(owner, name: str, phase: str) -> None:
 
 
 if __name__ == "__main__":
-    tell(grpo.rollout, "generate", "rollout")
-    tell(grpo.rollout, "grade_everywhere", "reward")
-    tell(grpo.runs.trainer, "train_step", "update")
+    tell(grpo.rollout, "decode_groups", "rollout")
+    tell(grpo.rollout, "grade", "reward")
+    tell(grpo.step, "train_step", "update")
     tell(Checkpoints, "begin", "save")
     tell(Checkpoints, "give_up_old", "retention")
     tell(grpo.runs.trainer, "evaluate", "evaluation")

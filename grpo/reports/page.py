@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from data import DataError
+from data.datasets import choose_problems
 from data.problems import Problem
-from grpo.config import Config, ConfigError
+from grpo.config import Config
+from grpo.errors import ConfigError
 from grpo.reports import analysis
 from grpo.reports.consensus import majority_vote, plain
 from grpo.reports.jsonl import records
-from grpo.runs.setup import choose_problems
 
 TEMPLATE = Path(__file__).with_name("page.html")
 # Bit b of a completion's `flags`; the page's script has the same list.

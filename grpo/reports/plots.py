@@ -23,7 +23,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from matplotlib.transforms import ScaledTranslation
 from PIL import Image
 
-from grpo.config import RunError
+from grpo.errors import RunError
 from grpo.reports.analysis import (
     by_length,
     calibration,

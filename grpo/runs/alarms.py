@@ -1,7 +1,7 @@
-"""What goes wrong in reinforcement learning without a crash, read off a run's metrics.
+"""Alarms: failures of reinforcement learning that do not crash, detected from a run's metrics.
 
-Pure functions of the history, the records of metrics.jsonl, so that a resumed run sees what an uninterrupted one would. A
-figure may be missing or null where a step had none. Left out: doing anything about it.
+Pure functions of the history (the records of metrics.jsonl), so that a resumed run raises the same alarms as an uninterrupted
+one. A figure may be missing or null in a step.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,19 +11,19 @@ import numpy as np
 
 History = Sequence[dict[str, Any]]
 
-WINDOW = 20  # steps whose mean is compared with another mean: one step's accuracy wanders by a tenth
-NOISE = 4.0  # standard errors: with a comparison a step, three would be passed by chance
-ACCURACY_FALLS, FORMAT_RISES = 0.05, 0.02  # less is no news, however certain it is
-ENTROPY_LOW = 0.02  # nats a token: one nat in fifty tokens, about three texts to choose from
-ENTROPY_FALLS = 0.1  # of what it was at first: learning alone takes away three quarters
-KL_WINDOW = 5  # steps: it doubles within a few
-KL_HIGH = 1.0  # nats a token from the reference: every token e times likelier than it was; healthy runs stay below 0.3
-GAP_HIGH = 0.1  # nats a token between sampler and trainer: bfloat16 alone gives a hundredth
-MOST = 0.9  # of the rows, where one cause is to explain them all
+WINDOW = 20  # steps whose means are compared: the accuracy of single steps varies by a tenth
+NOISE = 4.0  # standard errors: with one comparison a step, three would be exceeded by chance
+ACCURACY_FALLS, FORMAT_RISES = 0.05, 0.02  # smaller changes do not matter, however significant
+ENTROPY_LOW = 0.02  # nats a token: one nat in fifty tokens, a choice among about three texts
+ENTROPY_FALLS = 0.1  # of the initial entropy: healthy learning removes three quarters of it
+KL_WINDOW = 5  # steps: an exploding KL doubles within a few
+KL_HIGH = 1.0  # nats a token from the reference; healthy runs stay below 0.3
+GAP_HIGH = 0.1  # nats a token between sampler and trainer: rounding to bfloat16 alone gives about 0.02
+MOST = 0.9  # share of the rows from which one cause explains the step
 
 
 def alarms(history: History) -> dict[str, str]:
-    """The alarms that ring after the last step: name -> one line."""
+    """The alarms that are active after the last step: name -> one line."""
     found = {}
     now, first = history[-WINDOW:], history[:WINDOW]
     full = len(history) >= 2 * WINDOW
@@ -45,24 +45,24 @@ def alarms(history: History) -> dict[str, str]:
     if len(history) >= KL_WINDOW and kl > KL_HIGH:
         found["kl_explosion"] = f"KL to the reference is {kl:.2f} nats a token; lower --learning_rate or raise --beta"
     if len(history) >= KL_WINDOW and gap > GAP_HIGH:
-        found["sampler_gap"] = f"sampler and trainer differ by {gap:.2f} nats a token: one of them is not this policy"
+        found["sampler_gap"] = f"sampler and trainer differ by {gap:.2f} nats a token: they do not use the same weights"
     return found
 
 
 def values(history: Iterable[dict[str, Any]], name: str) -> np.ndarray:
-    """A figure of every step that has it."""
+    """A figure of all steps that have it."""
     found = np.array([record.get(name) for record in history], float)  # None becomes NaN
     return found[np.isfinite(found)]
 
 
 def mean(history: Iterable[dict[str, Any]], name: str) -> float:
-    """NaN, with which every comparison is false, where no step has the figure."""
+    """The mean of a figure; NaN, which compares false with everything, if no step has it."""
     found = values(history, name)
     return float(found.mean()) if len(found) else float("nan")
 
 
 def change(before: History, after: History, name: str) -> float:
-    """How far the mean moved; 0 where that may be chance."""
+    """The change of the mean; 0 if it may be chance."""
     one, other = values(before, name), values(after, name)
     if len(one) < 2 or len(other) < 2:
         return 0.0
@@ -76,16 +76,16 @@ def span(history: History) -> str:
 
 
 def zero_variance_steps(history: History) -> int:
-    """How many of the last steps in a row had not one group with two different rewards."""
+    """Number of last steps in a row in which every group had equal rewards."""
     alive = [i for i, record in enumerate(history) if record["frac_reward_zero_std"] < 1]
     return len(history) - (alive[-1] + 1 if alive else 0)
 
 
 def diagnose(history: History) -> str:
-    """Why nothing is learned in the dead steps at the end, with figures and what to change: one line."""
-    dead = history[-zero_variance_steps(history) :]
+    """Why nothing is learned in the zero-variance steps at the end, with figures and what to change: one line."""
+    stuck = history[-zero_variance_steps(history) :]
     unscorable, truncated, format_right, right = (
-        mean(dead, name) for name in ("frac_unscorable", "frac_truncated", "format/strict", "accuracy")
+        mean(stuck, name) for name in ("frac_unscorable", "frac_truncated", "format/strict", "accuracy")
     )
     if unscorable > MOST:
         cause = "the rewards fail; --strict_rewards true stops at the first failure"
@@ -100,6 +100,6 @@ def diagnose(history: History) -> str:
     else:
         cause = "the completions of a group are equally good; raise --temperature, --group_size or --resample"
     return (
-        f"steps {span(dead)} had no group with two different rewards, so nothing was learned: {cause} "
+        f"steps {span(stuck)} had no group with two different rewards, so nothing was learned: {cause} "
         f"(unscorable {unscorable:.0%}, truncated {truncated:.0%}, format right {format_right:.0%}, answers right {right:.0%})"
     )

@@ -1,4 +1,4 @@
-"""The training state on disk, by orbax, and whether it can be trusted. The only file that knows orbax.
+"""Checkpoints of the training state by orbax, verified by digests. The only file that imports orbax.
 
     RUN_DIR/checkpoints/STEP/{state,meta}      committed by a rename, so a step is there whole or not at all
     RUN_DIR/checkpoints/STEP.damaged           one that was found damaged, and moved out of the way
@@ -26,8 +26,8 @@ import tensorstore
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
-from grpo.config import RunError
-from grpo.runs.distributed import broadcast_from_main, all_processes, is_main_process
+from grpo.errors import RunError
+from grpo.runs.distributed import all_processes, broadcast_from_main, is_main_process
 from models.formats.adapters import LoadedAdapters
 from models.formats.convert import Reader, leaf_names
 from models.gemma import GemmaConfig
@@ -35,35 +35,37 @@ from models.lora import Adapter
 from models.sharding import Rules, spec
 
 SPARE = 2**26  # bytes that a save leaves free
-LEFTOVER = ".orbax-checkpoint-tmp"  # in the name of what is half written, or half deleted
+LEFTOVER = ".orbax-checkpoint-tmp"  # in the name of directories that are half written or half deleted
 PIECE = 2**22  # elements digested at a time on the host
 
 
 class Checkpoints:
-    """The checkpoints of one run directory. `keep` of them are kept, and those whose meta says `final`."""
+    """The checkpoints of one run directory. Keeps the last `keep`, and those whose meta says `final`."""
 
     def __init__(self, folder: Path, keep: int = 1, background: bool = True):
         self.folder, self.keep, self.background = folder.absolute(), keep, background
         handler = ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler())
         self.writer = ocp.AsyncCheckpointer(handler)
         self.thread = ThreadPoolExecutor(1)
-        self.pending: tuple[int, Future[None]] | None = None  # the step under way
+        self.pending: tuple[int, Future[None]] | None = None  # the save in progress
         self.failures = 0  # in a row
 
     def steps(self) -> list[int]:
         return saved_steps(self.folder)
 
     def clean(self) -> None:
-        """Remove what killed processes have left half written."""
-        for path in self.folder.glob(f"*{LEFTOVER}*") if is_main_process() else ():
+        """Remove what killed processes left half written."""
+        if not is_main_process():
+            return
+        for path in self.folder.glob(f"*{LEFTOVER}*"):
             shutil.rmtree(path, ignore_errors=True)
 
     # ------------------------------------------------------------------------------------------------------------- saving
 
     def save(self, step: int, state: Any, meta: dict[str, Any], wait: bool = False) -> None:
-        """Write the state after `step`, or begin to; with `wait`, return when it is there and verified.
+        """Start to write the state after `step`; with `wait`, return when it is written and verified.
 
-        A step that is there already is left alone. One failure is a warning, the second in a row a RunError.
+        An existing step is not written again. One failure is a warning, the second in a row a RunError.
         """
         self.settle()
         while step not in broadcast_from_main(self.steps()):
@@ -85,7 +87,7 @@ class Checkpoints:
                 state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(sealed(meta | {"digests": found}))
             )
             self.writer.save(self.folder / str(step), args=args)
-        except Exception as error:  # orbax and the file system raise what they like
+        except Exception as error:  # orbax and the file system raise many types
             failed = error
         future: Future[None] = Future()
         if failed is None:
@@ -105,7 +107,7 @@ class Checkpoints:
                 raise OSError(f"read back, {wrong[0]} is not what was written")
 
     def settle(self, wait: bool = True) -> None:
-        """Take note of how the save under way has ended, if it has; `wait` until it has."""
+        """Handle the end of the save in progress, if it has ended; with `wait`, wait for it."""
         if self.pending is None or not (wait or (self.pending[1].done() and jax.process_count() == 1)):
             return
         (step, future), self.pending = self.pending, None
@@ -125,24 +127,26 @@ class Checkpoints:
             print(f"warning: {message}; one more failure ends the run", file=sys.stderr, flush=True)
 
     def give_up_old(self, newest: int) -> None:
-        """Delete older checkpoints, now that `newest` is known to be good."""
+        """Delete older checkpoints, once `newest` is verified."""
+        if not is_main_process():
+            return
         older = [step for step in self.steps() if step < newest]
-        for step in older[: max(len(older) - self.keep + 1, 0)] if is_main_process() else ():
+        for step in older[: max(len(older) - self.keep + 1, 0)]:
             try:
                 final = read_meta(self.folder / str(step)).get("final")
             except Exception:
-                continue  # not ours to judge
+                continue  # unreadable: keep it
             if not final:
                 self.delete(step)
 
     def delete(self, step: int) -> None:
-        """Remove a step, under a name that `clean` removes if this process is killed meanwhile."""
+        """Remove a step. It is renamed first, so that `clean` removes the rest if this process is killed."""
         folder = self.folder / str(step)
         if is_main_process() and folder.exists():
             shutil.rmtree(folder.rename(self.folder / f"{step}{LEFTOVER}"), ignore_errors=True)
 
     def close(self) -> None:
-        """Wait for the save under way."""
+        """Wait for the save in progress."""
         try:
             self.settle()
         finally:
@@ -151,7 +155,9 @@ class Checkpoints:
 
     # ---------------------------------------------------------------------------------------------------------- restoring
 
-    def restore(self, abstract_like: Any, accept: Callable[[dict[str, Any]], None], only: int | None = None) -> "Restored | None":
+    def restore(
+        self, abstract_like: Any, accept: Callable[[dict[str, Any]], None], only: int | None = None
+    ) -> "Restored | None":
         """The newest good state, each leaf with the shape, dtype and layout of `like`; None when there is no step at all.
 
         `accept` sees the meta before any array is read, and raises ConfigError when the state belongs to something else. What
@@ -173,7 +179,7 @@ class Checkpoints:
                     state = self.read_state(folder, abstract_like)
                 except Exception as error:
                     if isinstance(error, MemoryError | PermissionError) or "RESOURCE_EXHAUSTED" in str(error):
-                        raise  # not the checkpoint's fault
+                        raise  # the checkpoint is not to blame
                     fault = f"its arrays cannot be read ({type(error).__name__}: {error})"
                 if all_processes(not fault):
                     wrong = differing(digests(state), meta["digests"])
@@ -192,8 +198,10 @@ class Checkpoints:
         return self.writer.restore(folder, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
 
     def set_aside(self, steps: list[int]) -> None:
-        """Rename damaged steps, so that their numbers are free again."""
-        for step in steps if is_main_process() else ():
+        """Rename damaged steps, so that their numbers can be used again."""
+        if not is_main_process():
+            return
+        for step in steps:
             name = f"{step}.damaged"
             while (self.folder / name).exists():
                 name += "-"
@@ -201,7 +209,7 @@ class Checkpoints:
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """What is there, oldest first; whether it can be restored is another question."""
+    """The steps in a checkpoint directory, oldest first, whether or not they can be restored."""
     names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     return sorted(int(name) for name in names if name.isdecimal() and name.isascii())
 
@@ -215,13 +223,13 @@ class Restored:
 
 
 def sealed(meta: dict[str, Any]) -> dict[str, Any]:
-    """The meta with a hash of the rest of it."""
+    """The meta with a SHA-256 of its other entries."""
     meta = {name: value for name, value in meta.items() if name != "sha256"}
     return meta | {"sha256": hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()}
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """What was saved beside a state. Any exception means that it cannot be trusted."""
+    """The meta of a checkpoint. Any exception means that it cannot be trusted."""
     meta = json.loads((folder / "meta" / "metadata").read_text("utf-8"))
     if sealed(meta) != meta or folder.name != str(meta["step"]):
         raise ValueError("its hash or its step is wrong")
@@ -229,7 +237,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def read_params(folder: Path, letters: Any, sizes: dict[str, int], mesh: Mesh, rules: Rules, dtype: str) -> Any:
-    """What a checkpoint has trained, alone: a tree like `letters`, cast to `dtype` and laid out by `rules`. Raises RunError."""
+    """The trained parameters of a checkpoint: a tree like `letters`, cast to `dtype`, sharded by `rules`. Raises RunError."""
     expected = read_meta(folder)["digests"]
 
     def read(path: Any, letters: str) -> Array:
@@ -241,7 +249,7 @@ def read_params(folder: Path, letters: Any, sizes: dict[str, int], mesh: Mesh, r
                 raise ValueError(f"{name} has shape {stored.shape}, config.json says {shape}")
             sharding = NamedSharding(mesh, spec(letters, rules))
             leaf = jax.make_array_from_callback(shape, sharding, lambda index: stored[index].read().result())
-        except Exception as error:  # tensorstore raises what it likes
+        except Exception as error:  # tensorstore raises many types
             raise RunError(f"checkpoint {folder} is damaged ({error}); give another step") from None
         if hexadecimal(np.asarray(leaf_words(leaf))) != expected[name]:
             raise RunError(f"checkpoint {folder} is damaged: the digest of {name} is wrong; give another step")
@@ -252,7 +260,7 @@ def read_params(folder: Path, letters: Any, sizes: dict[str, int], mesh: Mesh, r
 
 
 def open_params(folder: Path) -> Reader:
-    """What reads the weights of a checkpoint on the host, one leaf in memory at a time. Raises RunError."""
+    """A reader of the weights of a checkpoint on the host, with one leaf in memory at a time. Raises RunError."""
     held: dict[str, np.ndarray] = {}
 
     def read(leaf: str, layer: int, index: Any) -> np.ndarray:
@@ -275,29 +283,29 @@ def read_adapters(folder: Path) -> LoadedAdapters:
 
 
 def read_verified(folder: Path, name: str) -> np.ndarray:
-    """A leaf whose digest agrees, on the host. Raises RunError."""
+    """A leaf on the host, its digest verified. Raises RunError."""
     try:
         leaf = np.asarray(open_leaf(folder, name).read().result())
         if array_digest(leaf) != read_meta(folder)["digests"][name]:
             raise ValueError(f"the digest of {name} is wrong")
-    except Exception as error:  # tensorstore raises what it likes
+    except Exception as error:  # tensorstore raises many types
         raise RunError(f"checkpoint {folder} is damaged ({error}); give another step") from None
     return leaf
 
 
 def open_leaf(folder: Path, name: str) -> Any:
-    """A leaf as it lies on disk, to be read by slices."""
+    """A leaf on disk, to be read by slices."""
     base = {"driver": "ocdbt", "base": f"file://{folder.absolute()}/state/", "path": f"{name}/"}
     return tensorstore.open({"driver": "zarr", "kvstore": base}, open=True).result()
 
 
 def host_digest(folder: Path, name: str) -> str:
-    """The digest of a leaf as it lies on disk."""
+    """The digest of a leaf on disk."""
     return array_digest(np.asarray(open_leaf(folder, name).read().result()))
 
 
 def array_digest(leaf: np.ndarray) -> str:
-    """The digest of an array on the host, the same as on devices."""
+    """The digest of an array on the host, equal to that on devices."""
     leaf = leaf.reshape(-1)
     words = np.zeros(2, np.uint32)
     for start in range(0, leaf.size, PIECE):
@@ -315,13 +323,13 @@ def scramble(x: Any) -> Any:
 
 
 def place_sums(bits: Any, index: Any) -> list[Any]:
-    """Two 32-bit words that any changed element changes: sums of scrambles of values and places, mod 2^32."""
+    """Two 32-bit words that change with any element: sums of scrambled values and positions, mod 2^32."""
     return [scramble(bits ^ scramble(index + np.uint32(salt))).sum(dtype=np.uint32) for salt in (0, 0x9E3779B9)]
 
 
 @jax.jit
 def leaf_words(leaf: Array) -> Array:
-    """`place_sums` of a leaf, whatever devices hold it."""
+    """`place_sums` of a leaf on any devices."""
     bits = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize])
     index, stride = jnp.zeros((), jnp.uint32), 1
     for axis in reversed(range(bits.ndim)):  # row-major position
@@ -332,7 +340,7 @@ def leaf_words(leaf: Array) -> Array:
 
 
 def digests(tree: Any) -> dict[str, str]:
-    """The digest of each leaf by its name, which depends on its values alone, not on how they lie: 16 hex digits."""
+    """The digest (16 hex digits) of each leaf by its name. It depends on the values alone, not on the sharding."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {leaf_name(path): hexadecimal(np.asarray(leaf_words(leaf))) for path, leaf in flat}
 
@@ -347,7 +355,7 @@ def hexadecimal(words: np.ndarray) -> str:
 
 
 def differing(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """Names that stand for something else in the other, or for nothing."""
+    """Names whose values differ, or that only one of the two has."""
     return [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
 
 
@@ -357,7 +365,7 @@ def digest(tree: Any) -> str:
 
 
 def read_digest(read: Reader, config: GemmaConfig) -> str:
-    """`digest` of the weights that `read` gives, in float32: one leaf after the other, on the host."""
+    """`digest` of the weights from `read`, in float32, one leaf at a time on the host."""
     found, shapes = {}, []
     for name, letters in leaf_names(config).items():
         index = tuple(slice(0, config.sizes[letter]) for letter in letters)

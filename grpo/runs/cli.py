@@ -15,8 +15,9 @@ from typing import Any
 import jax
 
 from data import DataError
-from grpo.config import ConfigError, RunError, fail
+from grpo.errors import ConfigError, RunError
 from grpo.runs.distributed import leave, print_main
+from grpo.runs.flags import fail
 from grpo.runs.interrupts import Stopped
 from models import ModelError
 

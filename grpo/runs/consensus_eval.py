@@ -25,16 +25,18 @@ from jax.sharding import Mesh
 from data.problems import Problem
 from data.prompts import drop_long
 from data.tokenizer import load_tokenizer
-from grpo.runs.checkpoint import digest
-from grpo.config import Config, ConfigError
+from grpo.config import Config
+from grpo.errors import ConfigError
 from grpo.reports.consensus import figures, paired, plain
-from grpo.runs.evaluate import Completion, complete
-from grpo.runs.model_source import Model
-from grpo.runs.metrics import JsonLines, rewrite
 from grpo.reward import extract_answer, flexible_answer
-from grpo.rollout import grade
-from grpo.runs.setup import check_tokenizer, take_lock
+from grpo.runs.checkpoint import digest
+from grpo.runs.evaluate import Completion, complete
+from grpo.runs.grading import grade_completions
+from grpo.runs.metrics import JsonLines, rewrite
+from grpo.runs.model_source import Model
 from grpo.runs.reward_worker import UserRewards
+from grpo.runs.run_dir import take_lock
+from grpo.runs.setup import check_tokenizer
 from models.gemma import ExecutionConfig
 from models.sharding import ROLLOUT, activation_dtype
 
@@ -86,7 +88,7 @@ class Evaluation:
         for ended in complete(view, prompt_ids, temperatures, tokenizer, model.config, execution, config, wanted):
             pairs = [numbers[completion.index] for completion in ended]
             texts, cut = [completion.text for completion in ended], [completion.truncated for completion in ended]
-            graded = grade(texts, [problem for problem, _ in pairs], cut, config, rewards)
+            graded = grade_completions(texts, [problem for problem, _ in pairs], cut, config.reward_weights, rewards)
             seconds = (time.perf_counter() - start) / len(ended)
             lines = [
                 record(name, problem.id, j, temperatures[j], completion, graded_completion, seconds)

@@ -1,7 +1,7 @@
 """Several processes as one run: each host starts the same script for its own devices, and all of them compute the same.
 
-Samples come to every process (`models.sharding.fetch`); what may differ between hosts, such as a user's reward or the clock,
-is process 0's word, which `agree` hands to the others. Process 0 writes the records; checkpoints are written by all.
+Samples are gathered on every process (`models.sharding.to_host`). What may differ between hosts, such as a user's reward or
+the clock, is broadcast from process 0 (`broadcast_from_main`). Process 0 writes the records; all processes write checkpoints.
 """
 
 import json
@@ -15,14 +15,15 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from grpo.config import Config, ConfigError
+from grpo.config import Config
+from grpo.errors import ConfigError
 
-# Seconds without a sign of life, after which a process is given up; seconds that those which are done wait for the others.
+# Seconds without a heartbeat after which a process counts as lost; seconds that finished processes wait for the others.
 HEARTBEAT, SHUTDOWN = 30, 60
 
 
 def join(config: Config) -> None:
-    """Find the other processes, if there are any. Must come before anything else asks jax for devices."""
+    """Connect to the other processes, if there are any. Must be called before anything else asks jax for devices."""
     if not config.coordinator:
         if config.processes > 1:
             raise ConfigError(f"processes {config.processes} need a coordinator: HOST:PORT of process 0, or auto")
@@ -45,19 +46,20 @@ def join(config: Config) -> None:
 
 
 def leave(error: BaseException) -> None:
-    """End this process with its error, if it is one of several, and do not wait for the others: they notice, and end too."""
+    """If this process is one of several, end it with its error without waiting for the others, which notice and end too."""
     if not jax.distributed.is_initialized():
         return
     if not isinstance(error, SystemExit):
         traceback.print_exception(error)
-        if "Gloo" in str(error):  # what a CPU says; elsewhere jax itself ends the process, and says why
+        if "Gloo" in str(error):  # the message on a CPU; elsewhere jax itself ends the process with a message
             print(
-                "error: another process of this run is gone; the same command goes on from the last checkpoint", file=sys.stderr
+                "error: another process of this run is gone; the same command continues from the last checkpoint",
+                file=sys.stderr,
             )
     sys.stdout.flush()
     sys.stderr.flush()
     if is_main_process():
-        time.sleep(1)  # process 0 is what the others would find missing: the last one to go
+        time.sleep(1)  # the others notice when process 0 is missing: it leaves last
     os._exit(int(error.code or 0) if isinstance(error, SystemExit) else 1)
 
 
@@ -67,22 +69,22 @@ def is_main_process() -> bool:
 
 
 def print_main(text: str) -> None:
-    """Print a line, once for all processes."""
+    """Print a line on the main process only."""
     if is_main_process():
         print(text, flush=True)
 
 
 def broadcast_from_main(value: Any) -> Any:
-    """Process 0's value, of the kind that JSON can hold, on every process."""
+    """The value that process 0 has, on every process. It must be JSON."""
     if jax.process_count() == 1:
         return value
     text = json.dumps(value).encode() if is_main_process() else b""
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    buffer = np.zeros(1 << (size - 1).bit_length(), np.uint8)  # few sizes: each is a program of its own
+    buffer = np.zeros(1 << (size - 1).bit_length(), np.uint8)  # powers of two: every size compiles a program
     buffer[: len(text)] = np.frombuffer(text, np.uint8)
     return json.loads(bytes(multihost_utils.broadcast_one_to_all(buffer))[:size])
 
 
 def all_processes(ok: bool) -> bool:
-    """Whether it holds on every process."""
+    """Whether `ok` is true on every process."""
     return ok if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(ok)).all())

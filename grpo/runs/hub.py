@@ -1,18 +1,18 @@
 """`hf:OWNER/NAME[@REVISION]` and `kaggle:OWNER/MODEL/FRAMEWORK/VARIATION` -> a folder on this machine, downloaded once.
 
-Neither package is needed for anything else. Left out: gated models' licences, which are accepted in a browser.
+The hubs' packages are needed only here. Licences of gated models are accepted in a browser.
 """
 
 from pathlib import Path
 
-from grpo.config import ConfigError
+from grpo.errors import ConfigError
 
 HUBS = ("hf:", "kaggle:")
 FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja")  # never a pickle
 
 
 def download(path: str | Path) -> Path:
-    """`path` itself, or where what it names has been downloaded to. Raises ConfigError."""
+    """`path` itself, or the folder that a hub model was downloaded to. Raises ConfigError."""
     kind, _, name = str(path).partition(":")
     if kind == "hf":
         return download_hugging_face(name)
@@ -39,7 +39,7 @@ def download_hugging_face(name: str) -> Path:
         reason = f"has no revision {revision}"
     except RepositoryNotFoundError:
         reason = "does not exist, or is private and HF_TOKEN is not set or not allowed to read it"
-    except Exception as error:  # no network, a server's fault: the package raises what it likes
+    except Exception as error:  # no network, a server error: the package raises many types
         reason = f"could not be downloaded, and is not on this machine: {first_line(error)}"
     raise ConfigError(f"hf:{name} {reason}")
 
@@ -55,7 +55,7 @@ def download_kaggle(name: str) -> Path:
         raise ConfigError(f"kaggle:{name} needs the package kagglehub: pip install 'grpo-gemma[kaggle]'") from None
     try:
         return Path(kagglehub.model_download(name))
-    except Exception as error:  # the package has an exception for each of its ways
+    except Exception as error:  # the package has many exception types
         status = getattr(getattr(error, "response", None), "status_code", 0)
         reason = {
             401: "needs credentials: set KAGGLE_USERNAME and KAGGLE_KEY, or KAGGLE_API_TOKEN",

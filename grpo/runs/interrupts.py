@@ -1,6 +1,7 @@
-"""Signals and the clock: a run that is asked to stop saves at the next safe point, and ends with the code of what asked.
+"""Signals and time limits: a run that is asked to stop saves at the next safe point and exits with the code of the signal.
 
-One process has handlers of its own. Of several, jax's coordinator notices a SIGTERM to any, and names a step at which all stop.
+A single process installs its own handlers. With several processes, jax's coordinator notices a SIGTERM to any of them and
+chooses a step after which all stop.
 """
 
 import os
@@ -20,9 +21,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(BaseException):
-    """The run was asked to stop; nothing is lost. `code` is the exit code: 130 or 143, or 0 when its hours are over.
+    """The run was asked to stop; nothing is lost. `code` is the exit code: 130 or 143, or 0 when `max_hours` are over.
 
-    As a KeyboardInterrupt: it may be raised anywhere, and no `except Exception` takes it for a fault of what it interrupts.
+    A BaseException like KeyboardInterrupt: it may be raised anywhere, and no `except Exception` catches it by mistake.
     """
 
     def __init__(self, reason: str, code: int):
@@ -31,7 +32,7 @@ class Stopped(BaseException):
 
 
 class Interrupts:
-    """Context in which SIGINT and SIGTERM raise `Stopped`, at once or, inside `held`, not before `check`."""
+    """Context in which SIGINT and SIGTERM raise `Stopped`: at once, or inside `held` when `check` is called."""
 
     def __init__(self, max_hours: float):
         self.deadline = time.monotonic() + 3600 * max_hours if max_hours else float("inf")
@@ -49,7 +50,7 @@ class Interrupts:
             signal.signal(number, handler)
 
     def handle(self, number: int, _) -> None:
-        if self.asked:  # the second one: at once, whatever is under way
+        if self.asked:  # the second signal ends the process at once
             os._exit(128 + number)
         self.asked = number
         if not self.holding:
@@ -60,7 +61,7 @@ class Interrupts:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """While it lasts, a signal waits for `check`, or for the end."""
+        """Inside this context a signal waits for `check` or for the end of the context."""
         self.holding = True
         try:
             yield
@@ -70,14 +71,14 @@ class Interrupts:
             self.stop()
 
     def due(self, step: int) -> bool:
-        """Whether the run is to stop after `step`: the same answer on every process."""
+        """Whether the run has to stop after `step`: the same answer on every process."""
         if jax.process_count() > 1:
             late = broadcast_from_main(time.monotonic() > self.deadline)
             return multihost_utils.reached_preemption_sync_point(step) or late
         return bool(self.asked) or time.monotonic() > self.deadline
 
     def check(self) -> None:
-        """Raise `Stopped` for what has made `due` true."""
+        """Raise `Stopped` with the reason why `due` is true."""
         if self.asked:
             self.stop()
         late = broadcast_from_main(time.monotonic() > self.deadline)

@@ -1,25 +1,99 @@
-"""The record of a run: one JSON object a line in files that a resumed run continues, and what a person sees meanwhile.
-
-Left out: TensorBoard and the like (trackers.py); pictures, which are drawn from these files.
-"""
+"""The metrics of a step, and the record of a run: files of one JSON object a line that a resumed run continues."""
 
 import json
 import math
 import sys
-import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from grpo.config import RunError
+from grpo.errors import RunError
+from grpo.rollout import Grade, rewards_of, zero_variance_groups
 from grpo.runs.distributed import broadcast_from_main, is_main_process
+from grpo.step import Run, StepResult
+
+
+def step_metrics(result: StepResult, seconds: dict[str, float], bad_updates_in_a_row: int, run: Run) -> dict[str, Any]:
+    """The record of a step in metrics.jsonl. `seconds` are those of its phases and of the whole `step`."""
+    sampled = int(result.completions.samples.lengths.sum())
+    memory = run.mesh.local_devices[0].memory_stats() or {}
+    names = ("prefill", "decode", "reward", "reference", "update", "step")
+    metrics: dict[str, Any] = rollout_metrics(result)
+    metrics |= {"resampled_groups": result.resampled}
+    metrics |= {f"time/{name}": seconds.get(name, 0.0) for name in names}
+    metrics |= {
+        "tokens_per_s/decode": sampled / seconds["decode"],
+        "bad_updates_in_a_row": bad_updates_in_a_row,
+        "hbm_peak": memory.get("peak_bytes_in_use", 0),
+        "lr": result.rates[-1],
+        "tokens_per_s/total": sampled / seconds["step"],
+    }
+    return metrics | {name: float(value) for name, value in jax.device_get(result.stats).items()}
+
+
+def rollout_metrics(result: StepResult) -> dict[str, Any]:
+    """The metrics of a rollout. Those of rewards are over the completions that have one, and NaN if none has.
+
+    `entropy` is the mean of -log π over the sampled tokens that count: an unbiased estimate, in nats.
+    """
+    grades, mask, samples = result.grades, result.mask, result.completions.samples
+    lengths, advantages = samples.lengths, result.advantages
+    ended = lengths[~samples.truncated]
+    scored = [grade for grade in grades if not math.isnan(grade["reward"])]
+    groups = np.array([grade["reward"] for grade in grades]).reshape(advantages.shape)
+    spreads = [np.nanstd(group, ddof=1) for group in groups if np.isfinite(group).sum() > 1]
+    metrics = {
+        "reward": mean_of(grade["reward"] for grade in scored),
+        "reward_std": mean_of(spreads),
+        "accuracy": mean_of(grade["accuracy"]["tagged"] for grade in grades),
+        "accuracy/strict": mean_of(grade["accuracy"]["strict"] for grade in grades),
+        "accuracy/flexible": mean_of(grade["accuracy"]["flexible"] for grade in grades),
+        "format/strict": mean_of(not grade["format"]["violation"] for grade in grades),
+        "format/reasoning": mean_of(grade["format"]["reasoning_tags"] for grade in grades),
+        "format/answer": mean_of(grade["format"]["answer_tags"] for grade in grades),
+        "frac_reward_zero_std": mean_of(zero_variance_groups(rewards_of(grades, advantages.shape[1]))),
+        "frac_unscorable": 1 - len(scored) / len(grades),
+        "skipped_update": int(not mask.any()),  # no completion has a reward: the optimizer is not called
+        "frac_truncated": mean_of(samples.truncated),
+        "completions/mean_length": float(lengths.mean()),
+        "completions/max_length": float(lengths.max()),
+        "completions/mean_terminated_length": float(ended.mean()) if len(ended) else 0.0,
+        "completions/mean_words": mean_of(len(text.split()) for text in result.completions.row_texts),
+        "advantage/abs_mean": float(np.abs(advantages.astype(float)).mean()),
+        "advantage/max": float(np.abs(advantages.astype(float)).max()),
+        "entropy": float(-(samples.logprobs * mask).sum() / mask.sum()) if mask.any() else math.nan,
+    }
+    for name in grades[0]["components"]:
+        values = [grade["components"][name] for grade in scored]
+        metrics[f"rewards/{name}/mean"] = mean_of(values)
+        metrics[f"rewards/{name}/std"] = float(np.std(values)) if values else math.nan
+    return metrics
+
+
+def mean_of(values: Iterable[Any]) -> float:
+    """NaN for no values."""
+    values = list(values)
+    return float(np.mean(values)) if values else math.nan
+
+
+def completion_records(step: int, result: StepResult) -> list[dict[str, Any]]:
+    """The lines of completions.jsonl."""
+    grades: list[Grade] = result.grades
+    rows = zip(result.completions.asked, grades, result.advantages.reshape(-1), result.completions.samples.lengths, strict=True)
+    return [
+        {"step": step, "problem": problem.id, "answer": problem.answer, **grade}
+        | {"advantage": float(advantage), "length": int(length)}
+        for problem, grade, advantage, length in rows
+    ]
 
 
 class JsonLines:
-    """A file of one JSON object a line. Opening it for a resumed run drops what lies after `step`; None keeps all.
+    """A file of one JSON object a line. Opening it for a resumed run drops the records after `step`; None keeps all.
 
-    Process 0 writes; every process remembers the records that were there before, and those that `write` adds.
+    Process 0 writes. Every process remembers the records that were there before and those that `write` adds.
     """
 
     def __init__(self, path: Path, step: int | None, remember: bool = True):
@@ -39,11 +113,11 @@ class JsonLines:
                 record = json.loads(line)
                 kept += [record] if step is None or record["step"] <= step else []
             except (ValueError, KeyError, TypeError):
-                print(f"warning: {self.path}:{number} is no record, and is left out", file=sys.stderr, flush=True)
+                print(f"warning: {self.path}:{number} is not a record: skipped", file=sys.stderr, flush=True)
         return kept, len(kept) == len(lines) - 1 and not lines[-1]
 
     def write(self, record: dict[str, Any]) -> None:
-        """Add one record, and remember it as a resumed run would read it."""
+        """Append one record, and remember it as a resumed run would read it."""
         self.write_all([record])
         self.records.append(strict(record))
 
@@ -57,7 +131,7 @@ class JsonLines:
 
 
 def rewrite(path: Path, text: str) -> None:
-    """Replace a file as a whole: there is always the old one or the new one."""
+    """Replace a file atomically: at any time there is either the old file or the new one."""
     part = path.with_suffix(".part")
     part.write_text(text, "utf-8")
     part.replace(path)
@@ -73,9 +147,9 @@ def strict(value: Any) -> Any:
 
 
 class CompileCounter:
-    """How many programs XLA has compiled in this process: more after the first step means a shape that changes.
+    """Number of programs that XLA has compiled in this process; more after the first step means a shape that changes.
 
-    What came from the cache of compiled programs does not count.
+    Programs from the compilation cache do not count.
     """
 
     def __init__(self):
@@ -88,35 +162,3 @@ class CompileCounter:
 
     def subtract(self, event: str, **_) -> None:
         self.count -= event.endswith("compilation_cache/cache_hits")
-
-
-class Progress:
-    """One line a step: rewritten in place on a terminal, else printed."""
-
-    def __init__(self, steps: int):
-        self.steps, self.first, self.start = steps, 0, 0.0
-        self.terminal = sys.stdout.isatty()
-
-    def show(self, step: int, metrics: dict[str, float]) -> None:
-        now = time.monotonic()
-        if not self.first:  # the first step compiles: the time left is judged by the others
-            self.first, self.start = step, now
-        pace = (now - self.start) / max(step - self.first, 1)
-        left = f"{clock((self.steps - step) * pace)} left" if step > self.first else "compiled"
-        line = (
-            f"step {step}/{self.steps}  reward {metrics['reward']:6.2f}  accuracy {metrics['accuracy']:5.1%}  "
-            f"length {metrics['completions/mean_length']:5.1f}  kl {metrics.get('kl/k3', 0):.4f}  "
-            f"{metrics['time/step']:.2f} s  {left}"
-        )
-        last = step == self.steps
-        print("\r\x1b[K" + line if self.terminal else line, end="" if self.terminal and not last else "\n", flush=True)
-
-    def warn(self, line: str) -> None:
-        print("\n" * self.terminal + f"warning: {line}", file=sys.stderr, flush=True)
-
-
-def clock(seconds: float) -> str:
-    """`3:07` or `1:02:03`."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

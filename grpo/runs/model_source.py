@@ -1,13 +1,13 @@
-"""A model from wherever it lies, in whatever form.
+"""Finds and loads a model: any format, a run or one of its checkpoints, adapters, or a model on a hub.
 
-    RUN_DIR, RUN_DIR/checkpoints/STEP      the run's newest checkpoint, or one of them; RUN_DIR/model says how to read it;
-                                           one of LoRA holds adapters, and needs its base model too, to be merged with them
+    RUN_DIR, RUN_DIR/checkpoints/STEP      the run's newest checkpoint, or a given one; RUN_DIR/model has its config and
+                                           tokenizer; a LoRA run has adapters, which are merged into its base model
     a folder, a tree, a .gguf file         Hugging Face, Flax (Kaggle), llama.cpp: what models/formats/containers.py reads
-    adapters of peft's or Tunix's          LoRA: they are merged into the model at `base_path`
+    adapters from peft or Tunix            LoRA, merged into the model at `base_path`
     hf:OWNER/NAME                          a Hugging Face folder or PEFT adapters, downloaded first (hub.py)
     kaggle:OWNER/...                       any model folder, downloaded first
 
-What is found is known before any weight is read. Left out: optimizer states (checkpoint.py).
+The model is identified before any weight is read.
 """
 
 import shutil
@@ -20,17 +20,17 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from grpo.errors import ConfigError
 from grpo.runs.checkpoint import open_params, read_adapters, read_digest, read_meta, read_params, saved_steps
-from grpo.config import ConfigError
 from grpo.runs.hub import HUBS, download
 from models.formats.adapters import SETTINGS, LoadedAdapters, is_peft, is_tunix, read_peft, read_tunix
 from models.formats.containers import is_tree, locate, read_json
 from models.formats.convert import Reader, load_params, open_weights, place_params, read_config
-from models.gemma import GemmaConfig, Params, axes, shapes
 from models.formats.save import config_json, write_json
+from models.gemma import GemmaConfig, Params, axes, shapes
 from models.sharding import Rules
 
-# What a model folder holds beside its weights.
+# The files of a model folder other than its weights.
 DESCRIPTION = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
@@ -42,20 +42,20 @@ class Model:
     """A model that can be loaded."""
 
     path: Path  # what was asked for, hf:OWNER/NAME too
-    found: str  # what that is, for the user
+    found: str  # a description for the user
     folder: Path  # of the tokenizer, and of config.json if there is one
     config: GemmaConfig
     load: Callable[[Mesh, Rules, str], Params]  # reads the weights, each leaf cast to a dtype and laid out
     open: Callable[[], Reader] | None = None  # reads them leaf by leaf, on the host
     run_dir: Path | None = None  # the run that made it, when it is a checkpoint
-    meta: dict[str, Any] = field(default_factory=dict)  # what that checkpoint says of itself
-    under: "Model | None" = None  # what its adapters lie on, when it is LoRA
+    meta: dict[str, Any] = field(default_factory=dict)  # the meta of that checkpoint
+    under: "Model | None" = None  # the base model of its adapters, if it is LoRA
     adapters: Callable[[], LoadedAdapters] | None = None
-    trained_from: "Callable[[], Model] | None" = None  # finds the model that a run, or adapters, began with
+    trained_from: "Callable[[], Model] | None" = None  # finds the model that the run or the adapters were trained from
 
     @property
     def line(self) -> str:
-        """What was found, its family and its size."""
+        """Description, family and size."""
         return f"{self.found}: {self.size}"
 
     @property
@@ -65,9 +65,9 @@ class Model:
 
 
 def find_model(path: str | Path, base_path: str | Path = "", adapter_alpha: float = 0.0) -> Model:
-    """The model at `path`. `base_path` is what adapters lie on, or where a run's base model is now, if it has moved.
+    """The model at `path`. `base_path` is the base model of adapters, or the new place of a run's base model.
 
-    `adapter_alpha` is that of adapters that do not say it themselves. Raises ConfigError or ModelError when there is no model.
+    `adapter_alpha` is the alpha of adapters that do not store it. Raises ConfigError or ModelError if there is no model.
     """
     asked, path = Path(path), download(path)
     if (path / "checkpoints").is_dir():
@@ -101,7 +101,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def find_base(what: str, base_path: str | Path) -> Model:
-    """The model that adapters lie on."""
+    """The base model of adapters."""
     if not base_path:
         raise ConfigError(f"{what}: adapters need the model that they were trained on; give --base_path")
     return find_model(base_path)
@@ -114,7 +114,7 @@ def with_adapters(
     adapters: Callable[[], LoadedAdapters],
     check: Callable[[Reader], None] = lambda read: None,
 ) -> Model:
-    """`under` with adapters merged into it as they are read. `check` raises when they are another model's."""
+    """`under` with adapters merged in while it is read. `check` raises if they belong to another model."""
 
     def open_merged(dtype: str = "float32") -> Reader:
         assert under.open
@@ -132,7 +132,7 @@ def with_adapters(
 
 
 def find_checkpoint(folder: Path, run_dir: Path, base_path: str | Path, adapter_alpha: float) -> Model:
-    """The weights of one checkpoint of a run. `base_path` is in the place of the run's own model_path."""
+    """The weights of one checkpoint of a run. `base_path` replaces the run's own model_path."""
     try:
         meta = read_meta(folder)
         saved = meta["config"]
@@ -167,7 +167,7 @@ def check_base(read: Reader, base: Model, folder: Path, meta: dict[str, Any]) ->
 
 
 def copy_description(model: Model, folder: Path) -> None:
-    """What a model folder holds beside its weights, so that a run's directory can be read without its base model."""
+    """Copy config and tokenizer files, so that a run's directory can be read without its base model."""
     folder.mkdir(exist_ok=True)
     for name in DESCRIPTION:
         if (model.folder / name).is_file():

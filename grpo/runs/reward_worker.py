@@ -1,10 +1,10 @@
-"""The user's own rewards, in a process of their own: they may print, raise, hang or crash, and the run goes on.
+"""Reward functions of the user, in a separate process: they may print, raise, hang or crash, and the run continues.
 
     with UserRewards("brevity.py:brevity") as rewards:
-        rewards.score(texts, problems)          {"brevity": [-0.12, nan, ...]}, nan where there is no score
+        rewards.score(texts, problems)          {"brevity": [-0.12, nan, ...]}, nan: no reward
 
-One worker holds all functions. Requests and replies are lines of JSON over two pipes, one reply to each request. A worker that
-takes too long is killed and started again. This file is both sides: `main` is the worker's, and imports no jax.
+One worker process holds all functions. Requests and replies are lines of JSON over two pipes, one reply per request. A worker
+that takes too long is killed and restarted. This file has both sides: `main` runs in the worker, which imports no jax.
 """
 
 import contextlib
@@ -28,15 +28,15 @@ from pathlib import Path
 from typing import Any
 
 from data.problems import Problem
-from grpo.config import ConfigError, RunError
+from grpo.errors import ConfigError, RunError
 from grpo.reward import WEIGHTS
 
 START_SECONDS = 300.0  # for the user's imports, which may be large
-MAX_KILLS = 3  # in one call of `score`: what hangs for three rows hangs for most
+MAX_KILLS = 3  # in one call of `score`: a function that hangs for three rows hangs for most
 
 
 class UserRewards:
-    """Reward functions by name. `timeout` is in seconds for a row; with `strict`, a row without a score ends the run."""
+    """Reward functions by name. `timeout` is in seconds per row. With `strict`, a row without a reward ends the run."""
 
     def __init__(self, spec: str = "", timeout: float = 10.0, strict: bool = False):
         self.files = find_functions(spec)
@@ -58,14 +58,14 @@ class UserRewards:
 
     @property
     def fingerprint(self) -> str:
-        """Of the files: 16 hex digits."""
+        """SHA-256 prefix (16 hex digits) of the reward files."""
         content = [(name, Path(path).read_bytes()) for name, path in self.files.items()]
         return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
     def start(self) -> None:
         """Start the worker and wait until it has imported the user's files."""
         command = [sys.executable, "-P", "-u", "-m", "grpo.runs.reward_worker", str(os.getpid()), json.dumps(self.files)]
-        # It imports from where we do. The accelerator is ours. A session of its own: Ctrl-C is not for it.
+        # The worker imports from the same paths, leaves the accelerator to us, and does not receive Ctrl-C.
         env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=env, start_new_session=True)
@@ -78,7 +78,7 @@ class UserRewards:
             raise ConfigError(reply["error"])
 
     def score(self, texts: list[str], problems: list[Problem]) -> dict[str, list[float]]:
-        """The value of every function for every completion; nan where it gave none."""
+        """The value of every function for every completion; nan where it returned none."""
         values = {name: [math.nan] * len(texts) for name in self.names}
         kills = 0
         for b, (text, problem) in enumerate(zip(texts, problems, strict=True)):
@@ -106,18 +106,18 @@ class UserRewards:
             self.process.stdin.flush()
             return self.read(self.timeout)
         except ConfigError as error:
-            raise RunError(f"{error} (when started again)") from None
+            raise RunError(f"{error} (when restarted)") from None
         except BrokenPipeError:
             return self.read(self.timeout)  # how it died
         except BaseException:
-            self.close()  # what it still replies would be taken for the next row's
+            self.close()  # a late reply would be taken for the next row's
             raise
 
     def read(self, seconds: float) -> dict[str, Any]:
-        """The worker's next line. If none comes in time, or it has died, it is stopped, and that is the reply."""
+        """The worker's next line. If it times out or has died, the worker is stopped and the reply says so."""
         stdout = self.process.stdout
         assert stdout
-        poll = select.poll()  # nothing is ever buffered on our side: one reply to each request
+        poll = select.poll()  # nothing is buffered on our side: one reply per request
         poll.register(stdout, select.POLLIN)
         ready = poll.poll(1000 * seconds)
         line = stdout.readline() if ready else b""
@@ -129,7 +129,7 @@ class UserRewards:
         return {"kind": "death" if ready else "timeout", "reason": died if ready else f"took over {seconds} s", "killed": True}
 
     def report(self, name: str, problem: Problem, fault: dict[str, Any]) -> None:
-        """Every kind of fault is printed once, and counted."""
+        """Counts a fault, and prints the first of each kind."""
         line = f"reward {name} {fault['reason']} for problem {problem.id}"
         if self.strict:
             raise RunError(f"{line} (strict_rewards)")
@@ -139,7 +139,7 @@ class UserRewards:
 
 
 def find_functions(spec: str) -> dict[str, str]:
-    """`my.py:brevity,other.py:f` -> {"brevity": "my.py", "f": "other.py"}, as far as that can be checked without importing."""
+    """`my.py:brevity,other.py:f` -> {"brevity": "my.py", "f": "other.py"}. Checks what can be checked without importing."""
     files: dict[str, str] = {}
     for name in filter(None, spec.split(",")):
         path, _, function = name.rpartition(":")
@@ -154,8 +154,8 @@ def find_functions(spec: str) -> dict[str, str]:
 
 
 def stop(process: subprocess.Popen) -> None:
-    """Kill the worker and whatever it started."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # gone already
+    """Kill the worker and all processes that it started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # already gone
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     for pipe in (process.stdin, process.stdout):
@@ -169,7 +169,9 @@ def stop(process: subprocess.Popen) -> None:
 def main(parent: int, files: dict[str, str]) -> None:
     die_with(parent)
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the pipes are ours alone: what the user's code prints goes to stderr
+    os.dup2(
+        os.open(os.devnull, os.O_RDONLY), 0
+    )  # the pipes carry only our messages: what the user's code prints goes to stderr
     os.dup2(2, 1)
 
     def reply(record: dict[str, Any]) -> None:
@@ -181,13 +183,13 @@ def main(parent: int, files: dict[str, str]) -> None:
     except ConfigError as error:
         return reply({"error": str(error)})
     reply({"ready": True})
-    for line in requests:  # ends with the parent, which held the other end
+    for line in requests:  # ends when the parent does, which holds the other end
         request = json.loads(line)
         reply(call(functions[request["function"]], request["text"], Problem(**request["problem"])))
 
 
 def die_with(parent: int) -> None:
-    """Linux kills this process when its parent (the thread that started it) dies; elsewhere it ends when it next reads."""
+    """On Linux this process is killed when its parent (the thread that started it) dies; elsewhere it ends at its next read."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -217,7 +219,7 @@ def load(files: dict[str, str]) -> dict[str, Callable[[str, Problem], Any]]:
 
 
 def call(function: Callable[[str, Problem], Any], text: str, problem: Problem) -> dict[str, Any]:
-    """The function's value, or why there is none."""
+    """The value of the function, or the reason why there is none."""
     try:
         value = function(text, problem)
         if value is not None and not isinstance(value, numbers.Real):

@@ -1,6 +1,6 @@
-"""What the loss made of every token, for a few groups of a run: the lines of tokens.jsonl.
+"""The terms of the loss for every token of a few groups of a run: the lines of tokens.jsonl.
 
-Left out: rewards and advantages, which completions.jsonl has of the same completions in the same order.
+Rewards and advantages of the same completions are in completions.jsonl, in the same order.
 """
 
 from typing import Any
@@ -16,9 +16,7 @@ from models.sharding import to_host
 
 
 def groups_due(step: int, steps: int, config: Config) -> int:
-    """How many groups of a step are inspected: its first ones. They are spread evenly over the run's steps, from the first
-    to the last.
-    """
+    """How many groups of a step are inspected: its first ones. The inspected groups are spread evenly over all steps."""
     picks = np.linspace(1, steps, config.inspect_groups).round()
     return min(int((picks == step).sum()), config.prompts_per_step)
 
@@ -26,9 +24,9 @@ def groups_due(step: int, steps: int, config: Config) -> int:
 def token_records(
     problems: list[Problem], lengths: list[int], batch: Batch, terms: dict[str, Array], tokenizer: Tokenizer, config: Config
 ) -> list[dict[str, Any]]:
-    """A record of each of the batch's first groups, those of `problems`, with the terms that its last update had.
+    """A record of each of the first groups of a batch, those of `problems`, with the loss's terms in the last update.
 
-    `lengths` are those of all completions. Log-probabilities are in nats; floats have 5 significant digits.
+    `lengths` has the lengths of all completions. Log-probabilities are in nats; floats have 5 significant digits.
     """
     tokens, slots = to_host((batch.packed.tokens, batch.packed.slots))
     tokens = tokens.reshape(len(batch.prompts), -1)  # of each group

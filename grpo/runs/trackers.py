@@ -1,7 +1,7 @@
-"""Metrics for other eyes: TensorBoard and Weights & Biases, beside the JSON lines, which stay the record.
+"""Log metrics to TensorBoard and Weights & Biases, in addition to the JSON lines, which remain the record.
 
-Each has a thread of its own, which is given figures and asked for nothing. One that fails, hangs or falls behind is named in a
-warning, and the run goes on without it. Names are TRL's where the meaning is the same. Left out: texts and pictures.
+Each tracker has its own thread. A tracker that fails, hangs or falls behind is named in a warning, and the run continues
+without it. Names are those of TRL where the meaning is the same. Texts and pictures are not logged.
 """
 
 import json
@@ -15,16 +15,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from grpo.config import TRACKERS, ConfigError
+from grpo.config import TRACKERS
+from grpo.errors import ConfigError
 
 Figures = dict[str, float]
 Write = Callable[[int, Figures], None]  # the figures of a step
 Open = tuple[Write, Callable[[], None]]  # and how to end
 
-BEHIND = 1000  # records that a tracker may not have taken yet
-ENDING = 20.0  # seconds that all of them have to end
+BEHIND = 1000  # most records that a tracker may lag behind
+ENDING = 20.0  # seconds that all trackers together have to finish
 
-TRL = {  # ours -> TRL's name of the same figure; those that are not here have one name in both
+TRL = {  # our name -> TRL's name of the same figure; other figures have the same name in both
     "kl/k3": "kl",
     "lr": "learning_rate",
     "clip/low": "clip_ratio/low_mean",
@@ -44,19 +45,19 @@ def check_installed(names: str) -> None:
 
 
 class Trackers:
-    """What `names` lists ("tensorboard,wandb"), for a run in `folder`."""
+    """The trackers in `names` ("tensorboard,wandb"), for a run in `folder`."""
 
     def __init__(self, names: str, folder: Path, config: dict[str, Any], warn: Callable[[str], None]):
         self.names, self.folder, self.config, self.warn = list(filter(None, names.split(","))), folder, config, warn
         self.trackers: dict[str, Tracker] = {}
 
     def open(self, done: int) -> None:
-        """Begin, or go on after step `done`."""
+        """Start, or continue after step `done`."""
         connect = {"tensorboard": tensorboard, "wandb": wandb}
         self.trackers = {name: Tracker(connect[name], self.folder, self.config, done) for name in self.names}
 
     def write(self, step: int, figures: dict[str, Any]) -> None:
-        """Finite numbers of a step; anything else that `figures` holds is left out."""
+        """Log the finite numbers of a step; other values in `figures` are ignored."""
         numbers = {TRL.get(name, name): float(value) for name, value in figures.items() if is_number(value)}
         for name, tracker in [*self.trackers.items()]:
             try:
@@ -67,7 +68,7 @@ class Trackers:
                 self.give_up(name)
 
     def close(self) -> None:
-        """Let them finish, all at once and for a while."""
+        """Wait until all trackers have finished, at most `ENDING` seconds."""
         deadline = time.monotonic() + ENDING
         for tracker in self.trackers.values():
             tracker.end()
@@ -82,7 +83,7 @@ class Trackers:
 
 
 class Tracker(threading.Thread):
-    """One back end, at its own pace."""
+    """The thread of one tracker."""
 
     def __init__(self, connect: Callable[[Path, dict[str, Any], int], Open], folder: Path, config: dict[str, Any], done: int):
         super().__init__(daemon=True)
@@ -96,17 +97,17 @@ class Tracker(threading.Thread):
             while (record := self.records.get()) is not None:
                 write(*record)
             close()
-        except BaseException as error:  # not even its SystemExit is the run's
+        except BaseException as error:  # not even its SystemExit may end the run
             self.fault = f"{type(error).__name__}: {error}"
 
     def end(self) -> None:
-        """There is nothing more to take."""
+        """No more records will come."""
         if not self.records.full():
             self.records.put_nowait(None)
 
 
 def tensorboard(folder: Path, config: dict[str, Any], done: int) -> Open:
-    """RUN_DIR/tensorboard. Events of steps that a resumed run does again are hidden."""
+    """RUN_DIR/tensorboard. Events of steps that a resumed run repeats are hidden."""
     from tensorboardX import SummaryWriter
 
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
@@ -120,7 +121,7 @@ def tensorboard(folder: Path, config: dict[str, Any], done: int) -> Open:
 
 
 def wandb(folder: Path, config: dict[str, Any], done: int) -> Open:
-    """One run for the directory, whatever resumes it. WANDB_MODE=offline, WANDB_PROJECT and the like are as they always are."""
+    """One run per directory, also when it is resumed. WANDB_MODE, WANDB_PROJECT and the other variables work as usual."""
     import wandb
 
     identity = folder / "wandb_id"
@@ -130,7 +131,7 @@ def wandb(folder: Path, config: dict[str, Any], done: int) -> Open:
     run = wandb.init(
         id=identity.read_text(), resume="allow", name=folder.name, dir=str(folder), config=config, settings=settings
     )
-    run.define_metric("*", step_metric="step")  # its own count would refuse the steps that a resumed run does again
+    run.define_metric("*", step_metric="step")  # W&B's own step counter would refuse the steps that a resumed run repeats
     return lambda step, figures: run.log({"step": step, **figures}), run.finish
 
 

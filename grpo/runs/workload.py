@@ -2,15 +2,18 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from data.batches import natural_lengths
-from grpo.config import Config, ConfigError, flag
+from grpo.config import Config, flag
+from grpo.errors import ConfigError
 from models.presets import MODELS
 
 
 @dataclass(frozen=True)
 class Workload(Config):
-    model: str = flag("", f"one of {', '.join(MODELS)}; default: the preset's, or the config.json in --model_path")
-    mean_length: int = flag(0, "completions of natural length around this mean; 0: all of max_new_tokens")
+    model: str = flag("", f"one of {', '.join(MODELS)}; default: the preset's, or the config.json in --model_path", "data")
+    mean_length: int = flag(0, "completions of natural length around this mean; 0: all of max_new_tokens", "rollout", least=0)
 
     def __post_init__(self):
         super().__post_init__()
@@ -19,7 +22,9 @@ class Workload(Config):
         if not 0 <= self.mean_length <= self.max_new_tokens:
             raise ConfigError(f"mean_length {self.mean_length} must be 0 to max_new_tokens {self.max_new_tokens}")
 
-    def limits(self, step: int, rows: int) -> list[int]:
-        if not self.mean_length:
-            return super().limits(step, rows)
-        return natural_lengths(step, rows, self.mean_length, self.max_new_tokens).tolist()
+
+def row_limits(config: Workload, step: int) -> np.ndarray:
+    """The length of each completion of a step.  -> B"""
+    if not config.mean_length:
+        return np.full(config.rows, config.max_new_tokens)
+    return np.asarray(natural_lengths(step, config.rows, config.mean_length, config.max_new_tokens))

@@ -1,0 +1,97 @@
+"""One training step, line by line: start here, then read grpo/loss.py. Q questions, G completions each, B = Q*G, C tokens."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from grpo import rollout
+from grpo.batch import Batch
+from grpo.config import Config
+from grpo.memory import choose_remat, device_memory
+from grpo.session import Session, learning_rates
+from grpo.timing import phase
+from grpo.update import TrainState, UpdateConfig, completion_logprobs, policy, train_step
+from models.gemma import ExecutionConfig, GemmaConfig, Params
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a step works with. `grpo.runs.setup.prepare` loads and checks it."""
+
+    config: Config
+    mesh: Mesh
+    model: GemmaConfig
+    tokenizer: rollout.Detokenizer
+    problems: list[Any]  # data.problems.Problem; only the grader looks inside
+    prompt_ids: list[list[int]]  # of every problem
+    grade: rollout.Grader
+    sessions: list[Session]
+    train: ExecutionConfig  # how update and reference run
+    sample: ExecutionConfig  # how the rollout runs
+
+    @property
+    def update(self) -> UpdateConfig:
+        return UpdateConfig.of(self.config)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did; `stats` and `terms` are of the last update, and empty when no token counts: then there was none."""
+
+    completions: rollout.Completions
+    grades: list[rollout.Grade]  # B
+    advantages: np.ndarray  # QG
+    mask: np.ndarray  # BC, the tokens that count
+    batch: Batch
+    rates: list[float]  # the learning rate of each update
+    stats: dict[str, Array]
+    terms: dict[str, Array]  # the loss's terms for each token, BC
+    resampled: int  # groups that were sampled again
+
+
+def one_step(
+    step: int, session: Session, state: TrainState, run: Run, reference: Params | None = None, base: Params | None = None,
+    limits: np.ndarray | None = None,
+) -> tuple[TrainState, StepResult]:  # fmt: skip
+    """One rollout and its mu updates. `state` is donated: do not use it again.
+
+    `reference`: the frozen policy of the KL; None when beta is 0. `base`: the frozen weights below the adapters; None without
+    LoRA. `limits` B: the most tokens of each row, for benchmarks.
+    """
+    indices = session.problems_of(step)  # Q
+    weights = policy(state.params, base, run.update)
+    completions = rollout.sample(weights, indices, step, run, limits)  # tokens BC, logprobs BC, texts B
+    grades, resampled = rollout.grade(completions, run), 0  # plain Python over text: reward, components
+    if run.config.resample:
+        completions, grades, resampled = rollout.resample(completions, grades, weights, indices, step, run, limits)
+    rewards = rollout.rewards_of(grades, run.config.group_size)  # QG
+    advantages = rollout.advantages_of(rewards, run.config)  # QG: (reward - mean) / std of each group
+    mask, batch = rollout.build_batch(completions, rewards, advantages, run)  # packed rows, on the devices
+    batch = add_logprobs(batch, weights, reference, run)
+    rates, stats, terms = learning_rates(step, session, run.sessions[-1].end, run.config), {}, {}
+    if mask.any():
+        state, stats, terms = update(state, batch, rates, run, base)
+    return state, StepResult(completions, grades, advantages, mask, batch, rates, stats, terms, resampled)
+
+
+@phase("reference")
+def add_logprobs(batch: Batch, weights: Params, reference: Params | None, run: Run) -> Batch:
+    """Adds log-probabilities of the reference and, when mu > 1, of the old policy (with mu = 1 that is the policy itself)."""
+    if reference is not None:
+        batch = replace(batch, ref_logprobs=completion_logprobs(reference, batch, run.model, run.train, run.update))
+    if run.config.updates_per_rollout > 1:
+        batch = replace(batch, old_logprobs=completion_logprobs(weights, batch, run.model, run.train, run.update))
+    return batch
+
+
+@phase("update")
+def update(state: TrainState, batch: Batch, rates: list[float], run: Run, base: Params | None = None) -> tuple:
+    """One optimizer update for each of `rates`: the state after them; statistics and per-token terms of the last one."""
+    stats, terms = {}, {}
+    execution = choose_remat(run.train, run.model, batch, run.update, run.mesh.size, device_memory(run.mesh))
+    for rate in rates:
+        state, stats, terms = train_step(state, batch, rate, run.model, execution, run.update, base)
+    return state, stats, terms

@@ -1,0 +1,81 @@
+"""Laws of grpo/runs/setup.py: which problems a run has, and what is refused before anything is loaded."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from training import (
+    devices,
+)  # fmt: skip
+
+import grpo.rollout
+import grpo.runs.evaluate
+import grpo.runs.model_source
+import grpo.runs.setup
+import grpo.runs.trainer
+import grpo.session
+import grpo.step
+import grpo.update
+from data.datasets import choose_problems
+from data.prompts import encode_prompt, render_prompt
+from data.tokenizer import load_tokenizer
+from grpo.errors import ConfigError
+from grpo.runs.console import describe_plan
+from models import ModelError
+
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
+
+def test_no_arithmetic_problem_is_trained_on_and_evaluated(config):
+    for eval_data in ("", "arithmetic:tune"):
+        train, held_out = choose_problems(replace(config, new_problems=2000, eval_problems=500, eval_data=eval_data))
+        assert (len(train), len(held_out)) == (2000, 500)
+        assert not {problem.id for problem in train} & {problem.id for problem in held_out}
+
+
+def test_no_problem_of_a_file_is_trained_on_and_evaluated(config, tmp_path):
+    """Ten questions, each twice with other blanks: whatever is held out is in neither form among the others."""
+    records = [{"question": f"What  is{' ' * copy} {n} + 1?", "answer": f"#### {n + 1}"} for n in range(10) for copy in (1, 2)]
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    def asked(problems):
+        return {" ".join(problem.question.split()) for problem in problems}
+
+    held_sets = []
+    for seed in (0, 1):
+        drawn = replace(config, data=str(path), eval_problems=4, new_problems=0, seed=seed)
+        train, held_out = choose_problems(drawn)
+        assert len(held_out) == 4 and len(train) == 2 * 6
+        assert not asked(train) & asked(held_out)
+        held_sets.append([problem.id for problem in held_out])
+    assert held_sets[0] == held_sets[1]  # runs of different seeds are measured on the same problems
+
+
+def test_prompts_too_long_are_dropped_and_counted(config):
+    tokenizer = load_tokenizer(config.model_path)
+    problems, held_out = choose_problems(config)
+    lengths = [len(encode_prompt(tokenizer, render_prompt(problem.question, ""))) for problem in problems]
+    held_lengths = [len(encode_prompt(tokenizer, render_prompt(problem.question, ""))) for problem in held_out]
+    width = sorted(lengths)[len(lengths) // 2]
+    with devices(1):
+        prepared = grpo.runs.setup.prepare(replace(config, max_prompt_tokens=width))
+    assert prepared.problems == [problem for problem, length in zip(problems, lengths, strict=True) if length <= width]
+    assert len(prepared.dropped) == sum(length > width for length in lengths + held_lengths) > 0
+    assert [len(ids) for ids in prepared.prompt_ids] == [length for length in lengths if length <= width]
+    assert f"{len(prepared.dropped)} too long and dropped ({prepared.dropped[0].id}" in describe_plan(prepared)
+
+
+def test_a_tokenizer_of_another_size_is_refused(config, tmp_path):
+    model = Path(shutil.copytree(config.model_path, tmp_path / "model"))
+    values = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**values, "vocab_size": 2 * values["vocab_size"]}))
+    with devices(1), pytest.raises(ModelError, match="has 360 pieces, the model 720 rows: not this model's tokenizer"):
+        grpo.runs.setup.prepare(replace(config, model_path=str(model)))
+
+
+def test_a_step_needs_as_many_problems_as_prompts(config):
+    with devices(1), pytest.raises(ConfigError, match=r"^prompts_per_step 8 must be at most 5"):
+        grpo.runs.setup.prepare(replace(config, new_problems=5))
