@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 
 from data import DataError
-from data.batches import pad_prompts
 from data.problems import Problem, load_problems
 from data.prompts import drop_long, encode_prompt, render_prompt
 from data.tokenizer import load_tokenizer
