@@ -1,25 +1,25 @@
-"""How often a model is right, in a single pass and by vote, beside the model that it was trained from.
+"""Evaluate a model by single pass and by majority vote, and compare it with the model that it was trained from.
 
     python scripts/evaluate_consensus.py --model_path runs/tiny-seed0
     python scripts/evaluate_consensus.py --model_path runs/tiny-seed0/checkpoints/60       one of the run's checkpoints
     python scripts/evaluate_consensus.py --model_path runs/first --data openai/gsm8k:test --out first-on-test
     python scripts/evaluate_consensus.py --model_path DIR --data gsm8k_test.jsonl          a Hugging Face folder, alone
 
-Single pass is greedy; the vote is over --samples completions at each of --temperatures. All are rows of one batch over one
-prefill of each prompt. Three readings:
+The single pass is greedy. The vote is over --samples completions at each of --temperatures. All completions of a problem share
+one prefill of its prompt. Answers are read in three ways:
 
-    tagged      the number in the answer's tags, and the vote over those
-    strict      the same of well-formed completions alone: others are wrong, and do not vote
-    flexible    the last number of the text, and the vote over those
+    tagged      the number in the answer tags
+    strict      the same, but only of well-formed completions: others are wrong and do not vote
+    flexible    the last number of the text
 
-What has no answer abstains; a tie goes to the answer with the coldest supporter. Every problem counts: one without an answer
-is wrong, and so is one that --max_prompt_tokens leaves out. pass@k: one of k voters at least is right; maj@k: the vote of k is;
-both are means over all subsets of k.
+A completion without an answer abstains. Ties go to the answer sampled at the lowest temperature. Every problem counts: one
+without an answer is wrong, and so is one that --max_prompt_tokens leaves out. pass@k: at least one of k voters is right; maj@k:
+the vote of k is right; both are means over all subsets of k voters.
 
-A checkpoint's evaluation lies in RUN_DIR/consensus-STEP, and the page of report.py shows what the vote adds to all of them.
-Samples are written as they end: the same command goes on where it stopped; evaluation.png shows the result in one look. The
-last line of standard output is one line of JSON; outside `models`, its `fixed`, `broke`, `both_right`, `both_wrong`,
-`mcnemar_p` and `agreement` are the trained model's, of its vote against its single pass (tagged).
+The evaluation of a checkpoint is written to RUN_DIR/consensus-STEP; report.py shows the gain of the vote for all of them.
+Samples are written as they end, and the same command resumes a stopped evaluation. evaluation.png shows the result. The last
+line of standard output is one line of JSON, shortened on a terminal; result.json has all of it. Outside `models`, its `fixed`,
+`broke`, `both_right`, `both_wrong`, `mcnemar_p` and `agreement` compare the trained model's vote with its single pass (tagged).
 """
 
 import sys
@@ -29,10 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from tqdm import tqdm
 
 from data.datasets import choose_problems
 from data.problems import Problem, load_problems
-from grpo.config import Config, flag
+from grpo.config import Config, check_fields, current_names, flag
 from grpo.errors import ConfigError
 from grpo.runs.cli import run_script
 from grpo.runs.consensus_eval import open_evaluation
@@ -43,48 +44,53 @@ from grpo.runs.interrupts import Interrupts, Stopped
 from grpo.runs.model_source import Model, find_model
 from models.sharding import activation_dtype, check_divides, make_mesh
 
+SHORT = ("n", "fixed", "broke", "both_right", "both_wrong", "mcnemar_p", "agreement", "tokens_per_s")  # on a terminal
+LINE_SECONDS = 10  # between two lines of progress, where there is no terminal
+
 
 @dataclass(frozen=True)
 class ConsensusConfig:
+    """Settings of an evaluation. What they leave open comes from the run that made the model."""
+
     model_path: str = flag("", "RUN_DIR or RUN_DIR/checkpoints/STEP of a run, a model folder in any form, or adapters")
-    base_path: str = flag("", "the model to compare with, on which adapters lie; default: what a run began with")
-    adapter_alpha: float = flag(0.0, "alpha of adapters that do not say it")
+    base_path: str = flag(
+        "", "the model to compare with, and the base model of adapters; default: the model that the run started from"
+    )
+    adapter_alpha: float = flag(0.0, "alpha of adapters that do not store it", least=0)
     data: str = flag(
         "", "a .jsonl or .parquet file or openai/gsm8k[:test]; default: the run's held-out problems, else openai/gsm8k:test"
     )
-    limit: int = flag(0, "the first so many problems; 0: all")
-    temperatures: str = flag("0.2,0.4,0.6,0.8,1.0", "of the completions that vote")
-    samples: int = flag(1, "completions at each temperature")
+    limit: int = flag(0, "evaluate the first N problems; 0: all", least=0)
+    temperatures: str = flag("0.2,0.4,0.6,0.8,1.0", "temperatures of the completions that vote")
+    samples: int = flag(1, "completions at each temperature", least=1)
     out: str = flag(
-        "", "directory; default RUN_DIR/consensus, of a checkpoint RUN_DIR/consensus-STEP, else runs/NAME-consensus"
+        "", "output directory; default: RUN_DIR/consensus, for a checkpoint RUN_DIR/consensus-STEP, else runs/NAME-consensus"
     )
     system_prompt: str = flag("auto", "opens the user's turn; auto: the run's, or the default of training")
-    max_new_tokens: int = flag(0, "longest completion, the stop token included; 0: as in the run, or 512")
-    max_prompt_tokens: int = flag(0, "problems with longer prompts are named, and count as wrong; 0: no limit")
-    top_k: int = flag(0, "sample among the k likeliest tokens; 0: all")
-    top_p: float = flag(1.0, "sample among the likeliest tokens of this total probability; 1: all")
-    seed: int = flag(0, "of the samples")
+    max_new_tokens: int = flag(0, "longest completion, the stop token included; 0: as in the run, or 512", least=0)
+    max_prompt_tokens: int = flag(0, "problems with longer prompts are listed and count as wrong; 0: no limit", least=0)
+    top_k: int = flag(0, "sample from the k most likely tokens; 0: all", least=0)
+    top_p: float = flag(1.0, "sample from the most likely tokens of this total probability; 1: all", above=0, most=1)
+    seed: int = flag(0, "determines every sample", least=0, below=2**32)
     batch_size: int = flag(
-        0, "problems under way at a time, each with all its completions; 0: as many rows as a step of the run"
+        0, "problems sampled at a time, each with all its completions; 0: as many rows as a step of the run", least=0
     )
     dtype: str = flag(
         "auto", "auto: the run's, or float32 on a CPU, bfloat16 elsewhere", choices=("auto", "float32", "bfloat16")
     )
-    rollout_tp: int = flag(1, "devices that share one copy of the MLP and the vocabulary; 0: as many as can, up to 8")
+    rollout_tp: int = flag(
+        1, "devices that share one copy of the MLP and the vocabulary; 0: as many as possible, up to 8", least=0
+    )
     unroll: bool = flag(False, "unroll the layers, as a run may have: faster on a CPU, slower to compile")
 
     def __post_init__(self):
+        check_fields(self)
         if not self.model_path:
             raise ConfigError("model_path is needed: give --model_path RUN_DIR or a Hugging Face folder")
-        if self.samples < 1:
-            raise ConfigError(f"samples {self.samples} must be at least 1")
-        for name in ("limit", "batch_size"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} {getattr(self, name)} must not be negative")
 
 
 def read_temperatures(config: ConsensusConfig) -> list[float]:
-    """`0.2,1.0` with two samples -> [0.2, 0.2, 1.0, 1.0]."""
+    """The temperature of each voter: `0.2,1.0` with two samples -> [0.2, 0.2, 1.0, 1.0]."""
     try:
         temperatures = [parse_float(word) for word in config.temperatures.split(",")]
         if not all(0 < t < float("inf") for t in temperatures):
@@ -94,64 +100,77 @@ def read_temperatures(config: ConsensusConfig) -> list[float]:
     return [t for t in temperatures for _ in range(config.samples)]
 
 
-def choose_models(config: ConsensusConfig) -> dict[str, Model]:
-    """The model, after the one that it is compared with, if there is one."""
+def find_models(config: ConsensusConfig) -> dict[str, Model]:
+    """The model as `trained`, after the model to compare it with as `base`, if there is one."""
     model = find_model(config.model_path, config.base_path, config.adapter_alpha)
     if model.trained_from:
         return {"base": model.trained_from(), "trained": model}
-    return ({"base": find_model(config.base_path)} if config.base_path else {}) | {"trained": model}
+    if config.base_path:
+        return {"base": find_model(config.base_path), "trained": model}
+    return {"trained": model}
 
 
 def training_config(model: Model) -> Config:
-    """The settings of the run that made the model; the defaults when it comes from none."""
+    """The settings of the run that made the model; the defaults if no run made it."""
     known = {field.name for field in fields(Config)}
-    return Config(**{name: value for name, value in model.meta.get("config", {}).items() if name in known})
+    saved = current_names(model.meta.get("config", {}))
+    return Config(**{name: value for name, value in saved.items() if name in known})
 
 
-def choose(config: ConsensusConfig, trained: Config, model: Model) -> list[Problem]:
-    """The problems, in order. Raises DataError."""
-    if config.data or not model.meta:
-        problems = load_problems(config.data or "openai/gsm8k:test")
-    else:
-        problems = choose_problems(trained)[1]
+def evaluation_problems(config: ConsensusConfig, run: Config, model: Model) -> list[Problem]:
+    """The problems to evaluate on, in order. Raises DataError or ConfigError."""
+    of_run = model.meta and not config.data
+    problems = choose_problems(run)[1] if of_run else load_problems(config.data or "openai/gsm8k:test")
     if not problems:
         raise ConfigError(f"the run {model.run_dir} holds out no problems; give --data")
     return problems[: config.limit or None]
 
 
 def default_folder(asked: str, model: Model) -> Path:
-    """Where the evaluation lies: that of a run in it, that of one of its checkpoints beside it."""
+    """The output directory: in the run's directory for a run or one of its checkpoints, else in runs/."""
     if not model.run_dir:
         return Path(f"runs/{model.path.resolve().name}-consensus")
     return model.run_dir / (f"consensus-{model.path.name}" if Path(asked) == model.path else "consensus")
 
 
-class Progress:
-    """A line after a while: how many samples there are, how fast they come, how long it takes yet."""
+class SampleProgress:
+    """Samples so far, their rate and the time left: a bar on a terminal, else a line every ten seconds.
+
+    The rate is that of the samples after the first ones, which wait for the compiler.
+    """
 
     def __init__(self, done: int, total: int):
         self.done, self.total, self.first, self.tokens = done, total, 0, 0
-        self.start, self.shown, self.terminal = 0.0, 0.0, sys.stdout.isatty()
+        self.start, self.shown = 0.0, float("-inf")
+        terminal = sys.stdout.isatty()
+        self.bar = tqdm(total=total, initial=done, unit="sample", file=sys.stdout, ncols=80) if terminal else None
 
     def add(self, ended: list[Completion]) -> None:
+        """Show that these samples have ended."""
         now = time.monotonic()
         self.done += len(ended)
-        line = f"{self.done}/{self.total} samples"
-        if not self.first:  # the first ones waited for the compiler: the time left is judged by the others
+        line, rate = f"{self.done}/{self.total} samples", ""
+        if not self.first:
             self.first, self.start = self.done, now
         else:
             self.tokens += sum(len(completion.tokens) for completion in ended)
             seconds = now - self.start
-            left = clock((self.total - self.done) * seconds / (self.done - self.first))
-            line += f"  {self.tokens / seconds:.0f} tokens/s  {left} left"
-        last = self.done == self.total
-        if last or now - self.shown > (0.2 if self.terminal else 10):
+            rate = f"{self.tokens / seconds:.0f} tokens/s"
+            line += f"  {rate}  {clock((self.total - self.done) * seconds / (self.done - self.first))} left"
+        if self.bar is not None:
+            self.bar.set_postfix_str(rate, refresh=False)
+            self.bar.update(len(ended))
+        elif self.done == self.total or now - self.shown > LINE_SECONDS:
             self.shown = now
-            print("\r\x1b[K" + line if self.terminal else line, end="" if self.terminal and not last else "\n", flush=True)
+            print(line, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
 
 
-def sampling_config(config: ConsensusConfig, run: Config, voters: int, devices: int) -> Config:
-    """The run's settings with those of the command line in their place. A group is a problem's completions."""
+def sampling_settings(config: ConsensusConfig, run: Config, voters: int, devices: int) -> Config:
+    """The run's settings, replaced by those of the command line. A group is all completions of a problem."""
     group = 1 + voters
     return replace(
         run,
@@ -166,70 +185,99 @@ def sampling_config(config: ConsensusConfig, run: Config, voters: int, devices: 
 
 def main(argv: list[str]) -> dict[str, Any]:
     config = parse(ConsensusConfig, argv, __doc__ or "")
-    models, temperatures = choose_models(config), read_temperatures(config)
+    models, temperatures = find_models(config), read_temperatures(config)
     model = models["trained"]
     run, mesh = training_config(model), make_mesh(config.rollout_tp)
     if config.batch_size:
         check_divides("batch_size", config.batch_size, mesh)
-    problems, run = choose(config, run, model), sampling_config(config, run, len(temperatures), mesh.size)
+    problems = evaluation_problems(config, run, model)
+    run = sampling_settings(config, run, len(temperatures), mesh.size)
     folder = Path(config.out) if config.out else default_folder(config.model_path, model)
-    touching = ("system_prompt", "max_new_tokens", "max_prompt_tokens", "top_k", "top_p", "seed", "dtype")
-    settings = {"models": list(models)} | {name: getattr(run, name) for name in touching}
+    relevant = ("system_prompt", "max_new_tokens", "max_prompt_tokens", "top_k", "top_p", "seed", "dtype")
+    settings = {"models": list(models)} | {name: getattr(run, name) for name in relevant}
     with open_evaluation(folder, problems, temperatures, settings) as evaluation, jax.set_mesh(mesh), Interrupts(0):
         for name, one in models.items():
             print(f"{name:12}{one.found}")
         print(f"{'problems':12}{len(problems)}, {run.group_size} completions each, {run.rows} rows at a time")
-        print(f"{'evaluation':12}{folder}, {len(evaluation.file.records)} samples are there", flush=True)
-        progress = Progress(len(evaluation.file.records), len(models) * len(problems) * run.group_size)
+        print(f"{'evaluation':12}{folder}, has {len(evaluation.file.records)} samples", flush=True)
+        progress = SampleProgress(len(evaluation.file.records), len(models) * len(problems) * run.group_size)
         try:
             for name, one in models.items():
-                evaluation.answer(name, one, mesh, run, progress.add)
+                evaluation.draw_samples(name, one, mesh, run, progress.add)
         except Stopped as stopped:
-            print(f"stopped by {stopped}; the same command goes on from there")
+            progress.close()
+            print(f"stopped by {stopped}; the same command resumes from there")
             raise
+        finally:
+            progress.close()
         result = evaluation.result(list(models))
-    print(table(result, len(temperatures)))
-    from grpo.reports.plots import attempt, draw_evaluation  # matplotlib takes a while, and is not needed before
+    print(result_table(result, len(temperatures)))
+    from grpo.reports.plots import draw_evaluation, draw_or_warn  # matplotlib takes a while to import
 
-    attempt(draw_evaluation, folder, folder / "evaluation.png")
+    draw_or_warn(draw_evaluation, folder, folder / "evaluation.png")
     return result
 
 
-def table(result: dict[str, Any], voters: int) -> str:
-    """What came of it."""
-    models = {name: found for name, found in result["models"].items() if found}
-    vote = f"consensus of {voters}"
-    ways, n = {"greedy": "single pass", "consensus": vote}, result["n"]
-    lines = ["", f"{f'accuracy (N={n})':28}{'tagged':>8}{'95% interval':>15}{'strict':>9}{'flexible':>10}"]
-    for name, found in models.items():
-        for way, label in ways.items():
-            row = found[way]
+# ------------------------------------------------------------------------------------------------------------- the table
+
+
+def result_table(result: dict[str, Any], voters: int) -> str:
+    """The figures of result.json as text."""
+    models = {name: figures for name, figures in result["models"].items() if figures}
+    blocks = [
+        accuracy_lines(result["n"], models, voters),
+        change_lines(models, result["trained_against_base"] or {}, voters),
+        curve_lines(models, voters),
+        cost_lines(models, result["too_long"]),
+    ]
+    return "\n" + "\n\n".join("\n".join(lines) for lines in blocks)
+
+
+def accuracy_lines(n: int, models: dict[str, Any], voters: int) -> list[str]:
+    lines = [f"{f'accuracy (N={n})':28}{'tagged':>8}{'95% interval':>15}{'strict':>9}{'flexible':>10}"]
+    for name, figures in models.items():
+        for way, label in (("greedy", "single pass"), ("consensus", f"consensus of {voters}")):
+            row = figures[way]
             interval = f"{100 * row['low']:.1f}-{100 * row['high']:.1f}%"
             lines.append(f"{name:10}{label:18}{row['tagged']:8.1%}{interval:>15}{row['strict']:9.1%}{row['flexible']:10.1%}")
     if len(models) == 1:
-        lines.append("(no base model: this one was not made by a run, and no --base_path is given)")
-    lines += ["", f"{'tagged answers, paired':48}{'fixed':>7}{'broke':>7}{'both right':>12}{'both wrong':>12}{'McNemar p':>11}"]
-    pairs = {f"{name:10}{vote} against single pass": found["paired"] for name, found in models.items()}
-    for way, counts in (result["trained_against_base"] or {}).items():
-        pairs[f"trained   {ways[way]} against base's"] = counts
-    for label, c in pairs.items():
-        counts = f"{c['fixed']:7}{c['broke']:7}{c['both_right']:12}{c['both_wrong']:12}"
-        lines.append(f"{label:48}{counts}{c['mcnemar_p']:11.2g}")
+        lines.append("(no base model: this model was not made by a run, and no --base_path is given)")
+    return lines
+
+
+def change_lines(models: dict[str, Any], against: dict[str, Any], voters: int) -> list[str]:
+    vote = f"consensus of {voters}"
+    pairs = {f"{name:10}{vote} against single pass": figures["paired"] for name, figures in models.items()}
+    for way, label in (("greedy", "single pass"), ("consensus", vote)):
+        if way in against:
+            pairs[f"trained   {label} against base's"] = against[way]
+    lines = [f"{'tagged answers, paired':48}{'fixed':>7}{'broke':>7}{'both right':>12}{'both wrong':>12}{'McNemar p':>11}"]
+    for label, pair in pairs.items():
+        counts = f"{pair['fixed']:7}{pair['broke']:7}{pair['both_right']:12}{pair['both_wrong']:12}"
+        lines.append(f"{label:48}{counts}{pair['mcnemar_p']:11.2g}")
+    return lines
+
+
+def curve_lines(models: dict[str, Any], voters: int) -> list[str]:
     shown = [k for k in range(1, voters + 1) if k <= 5 or k == voters or k & (k - 1) == 0]  # 6, 7, 9, ... are left out
-    lines += ["", f"{'of k voters':28}" + "".join(f"{f'k={k}':>8}" for k in shown)]
-    for name, found in models.items():
+    lines = [f"{'of k voters':28}" + "".join(f"{f'k={k}':>8}" for k in shown)]
+    for name, figures in models.items():
         for curve, label in (("pass_at_k", "pass@k"), ("maj_at_k", "maj@k")):
-            lines.append(f"{name:10}{label:18}" + "".join(f"{found[curve][k - 1]:8.1%}" for k in shown))
-    lines += ["", f"{'':28}{'agreement':>9}{'tokens':>12}{'seconds':>10}{'tokens/s':>10}"]
-    for name, found in models.items():
-        rate = found["tokens"] / max(found["seconds"], 1e-9)
-        lines.append(f"{name:28}{found['agreement']:9.1%}{found['tokens']:12,}{found['seconds']:10.1f}{rate:10,.0f}")
-    lines.append("(seconds with compiling)")
-    for name, ids in result["too_long"].items():
+            lines.append(f"{name:10}{label:18}" + "".join(f"{figures[curve][k - 1]:8.1%}" for k in shown))
+    return lines
+
+
+def cost_lines(models: dict[str, Any], too_long: dict[str, list[str]]) -> list[str]:
+    lines = [f"{'':28}{'agreement':>9}{'tokens':>12}{'seconds':>10}{'tokens/s':>10}"]
+    for name, figures in models.items():
+        rate = figures["tokens"] / max(figures["seconds"], 1e-9)
+        lines.append(f"{name:28}{figures['agreement']:9.1%}{figures['tokens']:12,}{figures['seconds']:10.1f}{rate:10,.0f}")
+    lines.append("(seconds include compilation)")
+    for name, ids in too_long.items():
         if ids:
-            lines.append(f"{name}: {len(ids)} problems count as wrong, as their prompts are too long: {', '.join(ids)}")
-    return "\n".join(lines)
+            lines.append(f"{name}: {len(ids)} problems count as wrong because their prompts are too long: {', '.join(ids)}")
+    return lines
 
 
 if __name__ == "__main__":
-    run_script(main, sys.argv[1:])
+    run_script(main, sys.argv[1:], SHORT)

@@ -77,7 +77,9 @@ def main(argv: list[str]) -> dict[str, Any]:
             check_space(folder, sum(tensor_bytes(tensor, dtype) for tensor in weights))
             write_json(folder / "config.json", config_of(model, tokenizer, dtype))
             write_weights(folder, weights, dtype)
-        (folder / "README.md").write_text(model_card(model, out.name, dtype, config.lora), "utf-8")
+        base = (model.under.path.name or "the base model") if model.under and config.lora == "peft" else ""
+        card = model_card(out.name, model.size, dtype, base, model.run_dir, model.meta)
+        (folder / "README.md").write_text(card, "utf-8")
         sums = {file.name: sha256(file) for file in sorted(folder.iterdir()) if file.name != SUMS}
         (folder / SUMS).write_text("".join(f"{found}  {name}\n" for name, found in sums.items()))
     size = sum(file.stat().st_size for file in out.iterdir())

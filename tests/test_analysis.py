@@ -1,6 +1,7 @@
 """The analyses of records, on records made by hand whose figures are known."""
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -15,10 +16,9 @@ from grpo.reports.analysis import (
     gain_interval,
     hard_cases,
     mean_interval,
-    measure,
     proportion,
     retention,
-    t_quantile,
+    sample_length,
     within_problem,
 )
 from grpo.reports.consensus import wilson
@@ -47,11 +47,14 @@ def problem(name: str, words: int = 0) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("df", "value"), [(1, 12.706), (2, 4.303), (3, 3.182), (5, 2.571), (10, 2.228), (30, 2.042), (10**6, 1.96)]
+    ("df", "value"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (5, 2.5706), (10, 2.2281), (30, 2.0423), (10**5, 1.9600)]
 )
-def test_students_t(df, value):
-    """Against the table that every textbook has."""
-    assert t_quantile(df) == pytest.approx(value, rel=1e-4 if df < 3 else 0.003)
+def test_the_interval_of_a_mean_is_students(df, value):
+    """Its half width over the standard error is the quantile that every textbook tabulates."""
+    values = [float(i % 7) for i in range(df + 1)]
+    low, high = mean_interval(values)
+    assert low is not None and high is not None
+    assert (high - low) / 2 / (np.std(values, ddof=1) / math.sqrt(df + 1)) == pytest.approx(value, abs=6e-5)
 
 
 def test_the_interval_of_a_mean():
@@ -66,7 +69,7 @@ def test_the_interval_of_a_gain_is_agresti_and_mins():
     """As for a table of 12 fixed, 5 broken, 83 unchanged, each cell raised by a half; it has a width where nothing changes."""
     low, high = gain_interval([1.0] * 12 + [-1.0] * 5 + [0.0] * 83)
     n, b, c = 102, 12.5, 5.5
-    spread = 1.959964 * math.sqrt((b + c) - (b - c) ** 2 / n) / n
+    spread = NormalDist().inv_cdf(0.975) * math.sqrt((b + c) - (b - c) ** 2 / n) / n
     assert (low, high) == pytest.approx(((b - c) / n - spread, (b - c) / n + spread))
     low, high = gain_interval([0.0] * 50)
     assert low == -high < -0.01
@@ -83,7 +86,7 @@ def test_the_interval_of_a_gain_holds_the_truth_as_often_as_it_says(rate):
     assert 0.92 <= held / 1000 <= 0.99
 
 
-def test_a_proportion_counts_problems_where_samples_agree_and_samples_where_they_do_not():
+def test_a_proportion_counts_problems_where_samples_agree_and_samples_elsewhere():
     alone = proportion([(str(i), i < 30) for i in range(100)])
     assert (alone["n"], alone["problems"], alone["accuracy"]) == (100, 100, 0.3)
     assert (alone["ci_low"], alone["ci_high"]) == pytest.approx(wilson(30, 100))
@@ -112,11 +115,11 @@ def test_a_proportion_of_uneven_problems_is_worth_less_than_their_number():
 
 
 def test_words_are_those_of_the_reasoning():
-    assert measure({"text": "<reasoning>a b  c\nd</reasoning><answer>9</answer>"}, "words") == 4
-    assert measure({"text": "<reasoning>a b<answer>9</answer>"}, "words") == 2
-    assert measure({"text": "<reasoning>a b c"}, "words") == 3
-    assert measure({"text": "It is nine."}, "words") == 3
-    assert measure({"text": "", "length": 7}, "tokens") == 7
+    assert sample_length({"text": "<reasoning>a b  c\nd</reasoning><answer>9</answer>"}, "words") == 4
+    assert sample_length({"text": "<reasoning>a b<answer>9</answer>"}, "words") == 2
+    assert sample_length({"text": "<reasoning>a b c"}, "words") == 3
+    assert sample_length({"text": "It is nine."}, "words") == 3
+    assert sample_length({"text": "", "length": 7}, "tokens") == 7
 
 
 def test_accuracy_by_length():

@@ -1,4 +1,4 @@
-"""Laws of grpo/reports/consensus.py: against scipy, closed forms, and every subset written out."""
+"""Laws of grpo/reports/consensus.py, checked against scipy, closed forms, and all subsets."""
 
 import random
 import time
@@ -8,11 +8,22 @@ from itertools import combinations
 from math import comb
 
 import pytest
+from scipy import stats
 
-from grpo.reports.consensus import agreement, figures, maj_at_k, majority_vote, mcnemar, paired, pass_at_k, plain, wilson
+from grpo.reports.consensus import (
+    agreement,
+    canonical,
+    maj_at_k,
+    majority_vote,
+    mcnemar,
+    model_figures,
+    paired,
+    pass_at_k,
+    wilson,
+)
 from grpo.reward import extract_answer, parse_gold
 
-HEAT = (0.2, 0.4, 0.6, 0.8, 1.0)
+TEMPERATURES = (0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 # ------------------------------------------------------------------------------------------------------------------- votes
@@ -31,19 +42,19 @@ HEAT = (0.2, 0.4, 0.6, 0.8, 1.0)
         ("-3.0", "-3"),
     ],
 )
-def test_equal_numbers_have_one_spelling(number, text):
-    assert plain(Decimal(number)) == plain(number) == text
-    assert Decimal(plain(number) or "") == Decimal(number)
+def test_equal_numbers_have_one_canonical_form(number, text):
+    assert canonical(Decimal(number)) == canonical(number) == text
+    assert Decimal(canonical(number) or "") == Decimal(number)
 
 
-def test_no_digit_is_lost_in_the_plain_spelling():
+def test_no_digit_is_lost_in_the_canonical_form():
     long = "123456789012345.123456789012345"  # the longest numeral that the parser takes: 30 digits, Decimal's default has 28
-    assert plain(extract_answer(f"<answer>{long}</answer>")) == long
+    assert canonical(extract_answer(f"<answer>{long}</answer>")) == long
 
 
-def test_the_vote_counts_numbers_and_not_their_spellings():
-    answers = [plain(extract_answer(f"<answer>{text}</answer>")) for text in ("20", "18.0", "20", "$18", "18 pens")]
-    assert majority_vote(answers, HEAT) == plain(parse_gold("18"))
+def test_the_vote_counts_numbers_not_spellings():
+    answers = [canonical(extract_answer(f"<answer>{text}</answer>")) for text in ("20", "18.0", "20", "$18", "18 pens")]
+    assert majority_vote(answers, TEMPERATURES) == canonical(parse_gold("18"))
 
 
 @pytest.mark.parametrize(
@@ -51,23 +62,23 @@ def test_the_vote_counts_numbers_and_not_their_spellings():
     [
         (["1", "2", "2", "3", "2"], "2"),
         (["1", "2", "2", "1", "3"], "1"),  # two each: "1" was sampled at 0.2
-        (["3", "2", "1", "1", "2"], "2"),  # "2" at 0.4, "1" at 0.6; "3", colder, has one vote only
+        (["3", "2", "1", "1", "2"], "2"),  # "2" at 0.4, "1" at 0.6; "3" at 0.2 has one vote only
         ([None, "4", None, None, None], "4"),
         ([None] * 5, None),
         ([None, None, "7", "5", None], "7"),
     ],
 )
-def test_most_votes_win_and_a_tie_goes_to_the_coldest_supporter(answers, winner):
-    assert majority_vote(answers, HEAT) == winner
+def test_most_votes_win_and_ties_go_to_the_lowest_temperature(answers, winner):
+    assert majority_vote(answers, TEMPERATURES) == winner
     for order in ([4, 3, 2, 1, 0], [2, 0, 4, 1, 3]):  # whatever the order in which the samples come
-        assert majority_vote([answers[i] for i in order], [HEAT[i] for i in order]) == winner
+        assert majority_vote([answers[i] for i in order], [TEMPERATURES[i] for i in order]) == winner
 
 
 def test_at_one_temperature_a_tie_goes_to_the_first_sample():
     assert majority_vote(["2", "1", "1", "2"], [0.7] * 4) == "2"
 
 
-def test_agreement_counts_those_that_abstain():
+def test_agreement_counts_abstentions():
     assert agreement(["1", "1", "2", None, None]) == 2 / 5
     assert agreement([None, None]) == 0
     assert agreement(["1", "1"]) == 1
@@ -98,7 +109,7 @@ def test_maj_at_k_is_the_share_of_subsets_whose_vote_is_right(seed):
     rng = random.Random(seed)
     n = rng.randint(1, 9)
     answers = [rng.choice(["18", "20", "5", "7", None][: rng.randint(1, 5)]) for _ in range(n)]
-    temperatures = [rng.choice(HEAT) for _ in range(n)]
+    temperatures = [rng.choice(TEMPERATURES) for _ in range(n)]
     curve = maj_at_k(answers, temperatures, "18")
     assert len(curve) == n
     for k in range(1, n + 1):
@@ -106,22 +117,37 @@ def test_maj_at_k_is_the_share_of_subsets_whose_vote_is_right(seed):
         assert curve[k - 1] == pytest.approx(votes.count("18") / len(votes), abs=1e-15)
 
 
-def test_many_voters_take_milliseconds():
-    """Of 128, half right and the others as spread as can be, or in a few camps: an evaluation has thousands of these."""
+@pytest.mark.parametrize("wrong", [64, 7, 2])
+def test_maj_at_k_of_many_voters_takes_milliseconds(wrong):
+    """Of 128 voters half are right, and the others give `wrong` different answers; an evaluation has thousands of problems."""
     temperatures = [i / 128 for i in range(128)]
-    for wrong in (64, 7):
-        answers = [str(-1 - i // 2 % wrong) if i % 2 else "18" for i in range(128)]
-        start = time.process_time()
-        curve = maj_at_k(answers, temperatures, "18")
-        assert time.process_time() - start < 0.2
-        assert curve[0] == 1 / 2 and curve[-1] == 1
+    answers = [str(-1 - i // 2 % wrong) if i % 2 else "18" for i in range(128)]
+    start = time.process_time()
+    curve = maj_at_k(answers, temperatures, "18")
+    assert time.process_time() - start < 0.2
+    assert curve[0] == 1 / 2 and curve[-1] == 1
 
 
-def test_the_ends_of_the_curves():
+def test_maj_at_k_of_the_usual_five_voters_takes_less_than_a_millisecond():
+    start = time.process_time()
+    for _ in range(100):
+        maj_at_k(["18", "20", "18", None, "7"], TEMPERATURES, "18")
+    assert time.process_time() - start < 0.1
+
+
+def test_maj_at_k_of_many_voters_has_its_closed_form():
+    """Of 40 voters 25 are right, 15 agree on a wrong answer. Right ones win ties, so j of k win if 2 j >= k."""
+    answers, temperatures = ["18"] * 25 + ["20"] * 15, [0.2] * 25 + [1.0] * 15
+    for k, share in enumerate(maj_at_k(answers, temperatures, "18"), start=1):
+        wins = sum(comb(25, j) * comb(15, k - j) for j in range(-(-k // 2), k + 1))
+        assert share == float(Fraction(wins, comb(40, k)))
+
+
+def test_curves_begin_with_the_accuracy_and_end_with_the_vote():
     answers = ["18", "20", "18", None, "18"]
-    assert maj_at_k(answers, HEAT, "18")[0] == pass_at_k(5, 3, 1) == pytest.approx(3 / 5)  # one sample: its accuracy
-    assert maj_at_k(answers, HEAT, "18")[-1] == 1  # all of them: the vote itself
-    assert maj_at_k(answers, HEAT, "5") == [0] * 5
+    assert maj_at_k(answers, TEMPERATURES, "18")[0] == pass_at_k(5, 3, 1) == pytest.approx(3 / 5)  # one sample: its accuracy
+    assert maj_at_k(answers, TEMPERATURES, "18")[-1] == 1  # all of them: the vote itself
+    assert maj_at_k(answers, TEMPERATURES, "5") == [0] * 5
 
 
 # --------------------------------------------------------------------------------------------------------------- intervals
@@ -129,29 +155,30 @@ def test_the_ends_of_the_curves():
 
 def test_the_interval_of_a_proportion_is_wilsons():
     """The two p at which (p - share)^2 = z^2 p (1 - p) / n; never below 0 nor above 1."""
-    for right, n in ((0, 7), (7, 7), (3, 7), (60, 100), (1, 1)):
+    z = stats.norm.ppf(0.975)
+    for right, n in ((0, 7), (7, 7), (3, 7), (60, 100), (1, 1), (2.5, 6.25)):
         for p in wilson(right, n):
             assert 0 <= p <= 1
-            assert (p - right / n) ** 2 == pytest.approx(1.959964**2 * p * (1 - p) / n, abs=1e-12)
+            assert (p - right / n) ** 2 == pytest.approx(z**2 * p * (1 - p) / n, abs=1e-12)
     assert wilson(0, 0) == (0, 1)
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 5), (5, 5), (18, 40), (920, 1319), (1, 1000)])
 def test_wilson_agrees_with_scipy(right, n):
-    stats = pytest.importorskip("scipy.stats")
     interval = stats.binomtest(right, n).proportion_ci(0.95, method="wilson")
-    assert wilson(right, n) == pytest.approx((interval.low, interval.high), abs=1e-7)
+    assert wilson(right, n) == pytest.approx((interval.low, interval.high), abs=1e-12)
 
 
 @pytest.mark.parametrize(("fixed", "broke"), [(0, 0), (0, 1), (1, 0), (3, 3), (21, 14), (0, 40), (700, 619), (9, 2)])
-def test_mcnemar_agrees_with_scipys_exact_binomial_test(fixed, broke):
-    stats = pytest.importorskip("scipy.stats")
-    expected = stats.binomtest(fixed, fixed + broke, 0.5).pvalue if fixed + broke else 1.0
-    assert mcnemar(fixed, broke) == mcnemar(broke, fixed) == pytest.approx(expected, rel=1e-9)
+def test_mcnemar_is_the_exact_binomial_test(fixed, broke):
+    """Twice the smaller tail of n coin tosses, summed in exact integers."""
+    n = fixed + broke
+    tail = Fraction(sum(comb(n, i) for i in range(min(fixed, broke) + 1)), 2**n)
+    assert mcnemar(fixed, broke) == mcnemar(broke, fixed) == pytest.approx(float(min(2 * tail, Fraction(1))), rel=1e-9)
 
 
 def test_mcnemar_by_hand():
-    """One way only: 2 / 2^n. The recipe's third run, 21 fixed and 14 broken, is no more than noise."""
+    """Changes in one direction only: 2 / 2^n. 21 fixed and 14 broken are not significant."""
     assert mcnemar(6, 0) == 2 / 2**6
     assert mcnemar(21, 14) == pytest.approx(0.31, abs=0.005)
 
@@ -185,7 +212,7 @@ SAMPLES = [
 
 
 def test_figures_of_records_by_hand():
-    found, solved = figures(PROBLEMS, SAMPLES, [0.2, 0.6, 1.0])
+    found, solved = model_figures(PROBLEMS, SAMPLES, [0.2, 0.6, 1.0])
     assert solved == {"greedy": [False, True, False], "consensus": [True, False, False]}
     assert found["greedy"] == {"tagged": 1 / 3, "strict": 1 / 3, "flexible": 0, **ends(1, 3)}
     # strict: of a's votes 20 at 0.2 and 18 at 1.0 are left, and the tie goes to 20. flexible: a has 0, 0, 18.
@@ -205,10 +232,10 @@ def ends(right: int, n: int) -> dict:
 
 def test_figures_do_not_depend_on_the_order_of_the_lines():
     shuffled = random.Random(1).sample(SAMPLES, len(SAMPLES))
-    assert figures(PROBLEMS, shuffled, [0.2, 0.6, 1.0]) == figures(PROBLEMS, SAMPLES, [0.2, 0.6, 1.0])
+    assert model_figures(PROBLEMS, shuffled, [0.2, 0.6, 1.0]) == model_figures(PROBLEMS, SAMPLES, [0.2, 0.6, 1.0])
 
 
 def test_without_any_sample_every_problem_counts_as_wrong():
-    found, _ = figures(PROBLEMS, [], HEAT)
+    found, _ = model_figures(PROBLEMS, [], TEMPERATURES)
     assert found["greedy"]["tagged"] == found["consensus"]["flexible"] == found["agreement"] == 0
     assert found["pass_at_k"] == found["maj_at_k"] == [0] * 5

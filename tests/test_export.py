@@ -209,24 +209,24 @@ def test_a_template_of_the_base_is_kept(tmp_path):
     assert (export(base, tmp_path / "out") / "chat_template.jinja").read_text() == "its own"
 
 
-def test_the_card_says_what_the_run_measured_and_no_more(run, tmp_path):
+def test_the_card_has_the_results_of_the_run_and_no_paths_of_this_machine(run, tmp_path):
     card = (export(run, tmp_path / "out") / "README.md").read_text()
     assert "| 7 | 96.8% | 45.0% to 54.0% | 99.8% | 10.0% | 8.0 |" in card and "| 0 | 49.4% |" in card
-    assert '"data": "arithmetic"' in card and "Think.\n\nQUESTION" in card and "Step 7 of a run" in card
+    assert '"data": "arithmetic"' in card and "Think.\n\nQUESTION" in card and "Step 7 of a GRPO run" in card
     assert "/home/me" not in card and str(ROOT) not in card
     found = script("export").find_model(run)
     paths = {"model_path": "/home/me/adapters/", "base_path": "/home/me/gemma", "reward": "/home/me/a.py:f,/home/me/b.py:g"}
     found.meta["config"] |= paths | {"data": "/home/me/train.jsonl", "eval_data": "/home/me/test.jsonl"}
-    card = model_card(found, "lucky", "float32", "merged")
+    card = model_card("lucky", found.size, "float32", run_dir=run, meta=found.meta)
     assert "/home/me" not in card and '"base_path": "gemma"' in card and '"reward": "a.py:f,b.py:g"' in card
     assert "500 problems (test.jsonl)" in card and '"model_path": "adapters"' in card
     found.meta["config"] |= {"model_path": "hf:google/gemma-3-1b-it", "data": "openai/gsm8k", "eval_data": ""}
-    card = model_card(found, "lucky", "float32", "merged")
+    card = model_card("lucky", found.size, "float32", run_dir=run, meta=found.meta)
     assert '"hf:google/gemma-3-1b-it"' in card and "held out from openai/gsm8k" in card
     early = (export(run / "checkpoints" / "3", tmp_path / "early") / "README.md").read_text()
     assert "not evaluated at step 3" in early and "%" not in early
     plain = (export(TINY, tmp_path / "plain") / "README.md").read_text()
-    assert "## Measured" not in plain and "Gemma 3, 0.6M parameters" in plain
+    assert "## Results" not in plain and "Gemma 3, 0.6M parameters" in plain
 
 
 # What is there already, and mistakes.

@@ -1,5 +1,7 @@
-"""Laws of grpo/reports/page.py: what the page holds is what the run's files say, and what it leaves out it says. And of the page,
-in a headless Chromium: its numbers are those of grpo/loss.py, its filters filter, and no text of a completion is ever markup.
+"""Laws of grpo/reports/page.py and page.html.
+
+The data of the page is that of the run's files, and notes say what it leaves out. In a headless Chromium, its numbers are those
+of grpo/loss.py, its filters filter, and no text of a completion is ever markup.
 """
 
 import json
@@ -16,7 +18,7 @@ import pytest
 from grpo.config import TINY_MODEL
 from grpo.errors import ConfigError
 from grpo.loss import batch_std, group_advantages, group_std, grpo_loss, grpo_weights, no_scale
-from grpo.reports.page import FLAGS, constant, read_page, render, rounded, spread
+from grpo.reports.page import FLAGS, fold_constant, read_page, render, round_floats, spread
 
 STEPS, Q, G, C = 40, 2, 4, 5
 MARKUP = "<img src=x onerror=\"document.title='broken'\"></script><script>document.title='broken'</script><!-- \u2028 &amp;"
@@ -181,8 +183,8 @@ def test_questions_come_from_the_data_where_it_is_and_agrees(run, tmp_path):
     assert any("gone.jsonl" in note for note in read_page([run], None, 64)["notes"])
 
 
-def test_what_is_left_out_is_said(run):
-    """Whole steps, spread evenly; those whose tokens are saved stay."""
+def test_a_note_says_what_is_left_out(run):
+    """Whole steps are, evenly spread; those whose tokens are saved stay."""
     page = read_page([run], None, 0.01)
     steps = sorted(set(page["completions"]["groups"]["step"]))
     assert SAVED[0] in steps and 5 < len(steps) < STEPS and max(np.diff(steps)) <= 8
@@ -193,13 +195,29 @@ def test_what_is_left_out_is_said(run):
     assert page["completions"]["text"] == [] and page["tokens"] == [] and len(page["notes"]) == 2
 
 
-def test_lines_that_are_no_records_are_counted_but_not_a_last_one_under_way(run, tmp_path):
+def test_malformed_lines_are_counted_but_not_a_torn_last_one(run, tmp_path):
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     with (copy / "metrics.jsonl").open("a") as file:
         file.write('broken\n[1]\n{"reward": 1.0}\n{"step": 41, "rew')
     page = read_page([copy], None, 64)
-    assert "3 lines of metrics.jsonl are no records, and are left out" in page["notes"]
+    assert f"skipped 3 malformed lines of metrics.jsonl ({STEPS + 1}, {STEPS + 2}, {STEPS + 3})" in page["notes"]
     assert len(page["runs"][0]["step"]) == STEPS
+
+
+@pytest.mark.parametrize("in_tokens", [True, False])
+def test_a_run_with_the_old_name_of_tis_cap_gives_the_same_page(run, tmp_path, in_tokens):
+    """Once it was `sampler_cap`, in config.json and in each line of tokens.jsonl."""
+    pages = []
+    for name in ("tis_cap", "sampler_cap"):
+        copy = Path(shutil.copytree(run, tmp_path / name / "run"))
+        config, tokens = (json.loads((copy / file).read_text("utf-8")) for file in ("config.json", "tokens.jsonl"))
+        (copy / "config.json").write_text(json.dumps({key: x for key, x in config.items() if key != "tis_cap"} | {name: 1.5}))
+        if in_tokens:
+            write(copy / "tokens.jsonl", [tokens | {name: 1.25}])
+        pages.append(read_page([copy], None, 64))
+    assert pages[0] == pages[1]
+    assert pages[1]["runs"][0]["config"]["tis_cap"] == 1.5
+    assert pages[1]["tokens"][0]["tis_cap"] == (1.25 if in_tokens else None)
 
 
 def test_an_unfinished_run_needs_no_other_file(run, tmp_path):
@@ -221,19 +239,19 @@ def test_answers_and_votes_of_an_evaluation(run, evaluation):
     assert found["models"]["base"]["texts"][0] == ["<answer>7</answer>"] * 3
 
 
-def test_a_sample_that_is_missing_is_said_and_abstains(run, evaluation, tmp_path):
+def test_a_missing_sample_is_noted_and_abstains(run, evaluation, tmp_path):
     copy = Path(shutil.copytree(evaluation, tmp_path / "evaluation"))
     lines = (copy / "samples.jsonl").read_text().splitlines(keepends=True)
     (copy / "samples.jsonl").write_text("".join(lines[1:]))
     page = read_page([run], copy, 64)
-    (note,) = (note for note in page["notes"] if note.startswith("Evaluation: 1 samples are missing. In the table"))
+    (note,) = (note for note in page["notes"] if note.startswith("Evaluation: 1 samples are missing. The table"))
     assert "leave out their problems" in note
     assert page["evaluation"]["models"]["base"]["answers"][0] == [None, "7", "7"]
 
 
-def test_small_things():
-    assert rounded({"a": [1 / 3, 2.0, math.nan, math.inf, -1e-9]}) == {"a": [0.333333, 2, None, None, -1e-09]}
-    assert constant([1, 1, 1]) == 1 and constant([1, 2]) == [1, 2] and constant([]) == []
+def test_values_are_rounded_folded_and_evenly_spread():
+    assert round_floats({"a": [1 / 3, 2.0, math.nan, math.inf, -1e-9]}) == {"a": [0.333333, 2, None, None, -1e-09]}
+    assert fold_constant([1, 1, 1]) == 1 and fold_constant([1, 2]) == [1, 2] and fold_constant([]) == []
     assert list(spread(dict.fromkeys(range(10), 1), 5)) == [0, 2, 4, 6, 8]
     assert list(spread({"a": 5, "b": 5}, 10)) == ["a", "b"] and list(spread({"a": 5}, 4)) == []
 

@@ -1,4 +1,4 @@
-"""The dashboards, drawn from files made by hand: that they show the files' figures, whatever is missing, and hide nothing."""
+"""Laws of grpo/reports/plots.py: the dashboards show the figures of the files, whatever is missing, and nothing overlaps."""
 
 import json
 import math
@@ -19,10 +19,10 @@ from test_analysis import answered
 import grpo.reports.plots
 from grpo.config import Config
 from grpo.errors import RunError
-from grpo.reports.consensus import figures, paired, wilson
+from grpo.reports.consensus import model_figures, paired, wilson
 from grpo.reports.plots import COLOURS, draw_evaluation, draw_training
 
-PANELS = {"Accuracy", "Reward and its parts", "Format is right", "Length", "Policy", "Lost to learning", "Time"}
+PANELS = {"Accuracy", "Reward and its components", "Format is right", "Length", "Policy", "Zero variance and clipping", "Time"}
 
 
 def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
@@ -69,9 +69,9 @@ def write_run(folder: Path, steps: int, **without: Any) -> Path:
 
 @pytest.fixture
 def drawn(monkeypatch) -> list[Figure]:
-    """The figures behind the pictures."""
-    found, real = [], grpo.reports.plots.save
-    monkeypatch.setattr(grpo.reports.plots, "save", lambda figure, *rest: found.append(figure) or real(figure, *rest))
+    """The figures behind the files."""
+    found, real = [], grpo.reports.plots.save_figure
+    monkeypatch.setattr(grpo.reports.plots, "save_figure", lambda figure, *rest: found.append(figure) or real(figure, *rest))
     return found
 
 
@@ -107,7 +107,7 @@ def overlap(a: Bbox, b: Bbox) -> bool:
 
 
 def check(path: Path) -> None:
-    """A small picture that is not blank."""
+    """The file is a small image that is not blank."""
     with Image.open(path) as picture:
         assert picture.width == 1500 and len(picture.convert("RGB").getcolors(2**20) or []) > 20
     assert path.stat().st_size < 150_000
@@ -125,10 +125,10 @@ def test_the_training_dashboard_shows_what_the_files_say(tmp_path, drawn):
     axes = by_title(figure)
     assert set(axes) == PANELS and hidden(figure) == []
     rewards = [metrics_of(step)["reward"] for step in range(1, 61)]
-    assert rewards in [list(line.get_ydata()) for line in axes["Reward and its parts"].lines]
+    assert rewards in [list(line.get_ydata()) for line in axes["Reward and its components"].lines]
     keys = {name: ax.get_legend_handles_labels()[1] for name, ax in axes.items()}
-    assert "brevity of th…" in keys["Reward and its parts"]
-    assert keys["Lost to learning"][-2:] == ["clipped high", "clipped low"]
+    assert "brevity of th…" in keys["Reward and its components"]
+    assert keys["Zero variance and clipping"][-2:] == ["clipped high", "clipped low"]
     assert {line.get_xdata()[0] for line in axes["Policy"].lines if len(set(line.get_xdata())) == 1} == {12.5, 36.5}
     held_out = next(found for found in axes["Accuracy"].containers if found.get_label() == "held-out problems, greedy")
     assert list(held_out.lines[0].get_xdata()) == [0, 12, 36, 60]
@@ -156,15 +156,15 @@ def test_whatever_is_missing_the_rest_is_drawn(tmp_path, drawn, steps, without):
     assert set(by_title(drawn[0])) == PANELS and hidden(drawn[0]) == []
 
 
-def test_a_broken_line_costs_no_picture(tmp_path, drawn, capsys):
-    """Other than one that is being written, it is told."""
+def test_a_malformed_line_is_skipped_with_a_warning(tmp_path, drawn, capsys):
+    """A torn last line is skipped without one."""
     folder = write_run(tmp_path, 9)
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join([*lines[:4], lines[4][:20] + "\n", *lines[5:], lines[0][:20]]))
     draw_training(folder, tmp_path / "training.png")
-    reward = by_title(drawn[0])["Reward and its parts"].lines[0]
+    reward = by_title(drawn[0])["Reward and its components"].lines[0]
     assert list(reward.get_xdata()) == [1, 2, 3, 4, 6, 7, 8, 9]
-    assert capsys.readouterr().err == "warning: 1 lines of metrics.jsonl are no records, and are left out\n"
+    assert capsys.readouterr().err == "warning: skipped 1 malformed line of metrics.jsonl (5)\n"
 
 
 def test_steps_that_took_no_time_are_drawn(tmp_path, recwarn):
@@ -177,9 +177,9 @@ def test_steps_that_took_no_time_are_drawn(tmp_path, recwarn):
 
 def test_figures_that_a_step_lacks_are_gaps(tmp_path):
     """Every other step was skipped: the mean is over those that are there."""
-    values = grpo.reports.plots.column([{"kl": 2.0}, {}, {"kl": None}, {"kl": 4.0}] * 30, "kl")
+    values = grpo.reports.plots.metric_column([{"kl": 2.0}, {}, {"kl": None}, {"kl": 4.0}] * 30, "kl")
     assert [math.isnan(value) for value in values[:4]] == [False, True, True, False]
-    smooth = grpo.reports.plots.smooth(values)
+    smooth = grpo.reports.plots.running_mean(values)
     assert len(smooth) == 120 and 2 <= smooth.min() <= smooth.max() <= 4
 
 
@@ -196,7 +196,7 @@ def write_evaluation(folder: Path, models: tuple[str, ...], solutions: bool = Tr
             answers = "".join("1" if rng.random() < skill else rng.choice("234-") for _ in range(6))
             for one in answered(problem["id"], answers, model=model, words=rng.randint(3, 40)):
                 mine.append(one | {"flexible_answer": one["answer"], "seconds": 0.1, "format": {"violation": False}})
-        of_models[model], right[model] = figures(problems, mine, [0.2, 0.4, 0.6, 0.8, 1.0])
+        of_models[model], right[model] = model_figures(problems, mine, [0.2, 0.4, 0.6, 0.8, 1.0])
         samples += mine
     rng.shuffle(samples)
     result = {"n": n, "models": {"base": None} | of_models}

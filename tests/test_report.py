@@ -44,7 +44,7 @@ def test_every_analysis_of_the_run_and_of_its_evaluation_is_in_one_file(folder):
 
 
 def test_the_gain_of_every_checkpoint_that_was_evaluated(folder, tmp_path):
-    """The base once; one without a result is none; without RUN/consensus the latest step's evaluation is the page's."""
+    """The base appears once; no result, no gain. Without RUN/consensus the page shows the latest step."""
     run = Path(shutil.copytree(folder / "run", tmp_path / "run"))
     for name, right in {"consensus": 60, "consensus-9": 30, "consensus-20": 40, "consensus-30": None}.items():
         shutil.copytree(folder / "run" / "consensus", run / name, dirs_exist_ok=True)
@@ -61,8 +61,7 @@ def test_the_gain_of_every_checkpoint_that_was_evaluated(folder, tmp_path):
     assert "hard_cases" in json.loads(Path(load("report")([str(run)])["analyses"]).read_text())
 
 
-def test_pictures_of_what_has_come_that_far(folder, tmp_path, monkeypatch):
-    """Of a run with sessions, and of an evaluation with a result."""
+def test_plots_are_drawn_of_a_run_with_sessions_and_an_evaluation_with_a_result(folder, tmp_path, monkeypatch):
     main, drawn = load("report"), []
     for name in ("draw_training", "draw_evaluation"):
         monkeypatch.setattr(sys.modules["report"], name, lambda source, path: drawn.append((source, path)))
@@ -80,9 +79,9 @@ def test_pictures_of_what_has_come_that_far(folder, tmp_path, monkeypatch):
     [
         ([], "give the directory of a run"),
         (["NONE"], "run_dir '.*NONE' holds no run"),
-        (["run", "--evaluation", "NONE"], "evaluation '.*NONE' is no directory"),
-        (["run", "--evaluation", "run"], "evaluation '.*run' holds none"),
-        (["run", "--megabytes", "-1"], "megabytes -1.0 must be at least 0"),
+        (["run", "--evaluation", "NONE"], "evaluation '.*NONE' is not a directory"),
+        (["run", "--evaluation", "run"], "evaluation '.*run' holds no evaluation"),
+        (["run", "--megabytes", "-1"], "megabytes -1.0 must not be negative"),
     ],
 )
 def test_the_users_mistakes(folder, argv, message):
@@ -91,7 +90,7 @@ def test_the_users_mistakes(folder, argv, message):
         load("report")(words)
 
 
-def test_a_fault_of_drawing_is_a_warning(folder, capsys, monkeypatch):
+def test_an_error_of_drawing_is_a_warning(folder, capsys, monkeypatch):
     main = load("report")
 
     def broken(source, path):

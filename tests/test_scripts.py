@@ -40,7 +40,7 @@ def train(folder):
     )
 
     def train(*argv: str, devices: int = 1) -> subprocess.CompletedProcess:
-        env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "GLIBC_TUNABLES")}
+        env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
         env |= {
             "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
             "JAX_ENABLE_COMPILATION_CACHE": "1",

@@ -1,17 +1,17 @@
-"""The README.md of an exported model: what it is, how it was trained, what was measured. Only what the run itself has recorded.
+"""The README.md of an exported model: what it is, how it was trained and evaluated, from the records of its run alone.
 
-Left out: licences, intended uses, and whatever else only a person can say.
+Left out: licence and intended use, which only a person can state.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data.problems import HUB_ID
 from data.prompts import render_prompt
-from grpo.reports.jsonl import records
-from grpo.runs.hub import HUBS
-from grpo.runs.model_source import Model
+from grpo.config import HUBS
+from grpo.reports.jsonl import read_records
 
 CARD = """---
 library_name: {library}
@@ -30,57 +30,67 @@ USE = {
     "--apply_chat_template\nvllm serve DIR",
     "peft": 'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "DIR")',
 }
-PRIVATE = ("run_dir", "relay_from", "coordinator", "process_id", "processes", "allow_change")  # of this machine
+PRIVATE = ("run_dir", "relay_from", "coordinator", "process_id", "processes", "allow_change")  # settings of this machine
 PATHS = ("model_path", "base_path", "data", "eval_data", "reward")
 
 
-def model_card(model: Model, name: str, dtype: str, lora: str) -> str:
-    library = "peft" if lora == "peft" else "transformers"
-    form = f"adapters for {model.under.path.name}" if lora == "peft" and model.under else "all weights"
+def model_card(
+    name: str, size: str, dtype: str, adapters_for: str = "", run_dir: Path | None = None, meta: Mapping[str, Any] | None = None
+) -> str:
+    """The card of the model `name`. `size` describes its family and size; `adapters_for` names the base model of adapters.
+
+    For a checkpoint of the run in `run_dir`, `meta` is what the checkpoint says of itself: its step and the run's config.
+    """
+    library = "peft" if adapters_for else "transformers"
+    form = f"adapters for {adapters_for}" if adapters_for else "all weights"
     use = USE[library].format(dtype=dtype)
-    card = CARD.format(library=library, name=name, size=model.size, dtype=dtype, form=form, use=use)
-    return card + (trained(model) + measured(model) if model.run_dir else "")
+    card = CARD.format(library=library, name=name, size=size, dtype=dtype, form=form, use=use)
+    if run_dir is None or meta is None:
+        return card
+    evaluations = list(read_records(run_dir / "evaluations.jsonl", [], "step", "accuracy"))
+    return card + training_section(meta["step"], meta["config"]) + results_section(meta["step"], meta["config"], evaluations)
 
 
-def trained(model: Model) -> str:
-    """The settings of the run, and how its prompts were made."""
-    config = {key: value for key, value in model.meta["config"].items() if key not in PRIVATE}
-    config |= {key: public(config[key]) for key in PATHS if config.get(key)}
-    prompt = render_prompt("QUESTION", config.get("system_prompt", ""))
+def training_section(step: int, config: Mapping[str, Any]) -> str:
+    """The settings of the run, and how it made its prompts."""
+    shown = {key: value for key, value in config.items() if key not in PRIVATE}
+    shown |= {key: public_path(shown[key]) for key in PATHS if shown.get(key)}
+    prompt = render_prompt("QUESTION", shown.get("system_prompt", ""))
     return (
-        f"\n## Training\n\nStep {model.meta['step']} of a run by GRPO with these settings:\n\n```json\n"
-        f"{json.dumps(config, indent=1)}\n```\n\nThe user's turn of every prompt was\n\n```\n{prompt}\n```\n"
+        f"\n## Training\n\nStep {step} of a GRPO run with these settings:\n\n```json\n"
+        f"{json.dumps(shown, indent=1)}\n```\n\nThe user's turn of each prompt was\n\n```\n{prompt}\n```\n"
     )
 
 
-def public(path: str) -> str:
-    """Without the folders of this machine: /home/me/one.py:f,two.py:g -> one.py:f,two.py:g. What others can find is kept."""
+def public_path(path: str) -> str:
+    """A path, or several with commas, without the folders of this machine: `/home/me/one.py:f,two.py:g` -> `one.py:f,two.py:g`.
+
+    Names on a hub are kept: others can find them.
+    """
     if path.startswith((*HUBS, HUB_ID)):
         return path
     return ",".join(Path(part).name for part in path.split(","))
 
 
-def measured(model: Model) -> str:
-    """The evaluations before the first step and after this one, as far as the run made them."""
-    config, step = model.meta["config"], model.meta["step"]
-    evaluations = records((model.run_dir or Path()) / "evaluations.jsonl", [], "step", "accuracy")
+def results_section(step: int, config: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """The run's evaluations before the first step and after `step`, if it made them."""
     lines = {line["step"]: line for line in evaluations}
     if step not in lines:
-        return f"\n## Measured\n\nNothing: the run was not evaluated at step {step}.\n"
+        return f"\n## Results\n\nNone: the run was not evaluated at step {step}.\n"
     rows = ["| step | greedy accuracy | 95% interval | format right | sampled accuracy | sampled length |", "|---" * 6 + "|"]
-    for at in dict.fromkeys([0, step]):
-        if at in lines:
-            rows.append(row(at, lines[at]["accuracy"]))
-    held_out = public(config.get("eval_data", "")) or f"problems held out from {public(config.get('data', ''))}"
+    rows += [result_row(at, lines[at]["accuracy"]) for at in dict.fromkeys([0, step]) if at in lines]
+    data = public_path(config.get("eval_data", "")) or f"problems held out from {public_path(config.get('data', ''))}"
     count = lines[step]["accuracy"]["n"]
-    return f"\n## Measured\n\nOn {count} problems ({held_out}), by the run itself:\n\n" + "\n".join(rows) + "\n"
+    return f"\n## Results\n\nOn {count} problems ({data}), measured by the run itself:\n\n" + "\n".join(rows) + "\n"
 
 
-def row(step: int, found: dict[str, Any]) -> str:
+def result_row(step: int, figures: Mapping[str, Any]) -> str:
+    """A row of the table; what was not measured is empty."""
+
     def percent(key: str) -> str:
-        return f"{100 * found[key]:.1f}%" if key in found else ""
+        return f"{100 * figures[key]:.1f}%" if key in figures else ""
 
-    length = f"{found['sampled_length']:.1f}" if "sampled_length" in found else ""
+    length = f"{figures['sampled_length']:.1f}" if "sampled_length" in figures else ""
     interval = f"{percent('low')} to {percent('high')}"
     cells = (str(step), percent("greedy"), interval, percent("greedy_format"), percent("sampled"), length)
     return f"| {' | '.join(cells)} |"

@@ -1,10 +1,10 @@
-"""The page of a run: its files -> one JSON object -> one HTML file that needs nothing else.
+"""The report of a run: its files -> one JSON object -> one self-contained HTML file.
 
     read_page([run, another], evaluation, megabytes)      what the page shows, and notes on what it leaves out
-    render(page)                                          page.html with the object inside, compressed, and a policy of its own
+    render(page)                                          page.html with the object inside, compressed, under a strict policy
 
-A run may be unfinished or lack any of its files; what is no record is counted, and said on the page. Records are turned into
-columns, which compress well. Left out: how it looks and what it does (page.html), pictures (pictures.py).
+A run may be unfinished, and any of its files may be missing. Malformed lines are skipped and counted in a note. Records become
+columns, which compress well. page.html has the layout and the behaviour, plots.py the plots.
 """
 
 import base64
@@ -15,87 +15,99 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from data import DataError
-from data.datasets import choose_problems
-from data.problems import Problem
-from grpo.config import Config
+from data.arithmetic import training_problems
+from data.problems import Problem, load_problems
+from grpo.config import current_names
 from grpo.errors import ConfigError
 from grpo.reports import analysis
-from grpo.reports.consensus import majority_vote, plain
-from grpo.reports.jsonl import records
+from grpo.reports.consensus import canonical, majority_vote
+from grpo.reports.jsonl import read_records
 
 TEMPLATE = Path(__file__).with_name("page.html")
-# Bit b of a completion's `flags`; the page's script has the same list.
+# Bit b of a completion's `flags`; the script in page.html has the same list.
 FLAGS = ("tagged", "strict", "flexible", "reasoning_tags", "answer_tags", "violation", "truncated")
+COMPLETION_KEYS = ("step", "problem", "text")
 GROUP_KEYS = ("step", "problem", "question", "beta", "epsilon_low", "epsilon_high", "tis_cap")
 TOKEN_COLUMNS = ("ids", "logprobs", "sampler_logprobs", "old_logprobs", "ref_logprobs", "ratio", "kl", "clipped", "weight")
 
 
 def read_page(run_dirs: list[Path], evaluation: Path | None, megabytes: float) -> dict[str, Any]:
-    """Everything that the page shows. Completions, tokens and an evaluation's texts take about `megabytes` each at most."""
+    """Everything that the page shows. Completions, tokens and texts of an evaluation take at most about `megabytes` each.
+
+    Raises ConfigError if a directory holds no run, or `evaluation` no evaluation.
+    """
     for folder in run_dirs:
         if not (folder / "config.json").is_file() and not (folder / "metrics.jsonl").is_file():
-            raise ConfigError(f"run_dir {str(folder)!r} holds no run: neither config.json nor metrics.jsonl is there")
+            raise ConfigError(f"run_dir {str(folder)!r} holds no run: it has neither config.json nor metrics.jsonl")
     notes: list[str] = []
     limit = megabytes * 1e6
     runs = [read_run(folder, notes) for folder in run_dirs]
     tokens = read_tokens(run_dirs[0] / "tokens.jsonl", limit, notes)
     completions = read_completions(run_dirs[0], runs[0]["config"], {group["step"] for group in tokens}, limit, notes)
-    found = read_evaluation(evaluation, limit, notes) if evaluation else None
-    gains = rounded(analysis.gain_by_model(read_results(run_dirs, evaluation)))
+    gains = round_floats(analysis.gain_by_model(read_results(run_dirs, evaluation)))
     return {
-        "runs": runs, "completions": completions, "tokens": tokens, "evaluation": found, "gain_by_model": gains, "notes": notes,
-    }  # fmt: skip
+        "runs": runs,
+        "completions": completions,
+        "tokens": tokens,
+        "evaluation": read_evaluation(evaluation, limit, notes) if evaluation else None,
+        "gain_by_model": gains,
+        "notes": notes,
+    }
 
 
 def read_results(run_dirs: list[Path], evaluation: Path | None) -> dict[str, dict[str, Any]]:
-    """Figures of all models that were evaluated, by run, step and name: `RUN, trained`, `RUN, step 60, trained`. A run's base
-    is in each of its evaluations, and told once. `evaluation` is the first run's too, wherever it lies.
+    """Figures of all evaluated models, by run, step and name: `RUN, trained` or `RUN, step 60, trained`.
+
+    The base model of a run is in all of the run's evaluations, and appears once. `evaluation` counts as one of the first run,
+    wherever it lies.
     """
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for run in run_dirs:
         folders = [evaluation] if evaluation and run == run_dirs[0] else []
         for folder in dict.fromkeys(path.resolve() for path in [*folders, *find_evaluations(run)]):
             step = folder.name.removeprefix("consensus-")
-            for name, figures in read_object(folder / "result.json", {}, []).get("models", {}).items():
-                words = [run.resolve().name, *([f"step {step}"] if step.isdecimal() and name != "base" else []), name]
+            for model, figures in read_object(folder / "result.json", {}, []).get("models", {}).items():
+                words = [run.resolve().name, model]
+                if step.isdecimal() and model != "base":
+                    words.insert(1, f"step {step}")
                 if figures:
-                    found.setdefault(", ".join(words), figures)
-    return found
+                    results.setdefault(", ".join(words), figures)
+    return results
 
 
 def find_evaluations(run: Path) -> list[Path]:
-    """RUN/consensus and every RUN/consensus-STEP that are there, the latest step first."""
+    """The directories RUN/consensus and RUN/consensus-STEP that exist, the latest step first."""
     steps = [path for path in run.glob("consensus-*") if path.name.removeprefix("consensus-").isdecimal()]
     steps.sort(key=lambda path: int(path.name.removeprefix("consensus-")), reverse=True)
     return [path for path in (run / "consensus", *steps) if path.is_dir()]
 
 
 def read_analyses(run_dir: Path, page: dict[str, Any], evaluation: Path | None) -> dict[str, Any]:
-    """Every analysis of the first run and of its evaluation, with n and interval, as `grpo.reports.analysis` documents them."""
-    lines = [list(records(run_dir / f"{name}.jsonl", [], "step")) for name in ("metrics", "evaluations", "completions")]
-    found: dict[str, Any] = {"run": rounded(analysis.of_run(*lines)), "gain_by_model": page["gain_by_model"]}
+    """All analyses of the first run and of its evaluation, as `grpo.reports.analysis` documents them."""
+    lines = [list(read_records(run_dir / f"{name}.jsonl", [], "step")) for name in ("metrics", "evaluations", "completions")]
+    analyses: dict[str, Any] = {"run": round_floats(analysis.analyse_run(*lines)), "gain_by_model": page["gain_by_model"]}
     if evaluation:
-        samples, problems = (list(records(evaluation / f"{name}.jsonl", [])) for name in ("samples", "problems"))
-        found |= {"evaluation": page["evaluation"]["charts"], "hard_cases": analysis.hard_cases(samples, problems)}
-    return found
+        samples, problems = (list(read_records(evaluation / f"{name}.jsonl", [])) for name in ("samples", "problems"))
+        analyses |= {"evaluation": page["evaluation"]["charts"], "hard_cases": analysis.hard_cases(samples, problems)}
+    return analyses
 
 
 def render(page: dict[str, Any]) -> str:
-    """The page. Its policy allows the script and the style that are in it, by their digests, and no connection anywhere."""
+    """The HTML. Its policy allows only the script and the style that it contains, by their hashes, and no connection."""
     text = TEMPLATE.read_text("utf-8")
     data = json.dumps(page, allow_nan=False, separators=(",", ":"))
     packed = base64.b64encode(gzip.compress(data.encode(), 6, mtime=0)).decode()
-    script, style = (digest(re.search(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)[1]) for tag in ("script", "style"))  # type: ignore[index]
+    script, style = (policy_hash(re.search(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)[1]) for tag in ("script", "style"))  # type: ignore[index]
     policy = f"default-src 'none'; script-src {script}; style-src {style}; base-uri 'none'; form-action 'none'"
     return text.replace("{{policy}}", policy).replace("{{data}}", packed)
 
 
-def digest(source: str) -> str:
+def policy_hash(source: str) -> str:
+    """A script or style as a Content-Security-Policy names it."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
 
 
@@ -104,111 +116,148 @@ def digest(source: str) -> str:
 
 def read_run(folder: Path, notes: list[str]) -> dict[str, Any]:
     """Settings, metrics as columns, alarms, evaluations, sessions and result of a run."""
-    steps = list(records(folder / "metrics.jsonl", notes, "step"))
+    steps = list(read_records(folder / "metrics.jsonl", notes, "step"))
     names = dict.fromkeys(name for step in steps for name, value in step.items() if isinstance(value, (int, float)))
     sessions = read_object(folder / "sessions.json", [], notes)
     return {
         "name": folder.resolve().name,
-        "config": read_object(folder / "config.json", {}, notes),
+        "config": current_names(read_object(folder / "config.json", {}, notes)),
         "step": [step["step"] for step in steps],
-        "metrics": {name: [rounded(step.get(name)) for step in steps] for name in names if name != "step"},
+        "metrics": {name: [round_floats(step.get(name)) for step in steps] for name in names if name != "step"},
         "alarms": [[step["step"], name] for step in steps for name in step.get("alarms") or []],
-        "evaluations": rounded(list(records(folder / "evaluations.jsonl", notes, "step"))),
+        "evaluations": round_floats(list(read_records(folder / "evaluations.jsonl", notes, "step"))),
         "sessions": [{key: len(x) if isinstance(x, list) else x for key, x in session.items()} for session in sessions],
-        "result": rounded(read_object(folder / "result.json", {}, notes)),
+        "result": round_floats(read_object(folder / "result.json", {}, notes)),
     }
 
 
 def read_completions(folder: Path, config: dict[str, Any], wanted: set[int], limit: float, notes: list[str]) -> dict[str, Any]:
-    """Completions as columns, in groups. Of more than `limit` bytes, whole steps are left out; those `wanted` come first."""
+    """The completions as columns, in groups. Whole steps are left out beyond `limit` bytes; those in `wanted` come first."""
+    path = folder / "completions.jsonl"
+    steps, total = choose_steps(path, wanted, limit, notes)
+    columns = CompletionColumns(config.get("group_size"))
+    for record in read_records(path, [], *COMPLETION_KEYS):
+        if record["step"] in steps:
+            columns.add(record)
+    problems = columns.problems | {"question": find_questions(columns.problems, config, notes)}
+    return columns.columns | {
+        "components": columns.components,
+        "groups": columns.groups,
+        "problems": problems,
+        "total": total,
+    }
+
+
+def choose_steps(path: Path, wanted: set[int], limit: float, notes: list[str]) -> tuple[set[int], int]:
+    """(steps, total): the steps whose completions fit into `limit` bytes, and the number of all completions."""
     sizes: Counter[int] = Counter()
     counts: Counter[int] = Counter()
-    path = folder / "completions.jsonl"
-    keys = "step", "problem", "text"
-    for record in records(path, notes, *keys):
+    for record in read_records(path, notes, *COMPLETION_KEYS):
         sizes[record["step"]] += len(record["text"]) + 100
         counts[record["step"]] += 1
     first = {step: size for step, size in sizes.items() if step in wanted}
     others = {step: size for step, size in sizes.items() if step not in wanted}
-    kept = {*spread(first, limit), *spread(others, limit - sum(first.values()))}
-    if len(kept) < len(sizes):
-        left = sum(counts[step] for step in sizes if step not in kept)
+    steps = {*spread(first, limit), *spread(others, limit - sum(first.values()))}
+    if len(steps) < len(sizes):
+        missing = sum(count for step, count in counts.items() if step not in steps)
         notes.append(
-            f"{left:,} of {counts.total():,} completions are not in this page: those of {len(sizes) - len(kept):,} of "
+            f"{missing:,} of {counts.total():,} completions are not in this page: those of {len(sizes) - len(steps):,} of "
             f"{len(sizes):,} steps, evenly spread (--megabytes raises the limit)"
         )
-
-    groups: dict[str, list] = {"step": [], "problem": [], "size": []}
-    problems: dict[str, dict[str, Any]] = {}
-    columns: dict[str, list] = {name: [] for name in ("text", "reward", "advantage", "length", "flags")}
-    components: dict[str, list] = {}
-    before, group_size = None, config.get("group_size")
-    for record in records(path, [], *keys):
-        if record["step"] not in kept:
-            continue
-        if (record["step"], record["problem"]) != before or groups["size"][-1] == group_size:
-            before = record["step"], record["problem"]
-            problem = problems.setdefault(record["problem"], {"place": len(problems), "answer": record.get("answer")})
-            for name, value in {"step": record["step"], "problem": problem["place"], "size": 0}.items():
-                groups[name].append(value)
-        groups["size"][-1] += 1
-        row = len(columns["text"])
-        columns["text"].append(record["text"])
-        columns["reward"].append(rounded(record.get("reward")))
-        columns["advantage"].append(rounded(record.get("advantage"), 8))
-        columns["length"].append(record.get("length"))
-        columns["flags"].append(flags(record))
-        for name, value in record.get("components", {}).items():
-            column = components.setdefault(name, [])
-            column += [None] * (row - len(column)) + [rounded(value)]  # a reward that was added on the way
-    for column in components.values():
-        column += [None] * (len(columns["text"]) - len(column))
-
-    answers = [problem["answer"] for problem in problems.values()]
-    known = read_questions(config, notes) if problems else {}
-    found = [known.get(id) for id in problems]
-    questions = [p.question if p and p.answer == answer else None for p, answer in zip(found, answers, strict=True)]
-    return columns | {
-        "components": components,
-        "groups": groups,
-        "problems": {"id": list(problems), "answer": answers, "question": questions},
-        "total": counts.total(),
-    }
+    return steps, counts.total()
 
 
-def read_questions(config: dict[str, Any], notes: list[str]) -> dict[str, Problem]:
-    """The run's problems by id, where its data is still there. (Records hold ids, and a page is no reason to download.)"""
-    names = {field.name for field in fields(Config)}
+class CompletionColumns:
+    """Records of completions as columns. A group is a run of at most `group_size` records of one step and one problem."""
+
+    def __init__(self, group_size: int | None):
+        self.group_size = group_size
+        self.last: tuple[int, str] | None = None  # step and problem of the last record
+        self.columns: dict[str, list] = {name: [] for name in ("text", "reward", "advantage", "length", "flags")}
+        self.components: dict[str, list] = {}  # each as long as the other columns
+        self.groups: dict[str, list] = {"step": [], "problem": [], "size": []}
+        self.problems: dict[str, list] = {"id": [], "answer": []}
+        self.index: dict[str, int] = {}  # of a problem by its id
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.add_to_group(record)
+        row = {
+            "text": record["text"],
+            "reward": round_floats(record.get("reward")),
+            "advantage": round_floats(record.get("advantage"), 8),
+            "length": record.get("length"),
+            "flags": pack_flags(record),
+        }
+        components = record.get("components", {})
+        for name in components:
+            self.components.setdefault(name, [None] * len(self.columns["text"]))  # not recorded from the start
+        for name, column in self.components.items():
+            column.append(round_floats(components.get(name)))
+        for name, value in row.items():
+            self.columns[name].append(value)
+
+    def add_to_group(self, record: dict[str, Any]) -> None:
+        """Count the record in the last group, or in a new one."""
+        problem = record["problem"]
+        if problem not in self.index:
+            self.index[problem] = len(self.index)
+            self.problems["id"].append(problem)
+            self.problems["answer"].append(record.get("answer"))
+        if (record["step"], problem) != self.last or self.groups["size"][-1] == self.group_size:
+            self.last = record["step"], problem
+            for name, value in {"step": record["step"], "problem": self.index[problem], "size": 0}.items():
+                self.groups[name].append(value)
+        self.groups["size"][-1] += 1
+
+
+def find_questions(problems: dict[str, list], config: dict[str, Any], notes: list[str]) -> list[str | None]:
+    """The question of each problem; None if the run's data is gone, or has another answer now."""
+    known = read_problems(config, notes) if problems["id"] else {}
+    found = [known.get(id) for id in problems["id"]]
+    pairs = zip(found, problems["answer"], strict=True)
+    return [problem.question if problem and problem.answer == answer else None for problem, answer in pairs]
+
+
+def read_problems(config: dict[str, Any], notes: list[str]) -> dict[str, Problem]:
+    """The run's problems by id, if its data can still be read; the records have only their ids."""
     try:
-        problems, _ = choose_problems(Config(**{name: value for name, value in config.items() if name in names}))
-    except (ConfigError, DataError, OSError) as error:
-        notes.append(f"Questions are not shown, problems are known by their ids: {error}")
-        return {}
-    return {problem.id: problem for problem in problems}
+        if config["data"] == "arithmetic":
+            sessions = max(config["sessions"], config["session"])
+            problems = training_problems(config["new_problems"], sessions, config["seed"])
+        else:
+            problems = load_problems(config["data"])
+    except (DataError, OSError) as error:
+        notes.append(f"Questions are not shown, only the ids of problems: {error}")
+    except (KeyError, TypeError):
+        notes.append("Questions are not shown, only the ids of problems: config.json does not say what the run's data was")
+    else:
+        return {problem.id: problem for problem in problems}
+    return {}
 
 
 def read_tokens(path: Path, limit: float, notes: list[str]) -> list[dict[str, Any]]:
-    """The groups whose tokens were saved, as they are, a column of equal values as one value."""
-    sizes = {
-        number: len(json.dumps(group)) for number, group in enumerate(records(path, notes, "step", "problem", "completions"))
-    }
+    """The groups whose tokens were saved. A column of equal values becomes that value."""
+    keys = ("step", "problem", "completions")
+    sizes = {number: len(json.dumps(group)) for number, group in enumerate(read_records(path, notes, *keys))}
     kept = set(spread(sizes, limit))
     if len(kept) < len(sizes):
         notes.append(f"Tokens of {len(sizes) - len(kept):,} of {len(sizes):,} groups are not in this page (--megabytes)")
-    groups = []
-    for number, group in enumerate(records(path, [], "step", "problem", "completions")):
-        if number in kept:
-            rows = [
-                {"row": row["row"], "pieces": row["pieces"]}
-                | {name: constant(rounded(row[name])) for name in TOKEN_COLUMNS if name in row}
-                for row in group["completions"]
-            ]
-            groups.append({key: group.get(key) for key in GROUP_KEYS} | {"completions": rows})
-    return groups
+    groups = [group for number, group in enumerate(read_records(path, [], *keys)) if number in kept]
+    return [token_columns(current_names(group)) for group in groups]
 
 
-def constant(column: list) -> Any:
-    """A column whose values are all one and the same as that value: ratios on-policy, weights."""
+def token_columns(group: dict[str, Any]) -> dict[str, Any]:
+    """One line of tokens.jsonl as the page has it."""
+    rows = [
+        {"row": row["row"], "pieces": row["pieces"]}
+        | {name: fold_constant(round_floats(row[name])) for name in TOKEN_COLUMNS if name in row}
+        for row in group["completions"]
+    ]
+    return {key: group.get(key) for key in GROUP_KEYS} | {"completions": rows}
+
+
+def fold_constant(column: list) -> Any:
+    """A column whose values are all the same as that value: weights, and ratios on-policy."""
     return column[0] if column and all(value == column[0] for value in column) else column
 
 
@@ -216,72 +265,86 @@ def constant(column: list) -> Any:
 
 
 def read_evaluation(folder: Path, limit: float, notes: list[str]) -> dict[str, Any]:
-    """Figures, and of each problem what every sample answered, the vote, and the texts: sample 0 is greedy, the others vote."""
+    """Figures, analyses, and for each problem the answers and texts of all samples and the vote. Sample 0 is greedy.
+
+    Raises ConfigError if the directory holds no evaluation.
+    """
     settings = read_object(folder / "config.json", {}, notes)
-    problems = {problem["id"]: problem for problem in records(folder / "problems.jsonl", notes, "id", "question", "answer")}
-    samples = list(records(folder / "samples.jsonl", notes, "model", "problem", "sample", "text", "answer"))
+    problems = list(read_records(folder / "problems.jsonl", notes, "id", "question", "answer"))
+    samples = list(read_records(folder / "samples.jsonl", notes, "model", "problem", "sample", "text", "answer"))
     if not problems or "temperatures" not in settings:
-        raise ConfigError(f"evaluation {str(folder)!r} holds none: no config.json with temperatures, or no problems.jsonl")
-    temperatures = settings["temperatures"]
-    names = [name for name in ("base", "trained") if any(sample["model"] == name for sample in samples)]
-    of_model = {name: [sample for sample in samples if sample["model"] == name] for name in names}
-    missing = len(names) * len(problems) * (1 + len(temperatures)) - len(samples)
+        raise ConfigError(
+            f"evaluation {str(folder)!r} holds no evaluation: it needs config.json with temperatures and problems.jsonl"
+        )
+    temperatures, ids = settings["temperatures"], [problem["id"] for problem in problems]
+    by_model = {name: [sample for sample in samples if sample["model"] == name] for name in ("base", "trained")}
+    by_model = {name: mine for name, mine in by_model.items() if mine}
+    missing = len(by_model) * len(problems) * (1 + len(temperatures)) - len(samples)
     if missing:
         notes.append(
-            f"Evaluation: {missing:,} samples are missing. In the table and the list of votes they count as wrong; "
+            f"Evaluation: {missing:,} samples are missing. The table and the list of votes count them as wrong; "
             "calibration, gain by difficulty and the hard cases of analyses.json leave out their problems; "
-            "accuracy by length is of those that are there"
+            "accuracy by length uses the samples that exist"
         )
+    kept = choose_texts(samples, limit, notes)
+    return {
+        "settings": settings,
+        "result": round_floats(read_object(folder / "result.json", {}, notes)),
+        "problems": {key: [problem.get(key) for problem in problems] for key in ("id", "question", "solution")}
+        | {"gold": [canonical(problem["answer"]) for problem in problems]},
+        "models": {name: read_votes(mine, ids, temperatures, kept) for name, mine in by_model.items()},
+        "charts": {name: round_floats(analysis.analyse_model(mine, problems)) for name, mine in by_model.items()},
+    }
+
+
+def choose_texts(samples: list[dict[str, Any]], limit: float, notes: list[str]) -> set[str]:
+    """The problems whose texts fit into `limit` bytes."""
     sizes: Counter[str] = Counter()
     for sample in samples:
         sizes[sample["problem"]] += len(sample["text"])
     kept = set(spread(sizes, limit))
     if len(kept) < len(sizes):
         notes.append(f"Evaluation: texts of {len(sizes) - len(kept):,} of {len(sizes):,} problems are not in this page")
-    return {
-        "settings": settings,
-        "result": rounded(read_object(folder / "result.json", {}, notes)),
-        "problems": {key: [problem.get(key) for problem in problems.values()] for key in ("id", "question", "solution")}
-        | {"gold": [plain(problem["answer"]) for problem in problems.values()]},
-        "models": {name: read_votes(of_model[name], list(problems), temperatures, kept) for name in names},
-        "charts": {name: rounded(analysis.of_model(of_model[name], list(problems.values()))) for name in names},
-    }
+    return kept
 
 
 def read_votes(samples: list[dict[str, Any]], ids: list[str], temperatures: list[float], kept: set[str]) -> dict[str, Any]:
-    """One model's answers [P, 1 + voters], the vote of each problem [P], and texts [P, 1 + voters] of those in `kept`."""
-    at = {(sample["problem"], sample["sample"]): sample for sample in samples}
-    rows = [[at.get((id, number)) for number in range(1 + len(temperatures))] for id in ids]
+    """One model's votes, and for each problem the answers of its 1 + voters samples, and their texts if it is in `kept`."""
+    by_number = {(sample["problem"], sample["sample"]): sample for sample in samples}
+    rows = [[by_number.get((id, number)) for number in range(1 + len(temperatures))] for id in ids]
     answers = [[sample["answer"] if sample else None for sample in row] for row in rows]
+    texts = [[sample["text"] if sample else None for sample in row] for row in rows]
     return {
         "answers": answers,
         "winner": [majority_vote(row[1:], temperatures) for row in answers],
-        "texts": [[s["text"] if s else None for s in row] if id in kept else None for id, row in zip(ids, rows, strict=True)],
+        "texts": [row if id in kept else None for id, row in zip(ids, texts, strict=True)],
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------------------------------------- values
 
 
 def read_object(path: Path, missing: Any, notes: list[str]) -> Any:
+    """The value in a JSON file; `missing` if there is no such file or it is not JSON."""
     try:
         return json.loads(path.read_text("utf-8")) if path.is_file() else missing
     except ValueError as error:
-        notes.append(f"{path.name} is not JSON ({error}), and is left out")
+        notes.append(f"skipped {path.name}: it is not JSON ({error})")
         return missing
 
 
-def flags(record: dict[str, Any]) -> int:
-    held = record.get("accuracy", {}) | record.get("format", {}) | {"truncated": record.get("truncated")}
-    return sum(bool(held.get(name)) << bit for bit, name in enumerate(FLAGS))
+def pack_flags(record: dict[str, Any]) -> int:
+    """The FLAGS of a completion as bits."""
+    values = record.get("accuracy", {}) | record.get("format", {}) | {"truncated": record.get("truncated")}
+    return sum(bool(values.get(name)) << bit for bit, name in enumerate(FLAGS))
 
 
-def rounded(value: Any, digits: int = 6) -> Any:
-    """Floats, wherever they are, in few digits; those that JSON cannot spell become null."""
+def round_floats(value: Any, digits: int = 6) -> Any:
+    """A value with all its floats in few significant digits; NaN and infinity, which JSON lacks, become None."""
     if isinstance(value, dict):
-        return {key: rounded(x, digits) for key, x in value.items()}
+        return {key: round_floats(x, digits) for key, x in value.items()}
     if isinstance(value, list):
-        return [rounded(x, digits) for x in value]
+        return [round_floats(x, digits) for x in value]
     if not isinstance(value, float):
         return value
     if not math.isfinite(value):
@@ -291,7 +354,7 @@ def rounded(value: Any, digits: int = 6) -> Any:
 
 
 def spread(sizes: dict[Any, int], limit: float) -> Iterable[Any]:
-    """Keys spread evenly over all of them, whose sizes sum to about `limit` at most; all of them where they fit."""
+    """Keys whose sizes sum to at most about `limit`, evenly spread over all keys; all of them if they fit."""
     keys, total = list(sizes), sum(sizes.values())
     count = len(keys) if total <= limit else int(len(keys) * max(limit, 0) / total)
     return [keys[i * len(keys) // count] for i in range(count)]

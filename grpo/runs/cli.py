@@ -1,45 +1,36 @@
-"""What every script does around its work: the user's mistakes end in one line, the result in one line of JSON.
+"""What a script that computes with jax does around its work: compiled programs are cached, errors of memory are explained.
 
-Exit codes: 0 done, 2 the user's mistake, 1 a run that cannot go on (one line) or our own mistake (a traceback), 130 and 143
-stopped by SIGINT and SIGTERM.
+Exit codes are those of outcome.py; a run stopped by SIGINT or SIGTERM ends with 130 or 143.
 """
 
-import json
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from data import DataError
-from grpo.errors import ConfigError, RunError
-from grpo.runs.distributed import leave, print_main
-from grpo.runs.flags import fail
+from grpo.errors import RunError
+from grpo.runs.distributed import is_main_process, leave
 from grpo.runs.interrupts import Stopped
-from models import ModelError
+from grpo.runs.outcome import errors_as_exit_codes, print_result
 
 
-def run_script(main: Callable[[list[str]], dict[str, Any]], argv: list[str]) -> None:
-    if getattr(sys.modules["__main__"], "main", None) is main:  # this process is that script, and nobody's notebook
-        use_huge_pages()
+def run_script(main: Callable[[list[str]], dict[str, Any]], argv: list[str], short: Sequence[str] = ()) -> None:
+    """Run a script and print its result as one line of JSON; on a terminal only its keys in `short`, if there are any."""
     keep_compiled_programs()
     try:
         try:
-            with memory_explained():
+            with errors_as_exit_codes(), memory_explained():
                 result = main(argv)
-        except (ConfigError, DataError, ModelError) as error:
-            fail(str(error))
-        except RunError as error:
-            fail(str(error), code=1)
         except Stopped as stopped:
             raise SystemExit(stopped.code) from None
     except BaseException as error:
         leave(error)
         raise
-    print_main(json.dumps(result))
+    if is_main_process():
+        print_result(result, short)
 
 
 @contextmanager
@@ -53,21 +44,6 @@ def memory_explained() -> Iterator[None]:
         counted = str(error).strip().partition("\n")[0][:300] or "on the host"
         knobs = "raise microbatches, or lower group_size or max_new_tokens; checkpoints are as they were"
         raise RunError(f"out of memory ({counted}): {knobs}") from error
-
-
-def use_huge_pages() -> None:
-    """Start this program once more, its arrays in huge pages that stay its own: a quarter off an update on a CPU.
-
-    A step on a CPU allocates gigabytes and frees them again; page by page, the kernel takes as long as the arithmetic. One
-    arena for all threads, as the others are too small for large arrays and would give them back.
-    Whoever sets GLIBC_TUNABLES, to whatever value, keeps it. Without glibc the variable means nothing.
-    """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        never = str(2**40)
-        tunables = {"hugetlb": "1", "arena_max": "1", "mmap_threshold": never, "trim_threshold": never}
-        os.environ["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{name}={value}" for name, value in tunables.items())
-        sys.stdout.flush()
-        os.execv(sys.executable, sys.orig_argv)
 
 
 def keep_compiled_programs() -> None:

@@ -1,12 +1,13 @@
-"""An evaluation by vote: every problem is answered greedily and at several temperatures, by each model; a directory keeps it.
+"""An evaluation by majority vote: each model answers every problem greedily and at several temperatures. A directory holds it.
 
     config.json      settings, and digests of the problems and models that the samples belong to
-    problems.jsonl   every problem, in order
-    samples.jsonl    a line a sample, written as it ends; sample 0 of a problem is greedy, the others are in temperature's order
+    problems.jsonl   all problems, in order
+    samples.jsonl    one line a sample, written when it ends; sample 0 is greedy, sample j has the j-th temperature
     result.json      the figures
 
-Stopped in whatever way, it goes on with the samples that are missing. A sample is drawn from a key of its own number, so that
-it is the same whenever it is drawn and beside whatever others, to rounding. Left out: votes and figures (consensus.py).
+An evaluation that was stopped, in whatever way, continues with the missing samples. The random key of a sample depends only on
+its number, so a sample is the same whenever it is drawn and whatever shares its batch, up to rounding. Votes and figures are
+those of grpo/reports/consensus.py.
 """
 
 import hashlib
@@ -27,12 +28,12 @@ from data.prompts import drop_long
 from data.tokenizer import load_tokenizer
 from grpo.config import Config
 from grpo.errors import ConfigError
-from grpo.reports.consensus import figures, paired, plain
+from grpo.reports.consensus import WAYS, canonical, model_figures, paired
 from grpo.reward import extract_answer, flexible_answer
 from grpo.runs.checkpoint import digest
 from grpo.runs.evaluate import Completion, complete
 from grpo.runs.grading import grade_completions
-from grpo.runs.metrics import JsonLines, rewrite
+from grpo.runs.metrics import JsonLines, rewrite, write_json
 from grpo.runs.model_source import Model
 from grpo.runs.reward_worker import UserRewards
 from grpo.runs.run_dir import take_lock
@@ -42,57 +43,61 @@ from models.sharding import ROLLOUT, activation_dtype
 
 
 class Evaluation:
-    """The directory of an evaluation. `temperatures` are those of the samples that vote."""
+    """An evaluation in its directory. `temperatures` are those of the samples that vote."""
 
     def __init__(self, folder: Path, problems: list[Problem], temperatures: list[float], settings: dict[str, Any]):
         self.folder, self.problems, self.temperatures = folder, problems, temperatures
         self.config: dict[str, Any] = read_settings(folder / "config.json")
-        self.too_long: dict[str, list[str]] = {}  # by model: problems that count as wrong, as their prompts are too long
+        self.too_long: dict[str, list[str]] = {}  # by model: problems that count as wrong because their prompts are too long
         content = [(problem.id, problem.question, problem.answer) for problem in problems]
-        self.claim(
-            settings | {"temperatures": temperatures, "problems": hashlib.sha256(repr(content).encode()).hexdigest()[:16]}
-        )
+        fingerprint = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+        self.claim(settings | {"temperatures": temperatures, "problems": fingerprint})
         lines = [json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems]
         rewrite(folder / "problems.jsonl", "".join(lines))
         self.file = JsonLines(folder / "samples.jsonl", step=None)
 
     def claim(self, part: dict[str, Any]) -> None:
-        """Note what the samples belong to. ConfigError when they belong to something else."""
-        changes = [f"{name} {str(self.config[name])[:60]} -> {str(value)[:60]}" for name, value in part.items()
-                   if self.config.get(name, value) != value]  # fmt: skip
+        """Record what the samples belong to. Raises ConfigError if they belong to something else."""
+        changes = [
+            f"{name} {str(self.config[name])[:60]} -> {str(value)[:60]}"
+            for name, value in part.items()
+            if self.config.get(name, value) != value
+        ]
         if changes:
             raise ConfigError(f"{self.folder} holds another evaluation ({', '.join(changes)}); give another --out")
         self.config |= part
-        rewrite(self.folder / "config.json", json.dumps(self.config, indent=1) + "\n")
+        write_json(self.folder / "config.json", self.config)
 
-    def of(self, name: str) -> list[dict[str, Any]]:
-        """The samples of a model, so far."""
+    def samples_of(self, name: str) -> list[dict[str, Any]]:
+        """The samples of a model that exist so far."""
         return [sample for sample in self.file.records if sample["model"] == name]
 
-    def answer(self, name: str, model: Model, mesh: Mesh, config: Config, show: Callable[[list[Completion]], None]) -> None:
-        """Draw the samples of a model that are missing; `show` sees them as they end."""
+    def draw_samples(
+        self, name: str, model: Model, mesh: Mesh, config: Config, show: Callable[[list[Completion]], None]
+    ) -> None:
+        """Draw the missing samples of a model. `show` is called with the samples that have ended."""
         tokenizer = load_tokenizer(model.folder)
         check_tokenizer(tokenizer, model.config)
-        view = model.load(mesh, ROLLOUT, activation_dtype(config.dtype))
-        self.claim({f"{name}_weights": digest(view), f"{name}_tokenizer": tokenizer.fingerprint})
+        params = model.load(mesh, ROLLOUT, activation_dtype(config.dtype))
+        self.claim({f"{name}_weights": digest(params), f"{name}_tokenizer": tokenizer.fingerprint})
         asked, prompt_ids, too_long = drop_long(self.problems, tokenizer, config.system_prompt, config.max_prompt_tokens)
         self.too_long[name] = [problem.id for problem in too_long]
         config = replace(config, max_prompt_tokens=max(map(len, prompt_ids)))
         temperatures = [0.0, *self.temperatures]
-        there = {(sample["problem"], sample["sample"]) for sample in self.of(name)}
-        numbers = [(problem, j) for problem in asked for j in range(len(temperatures))]
-        wanted = np.array([i for i, (problem, j) in enumerate(numbers) if (problem.id, j) not in there], int)
+        present = {(sample["problem"], sample["sample"]) for sample in self.samples_of(name)}
+        numbered = [(problem, j) for problem in asked for j in range(len(temperatures))]  # by the index of a Completion
+        wanted = np.array([i for i, (problem, j) in enumerate(numbered) if (problem.id, j) not in present], int)
         execution = ExecutionConfig(ROLLOUT, activation_dtype(config.dtype), unroll=config.unroll)
-        rewards = UserRewards()  # none: accuracies and formats are all that is asked
+        rewards = UserRewards()  # none: only accuracies and formats are needed
         start = time.perf_counter()
-        for ended in complete(view, prompt_ids, temperatures, tokenizer, model.config, execution, config, wanted):
-            pairs = [numbers[completion.index] for completion in ended]
-            texts, cut = [completion.text for completion in ended], [completion.truncated for completion in ended]
-            graded = grade_completions(texts, [problem for problem, _ in pairs], cut, config.reward_weights, rewards)
+        for ended in complete(params, prompt_ids, temperatures, tokenizer, model.config, execution, config, wanted):
+            pairs = [numbered[completion.index] for completion in ended]
+            texts, truncated = [completion.text for completion in ended], [completion.truncated for completion in ended]
+            grades = grade_completions(texts, [problem for problem, _ in pairs], truncated, config.reward_weights, rewards)
             seconds = (time.perf_counter() - start) / len(ended)
             lines = [
-                record(name, problem.id, j, temperatures[j], completion, graded_completion, seconds)
-                for (problem, j), completion, graded_completion in zip(pairs, ended, graded, strict=True)
+                sample_record(name, problem.id, j, temperatures[j], completion, grade, seconds)
+                for (problem, j), completion, grade in zip(pairs, ended, grades, strict=True)
             ]
             self.file.write_all(lines)
             self.file.records += lines
@@ -100,18 +105,20 @@ class Evaluation:
             show(ended)
 
     def result(self, names: list[str]) -> dict[str, Any]:
-        """The figures of all models, kept in result.json. Those outside `models` are of the trained one, its vote against its
-        greedy answers, except for `trained_against_base`.
+        """The figures of all models, also written to result.json.
+
+        Outside `models`, paired counts and agreement are those of the trained model, its vote against its greedy answers;
+        `trained_against_base` compares the two models.
         """
         models: dict[str, Any] = {"base": None, "trained": None}
         solved = {}
         problems = [asdict(problem) for problem in self.problems]
         for name in names:
-            models[name], solved[name] = figures(problems, self.of(name), self.temperatures)
+            models[name], solved[name] = model_figures(problems, self.samples_of(name), self.temperatures)
         trained, against = models["trained"], None
         if models["base"]:
-            against = {way: paired(solved["base"][way], solved["trained"][way]) for way in ("greedy", "consensus")}
-        tokens, seconds = (sum(models[name][what] for name in names) for what in ("tokens", "seconds"))
+            against = {way: paired(solved["base"][way], solved["trained"][way]) for way in WAYS}
+        tokens, seconds = (sum(models[name][key] for name in names) for key in ("tokens", "seconds"))
         result = {
             "n": len(problems),
             "models": models,
@@ -121,14 +128,14 @@ class Evaluation:
             "trained_against_base": against,
             "too_long": self.too_long,
         }
-        rewrite(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
+        write_json(self.folder / "result.json", result)
         return result
 
 
-def record(
-    model: str, problem: str, number: int, temperature: float, completion: Completion, graded: dict[str, Any], seconds: float
+def sample_record(
+    model: str, problem: str, number: int, temperature: float, completion: Completion, grade: Any, seconds: float
 ) -> dict[str, Any]:
-    """A line of samples.jsonl. `seconds` is the sample's share of what those that ended together took."""
+    """A line of samples.jsonl. `seconds` is the sample's share of the time of those that ended together."""
     return {
         "model": model,
         "problem": problem,
@@ -137,24 +144,24 @@ def record(
         "text": completion.text,
         "length": len(completion.tokens),
         "truncated": completion.truncated,
-        "answer": plain(extract_answer(completion.text)),
-        "flexible_answer": plain(flexible_answer(completion.text)),
-        "accuracy": graded["accuracy"],
-        "format": graded["format"],
+        "answer": canonical(extract_answer(completion.text)),
+        "flexible_answer": canonical(flexible_answer(completion.text)),
+        "accuracy": grade["accuracy"],
+        "format": grade["format"],
         "seconds": seconds,
     }
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """What an evaluation belongs to; nothing when there is none yet."""
+    """What the samples of an evaluation belong to; empty if there is no file yet. ConfigError if it is not an evaluation's."""
     if not path.exists():
         return {}
     try:
         settings = json.loads(path.read_text("utf-8"))
     except ValueError:
         settings = {}
-    if "temperatures" not in settings:  # a run's directory, say
-        raise ConfigError(f"{path} is not that of an evaluation; give another --out")
+    if "temperatures" not in settings:  # for example a run's directory
+        raise ConfigError(f"{path} does not belong to an evaluation; give another --out")
     return settings
 
 
@@ -162,7 +169,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 def open_evaluation(
     folder: Path, problems: list[Problem], temperatures: list[float], settings: dict[str, Any]
 ) -> Iterator[Evaluation]:
-    """The evaluation in `folder`, made if need be, for this process alone."""
+    """The evaluation in `folder`, created if needed and locked for this process."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = take_lock(folder)

@@ -1,10 +1,10 @@
-"""Accuracy on held-out problems: each answered greedily and once by sampling, through a batch that stays full.
+"""Accuracy on held-out problems: each is answered greedily and once by sampling, with continuous batching.
 
-Left out: voting over several samples (vote.py).
+consensus_eval.py draws several samples a problem, which vote.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,48 +18,11 @@ from grpo.step import Run
 from models.continuous_batching import sample_continuously
 from models.gemma import ExecutionConfig, GemmaConfig, Params
 
-EVALUATION = 2**30  # the "step" of the random stream: no training step shares it, and every evaluation draws the same
-
-
-def evaluate(
-    params: Params, problems: list[Problem], prompt_ids: list[list[int]], run: Run, sampled: bool = True
-) -> dict[str, Any]:
-    """Greedy and, with `sampled`, sampled figures of `problems` under the sampling parameters `params`, as proportions.
-
-    `low` and `high` bound the greedy accuracy (Wilson, 95%).
-    """
-
-    def mean(values) -> float:
-        return float(np.mean(list(values)))
-
-    names = ["greedy", "sampled"] if sampled else ["greedy"]  # they take turns
-    temperature = [0.0, run.config.temperature][: len(names)]
-    asked = [problem for problem in problems for _ in names]
-    completions = sorted(
-        completion
-        for ended in complete(params, prompt_ids, temperature, run.tokenizer, run.model, run.sample, run.config)
-        for completion in ended
-    )
-    texts, truncated = [completion.text for completion in completions], [completion.truncated for completion in completions]
-    records = run.grade(texts, asked, truncated)
-    low, high = wilson(sum(record["accuracy"]["tagged"] for record in records[:: len(names)]), len(problems))
-    figures: dict[str, Any] = {"n": len(problems), "low": low, "high": high}
-    for column, name in enumerate(names):
-        chosen = records[column :: len(names)]
-        scored = [r["reward"] for r in chosen if not math.isnan(r["reward"])]
-        figures[name] = mean(r["accuracy"]["tagged"] for r in chosen)
-        figures |= {
-            f"{name}_strict": mean(r["accuracy"]["strict"] for r in chosen),
-            f"{name}_flexible": mean(r["accuracy"]["flexible"] for r in chosen),
-            f"{name}_format": mean(not r["format"]["violation"] for r in chosen),
-            f"{name}_reward": mean(scored) if scored else None,
-            f"{name}_length": mean(len(completion.tokens) for completion in completions[column :: len(names)]),
-        }
-    return figures
+EVALUATION = 2**30  # the "step" of the random stream: no training step shares it, and every evaluation draws the same samples
 
 
 class Completion(NamedTuple):
-    """Sample i of a list of prompts; prompt q has i = q * n to (q + 1) * n - 1, one for each of n temperatures."""
+    """Sample `index` of a list of prompts. With n temperatures, prompt q has the samples q * n to (q + 1) * n - 1."""
 
     index: int
     tokens: list[int]  # the stop token included
@@ -67,16 +30,60 @@ class Completion(NamedTuple):
     truncated: bool
 
 
+def evaluate(
+    params: Params, problems: list[Problem], prompt_ids: list[list[int]], run: Run, sampled: bool = True
+) -> dict[str, Any]:
+    """Greedy and, with `sampled`, sampled figures of `problems` under the sampling parameters `params`.
+
+    Accuracies and formats are proportions, lengths are in tokens; `low` and `high` bound the greedy accuracy (Wilson, 95%).
+    """
+    names = ["greedy", "sampled"] if sampled else ["greedy"]  # of the samples of each problem, in order
+    temperatures = [0.0, run.config.temperature][: len(names)]
+    completions = sorted(
+        completion
+        for ended in complete(params, prompt_ids, temperatures, run.tokenizer, run.model, run.sample, run.config)
+        for completion in ended
+    )
+    asked = [problem for problem in problems for _ in names]
+    texts, truncated = [completion.text for completion in completions], [completion.truncated for completion in completions]
+    grades = run.grade(texts, asked, truncated)
+    low, high = wilson(sum(grade["accuracy"]["tagged"] for grade in grades[:: len(names)]), len(problems))
+    figures: dict[str, Any] = {"n": len(problems), "low": low, "high": high}
+    for column, name in enumerate(names):
+        figures |= mean_figures(name, grades[column :: len(names)], completions[column :: len(names)])
+    return figures
+
+
+def mean_figures(name: str, grades: Sequence[Any], completions: Sequence[Completion]) -> dict[str, Any]:
+    """Means over completions, one a problem; their keys begin with `name`. The reward is None if no completion has one."""
+
+    def mean(values) -> float:
+        return float(np.mean(list(values)))
+
+    rewards = [grade["reward"] for grade in grades if not math.isnan(grade["reward"])]
+    return {
+        name: mean(grade["accuracy"]["tagged"] for grade in grades),
+        f"{name}_strict": mean(grade["accuracy"]["strict"] for grade in grades),
+        f"{name}_flexible": mean(grade["accuracy"]["flexible"] for grade in grades),
+        f"{name}_format": mean(not grade["format"]["violation"] for grade in grades),
+        f"{name}_reward": mean(rewards) if rewards else None,
+        f"{name}_length": mean(len(completion.tokens) for completion in completions),
+    }
+
+
 def complete(
-    params: Params, prompt_ids: list[list[int]], temperature: list[float], tokenizer: Detokenizer, model: GemmaConfig,
+    params: Params, prompt_ids: list[list[int]], temperatures: list[float], tokenizer: Detokenizer, model: GemmaConfig,
     execution: ExecutionConfig, config: Config, wanted: np.ndarray | None = None,
 ) -> Iterator[list[Completion]]:  # fmt: skip
-    """Samples of every prompt at every temperature, or of them the `wanted` ones, as they end. A prompt is prefilled once."""
+    """Yields the samples of every prompt at every temperature as they end; with `wanted`, only those with these indices.
+
+    Each prompt is prefilled once.
+    """
     prompts, lengths = pad_prompts(prompt_ids, config.max_prompt_tokens, tokenizer.pad_id)
     for done in sample_continuously(
-        params, prompts, lengths, np.array(temperature, np.float32), config.prompts_per_step, config.rows, config.seed,
+        params, prompts, lengths, np.array(temperatures, np.float32), config.prompts_per_step, config.rows, config.seed,
         EVALUATION, model, execution, sampling_config(tokenizer, config), wanted,
     ):  # fmt: skip
-        ended = zip(done.index.tolist(), done.tokens, done.lengths, done.truncated.tolist(), strict=True)
-        tokens = [(i, row[:length].tolist(), cut) for i, row, length, cut in ended]
-        yield [Completion(i, ids, tokenizer.decode(ids), cut) for i, ids, cut in tokens]
+        rows = zip(done.index.tolist(), done.tokens, done.lengths, done.truncated.tolist(), strict=True)
+        ended = [(index, tokens[:length].tolist(), truncated) for index, tokens, length, truncated in rows]
+        yield [Completion(index, ids, tokenizer.decode(ids), truncated) for index, ids, truncated in ended]

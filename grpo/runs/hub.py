@@ -7,7 +7,6 @@ from pathlib import Path
 
 from grpo.errors import ConfigError
 
-HUBS = ("hf:", "kaggle:")
 FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja")  # never a pickle
 
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from grpo.errors import RunError
+from grpo.reports.jsonl import has_only, read_records
 from grpo.rollout import Grade, rewards_of, zero_variance_groups
 from grpo.runs.distributed import broadcast_from_main, is_main_process
 from grpo.step import Run, StepResult
@@ -105,16 +106,11 @@ class JsonLines:
 
     def read(self, step: int | None) -> tuple[list[dict[str, Any]], bool]:
         """The records up to `step`, and whether the file holds nothing else, such as a torn last line."""
-        kept: list[dict[str, Any]] = []
-        text = self.path.read_text("utf-8", errors="replace") if self.path.is_file() else ""
-        lines = text.split("\n")  # not splitlines: a completion may hold U+2028
-        for number, line in enumerate(lines[:-1], start=1):
-            try:
-                record = json.loads(line)
-                kept += [record] if step is None or record["step"] <= step else []
-            except (ValueError, KeyError, TypeError):
-                print(f"warning: {self.path}:{number} is not a record: skipped", file=sys.stderr, flush=True)
-        return kept, len(kept) == len(lines) - 1 and not lines[-1]
+        notes: list[str] = []
+        kept = list(read_records(self.path, notes, step=step))
+        for note in notes:
+            print(f"warning: {note}", file=sys.stderr, flush=True)
+        return kept, not self.path.exists() or has_only(self.path, len(kept))
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record, and remember it as a resumed run would read it."""
@@ -135,6 +131,11 @@ def rewrite(path: Path, text: str) -> None:
     part = path.with_suffix(".part")
     part.write_text(text, "utf-8")
     part.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file by a value as indented JSON, atomically."""
+    rewrite(path, json.dumps(value, indent=1) + "\n")
 
 
 def strict(value: Any) -> Any:

@@ -20,9 +20,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from grpo.config import HUBS
 from grpo.errors import ConfigError
 from grpo.runs.checkpoint import open_params, read_adapters, read_digest, read_meta, read_params, saved_steps
-from grpo.runs.hub import HUBS, download
+from grpo.runs.hub import download
 from models.formats.adapters import SETTINGS, LoadedAdapters, is_peft, is_tunix, read_peft, read_tunix
 from models.formats.containers import is_tree, locate, read_json
 from models.formats.convert import Reader, load_params, open_weights, place_params, read_config

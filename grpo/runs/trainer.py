@@ -1,6 +1,5 @@
 """A training run: sessions of steps, with evaluations, checkpoints and records around them. A step itself is grpo/step.py."""
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from grpo.runs.console import Progress, closing_table, describe_plan
 from grpo.runs.distributed import broadcast_from_main, is_main_process, join, print_main
 from grpo.runs.evaluate import evaluate
 from grpo.runs.interrupts import Interrupts, Stopped
-from grpo.runs.metrics import CompileCounter, JsonLines, completion_records, rewrite, step_metrics
+from grpo.runs.metrics import CompileCounter, JsonLines, completion_records, step_metrics, write_json
 from grpo.runs.model_source import copy_description
 from grpo.runs.resume import Lineage, find_start, restore_session_start
 from grpo.runs.run_dir import open_run_dir
@@ -281,10 +280,6 @@ def load_base(run: Setup) -> Params:
 
 def draw_dashboard(folder: Path) -> None:
     """training.png of a run."""
-    from grpo.reports.plots import attempt, draw_training  # matplotlib takes a while to import, and is not needed before
+    from grpo.reports.plots import draw_or_warn, draw_training  # matplotlib takes a while to import
 
-    attempt(draw_training, folder, folder / "training.png")
-
-
-def write_json(path: Path, value: Any) -> None:
-    rewrite(path, json.dumps(value, indent=1) + "\n")
+    draw_or_warn(draw_training, folder, folder / "training.png")
