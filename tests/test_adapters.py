@@ -316,7 +316,7 @@ def test_peft_folders_of_another_kind_are_refused(base, tmp_path):
     expect_error(ConfigError, "give --base_path", find_model, folder)
     (folder / "adapter_model.safetensors").unlink()
     (folder / "adapter_model.bin").touch()
-    expect_error(ModelError, "adapter_model.safetensors is missing: adapters are read", find_model(folder, base).adapters)
+    expect_error(ModelError, "adapter_model.safetensors is missing: adapters are only read", find_model(folder, base).adapters)
 
 
 def test_the_embedded_model_has_no_adapters():

@@ -49,7 +49,7 @@ def test_every_form_of_the_tree_is_the_same(form, tmp_path, mesh):
 @pytest.mark.parametrize("name", ["gemma1-mha", "gemma2-gqa", "gemma3-gqa"])
 def test_without_a_config_json_the_preset_that_fits_is_taken(name, tmp_path, monkeypatch):
     path, config = kaggle(tmp_path, name, config=False), read_config(REFERENCES / name)
-    with pytest.raises(ModelError, match=r"2b-it fits none of gemma-2b, .*config\.json of its Hugging Face twin beside it"):
+    with pytest.raises(ModelError, match=r"2b-it fits none of gemma-2b, .*config\.json of its Hugging Face twin next to it"):
         read_config(path)
     others = {"deeper": replace(config, num_layers=5), "wider": replace(config, mlp_dim=80)}
     family = {"later": replace(config, post_norms=True, qk_norms=not config.qk_norms)}
