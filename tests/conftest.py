@@ -24,7 +24,7 @@ if known_to_xla("xla_cpu_use_fusion_emitters"):  # without them programs compile
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # what a test compiles, it compiles here and now
 
-import pytest
+import pytest  # noqa: E402 (jax reads the variables above)
 
 pytest_plugins = ["training"]  # fixtures that the tests of training share
 

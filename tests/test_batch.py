@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from tiny_run import CONFIG, MODEL
 
-from data.batches import FAR, Packed
+from data.batches import PADDING_POSITION as FAR
+from data.batches import Packed
 from grpo.batch import Batch, loss_mask, make_batch, split, unsplit
 from grpo.memory import choose_remat, device_memory, resident_bytes
 from grpo.update import UpdateConfig

@@ -61,7 +61,7 @@ def test_a_context_ends_with_an_error_and_an_inner_one_gives_way_to_the_outer(sl
         sleep(seconds)
 
     with phase_seconds() as outer:
-        with pytest.raises(ValueError, match="a fault"), phase_seconds() as inner:
+        with pytest.raises(ValueError, match="a fault"), phase_seconds() as inner:  # noqa: PT012
             one(1)
             raise ValueError("a fault")
         one(2)
