@@ -9,7 +9,9 @@ import sys
 import time
 from contextlib import closing
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -27,7 +29,7 @@ from grpo.config import PRESETS, TINY_MODEL
 from grpo.errors import ConfigError
 from grpo.reports.consensus import canonical, model_figures, wilson
 from grpo.runs.checkpoint import Checkpoints
-from grpo.runs.evaluate import complete
+from grpo.runs.evaluate import Completion, complete
 from grpo.runs.interrupts import Stopped
 from grpo.runs.model_source import copy_description, find_model
 from grpo.update import UpdateConfig, init_state
@@ -203,6 +205,32 @@ def test_a_torn_or_foreign_line_is_sampled_again(folder, whole, capsys):
     assert "warning: skipped 1 malformed line of samples.jsonl (31)\n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "terminal"])
+def test_progress_is_plain_lines_in_a_pipe_and_one_bar_on_a_terminal(terminal, capsys, monkeypatch):
+    """30 samples of 7 tokens: 4 were there, then some end together every 4 seconds, which is too often for a line each."""
+    script, clock = sys.modules["evaluate_consensus"], iter([100.0, 104.0, 108.0, 112.0, 116.0])
+    monkeypatch.setattr(script, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(script, "tqdm", partial(script.tqdm, mininterval=0))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    progress = script.SampleProgress(4, 30)
+    for count in (2, 6, 6, 6, 6):
+        progress.add([Completion(0, [1] * 7, "", False)] * count)
+    progress.close()
+    out, err = capsys.readouterr()
+    assert err == ""
+    if terminal:
+        assert "30/30" in out and "10 tokens/s" in out and out.count("\n") == 1
+    else:
+        assert out.splitlines() == [
+            "6/30 samples", "24/30 samples  10 tokens/s  0:04 left", "30/30 samples  10 tokens/s  0:00 left",
+        ]  # fmt: skip
+
+
+def test_the_last_line_on_a_terminal_is_short(whole):
+    line = json.dumps({key: whole[key] for key in sys.modules["evaluate_consensus"].SHORT})
+    assert len(line) < 220 and {"n", "fixed", "broke", "mcnemar_p"} <= json.loads(line).keys()
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -280,7 +308,7 @@ def test_a_prompt_that_is_too_long_is_wrong_and_named(folder, one_device, capsys
     assert len(greedy) == N - len(long) and not {r["problem"] for r in greedy} & set(long)
     assert result["models"]["trained"]["greedy"]["tagged"] == sum(r["accuracy"]["tagged"] for r in greedy) / N > 0
     shown = capsys.readouterr().out
-    assert f"trained: {len(long)} problems count as wrong, because their prompts are too long: {', '.join(long)}" in shown
+    assert f"trained: {len(long)} problems count as wrong because their prompts are too long: {', '.join(long)}" in shown
 
 
 def test_one_model_alone_is_said_to_be_alone(folder, capsys):

@@ -1,11 +1,7 @@
-"""Laws of models/lora.py and of runs with LoRA: peft's numbers, one meaning merged or not, and only adapters are trained."""
+"""Laws of models/lora.py: peft's numbers, the same merged or not, on one device or eight, and no gradient of the base."""
 
-import json
 import re
-import shutil
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,25 +9,15 @@ import numpy as np
 import pytest
 from make_references import REFERENCES, load
 from test_gemma import close, logits_of
-from test_relay import config as relay_config  # noqa: F401
-from training import devices, interrupted, read_files, run, without_times
 
-import grpo.runs.setup
-from grpo.config import Config
-from grpo.errors import ConfigError
-from grpo.memory import resident_bytes
-from grpo.runs.checkpoint import Checkpoints, sealed
-from grpo.runs.console import describe_plan
-from grpo.runs.model_source import find_model
-from grpo.update import init_state, narrow, policy, sampling_params, starting_point
 from models.formats.convert import load_params, read_config
-from models.formats.save import save_params
 from models.gemma import Adapted, ExecutionConfig, axes, forward, forward_group, linear, token_logprobs
 from models.lora import PROJECTIONS, Adapters, adapter_axes, attach, count_adapters, init_adapters, merge, merged
 from models.sharding import STORE, TRAIN, make_mesh, reshard, spec
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
+LONG = pytest.mark.long
 RANK, ALPHA = 3, 6.0
 SCALE = ALPHA / RANK
 TOKENS = np.random.default_rng(5).integers(3, 64, (2, 20))
@@ -118,7 +104,7 @@ def test_a_product_and_its_gradients_equal_float64(dtype, one_device):
         assert relative(ours, theirs) < tolerance
 
 
-@pytest.mark.parametrize(("remat", "unroll"), [("none", True), ("dots", False)])
+@pytest.mark.parametrize(("remat", "unroll"), [pytest.param("none", True, marks=LONG), ("dots", False)])
 def test_merged_is_unmerged_in_outputs_and_gradients(remat, unroll, one_device):
     """Automatic differentiation of base + scale * a @ b says the same as the two thin products."""
     config = read_config(REFERENCES / "gemma3-gqa")
@@ -191,7 +177,8 @@ def test_float32_is_merged_in_float32(dtype, asked, one_device):
     assert f"precision = [{asked}, {asked}]" in product
 
 
-def test_eight_devices_give_the_gradients_and_the_merged_weights_of_one():
+@pytest.mark.parametrize("remat", ["none", pytest.param("dots", marks=LONG)])
+def test_eight_devices_give_the_gradients_and_the_merged_weights_of_one(remat):
     config = read_config(REFERENCES / "gemma3-gqa")
     numbers, found = np.random.default_rng(6), []
     rows = numbers.integers(3, 64, (8, 6)), numbers.integers(1, 7, 8), numbers.integers(3, 64, (16, 5))
@@ -199,7 +186,7 @@ def test_eight_devices_give_the_gradients_and_the_merged_weights_of_one():
         with jax.set_mesh(mesh):
             params, adapters = load_params(REFERENCES / "gemma3-gqa", config, mesh, STORE), random_adapters(config)
             batch = [jax.device_put(x, spec(letters, TRAIN)) for x, letters in zip(rows, ("QP", "Q", "BC"), strict=True)]
-            total, gradients = gradients_of(adapters, params, *batch, config, ExecutionConfig(remat="dots"))
+            total, gradients = gradients_of(adapters, params, *batch, config, ExecutionConfig(remat=remat))
             merged = jax.jit(merge, static_argnums=2)(params, adapters, SCALE)
             for leaf, other in zip(jax.tree.leaves((adapters, params)), jax.tree.leaves((gradients, merged)), strict=True):
                 assert leaf.sharding == other.sharding  # nothing has moved
@@ -208,7 +195,7 @@ def test_eight_devices_give_the_gradients_and_the_merged_weights_of_one():
         assert relative(ours, theirs) < 1e-5
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=LONG), "dots", pytest.param("full", marks=LONG)])
 def test_no_gradient_of_a_frozen_weight_is_computed(remat, one_device):
     """The compiled program has no product whose result is as large as a projection, or as the vocabulary's table."""
     config = read_config(REFERENCES / "gemma3-gqa")
@@ -232,117 +219,3 @@ def test_no_gradient_of_a_frozen_weight_is_computed(remat, one_device):
         return jax.grad(lambda params: gradients_of(adapters, params, *rest[1:])[0])(rest[0])
 
     assert len(products(of_all) & sizes) > 2
-
-
-# --------------------------------------------------------------------------------------------------------------- a run
-
-
-@pytest.fixture(scope="module")
-def config(relay_config, folder) -> Config:  # noqa: F811
-    """Two sessions, two steps and four; the reference is what a session starts from."""
-    return replace(
-        relay_config, run_dir=str(folder / "lora"), lora_rank=2, lora_alpha=4.0, learning_rate=3e-3, reference="session_start",
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def finished(config):
-    result = run(config)
-    return result, read_files(config)
-
-
-def base_of(config: Config):
-    with devices(1):
-        prepared = grpo.runs.setup.prepare(config)
-    return prepared, prepared.base.load(prepared.mesh, STORE, "float32")
-
-
-def final_state_of(config: Config):
-    prepared, weights = base_of(config)
-    with jax.set_mesh(prepared.mesh):
-        trained, _ = starting_point(weights, prepared.model, "float32", config.seed, prepared.update)
-        checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints")
-        restored = checkpoints.restore(init_state(trained, prepared.update), lambda meta: None)
-        checkpoints.close()
-    assert restored is not None
-    return jax.device_get(restored.state)
-
-
-def test_a_run_trains_adapters_and_the_reference_is_below_them(config, finished):
-    """Measured by the KL before the first update of a session, and after some."""
-    result, files = finished
-    metrics = files["metrics.jsonl"]
-    assert metrics[0]["kl/k3"] < 1e-9 < 1e-7 < metrics[1]["kl/k3"]
-    assert metrics[2]["kl/k3"] < 1e-9 < 1e-7 < metrics[3]["kl/k3"]
-    assert all(record["logp_diff_sampler_trainer/max"] < 1e-4 for record in metrics)  # merged for the one, apart for the other
-    state = final_state_of(config)
-    assert set(state.params) == set(PROJECTIONS) and all(np.abs(adapter.b).max() > 0 for adapter in state.params.values())
-    moments = state.opt_state[1]
-    assert jax.tree.structure(moments.mu) == jax.tree.structure(state.params) == jax.tree.structure(moments.nu)
-    assert result["steps"] == 6
-
-
-def test_a_checkpoint_holds_adapters_and_moments_and_nothing_of_the_base(config, finished):
-    prepared, weights = base_of(config)
-    count = count_adapters(prepared.model, prepared.update.lora_names, config.lora_rank)
-    meta = Path(config.run_dir) / "checkpoints" / "6" / "meta" / "metadata"
-    names = set(json.loads(meta.read_text())["digests"])
-    assert {name for name in names if name.startswith("params.")} == {f"params.{p}.{m}" for p in PROJECTIONS for m in "ab"}
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(final_state_of(config))) == 12 * count + 3 * 4
-    assert (
-        resident_bytes(prepared.model, "bfloat16", prepared.update)
-        == 2 * sum(x.size for x in jax.tree.leaves(weights)) + 16 * count
-    )
-    assert f"({count / 1e6:.1f}M parameters" in describe_plan(prepared)
-
-
-def test_an_interrupted_and_relayed_run_is_the_same_to_the_bit(config, finished, tmp_path):
-    """Stopped in the middle of session 2, then gone on with in place and in another directory."""
-    broken = replace(config, run_dir=str(tmp_path / "broken"))
-    with interrupted(5, "rollout"):
-        run(broken)
-    relayed = replace(config, run_dir=str(tmp_path / "relayed"), relay_from=broken.run_dir)
-    for again in (relayed, broken):
-        assert run(again)["params_digest"] == finished[0]["params_digest"]
-        assert without_times(read_files(again)["metrics.jsonl"]) == without_times(finished[1]["metrics.jsonl"])
-
-
-@pytest.mark.parametrize("change", [{"lora_rank": 0, "lora_alpha": 64.0}, {"lora_alpha": 8.0}, {"lora_targets": "q,v"}])
-def test_a_run_goes_on_with_its_own_adapters_only(config, finished, change):
-    with pytest.raises(ConfigError, match=f"holds a run with other settings .*{next(iter(change))}"):
-        run(replace(config, **change))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_checkpoint_loads_as_the_weights_that_it_samples_with(config, finished, dtype):
-    prepared, weights = base_of(config)
-    state = final_state_of(config)
-    with jax.set_mesh(prepared.mesh):
-        params = policy(jax.tree.map(jnp.asarray, state.params), narrow(weights, dtype), prepared.update)
-        view = sampling_params(params, prepared.model, replace(prepared.sample, dtype=dtype))
-    loaded = find_model(config.run_dir).load(prepared.mesh, STORE, dtype)
-    for leaf, other in zip(jax.tree.leaves(view), jax.tree.leaves(loaded), strict=True):
-        assert leaf.dtype == other.dtype == dtype
-        np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (leaf, other)), rtol=0, atol=np.spacing(np.float32(4)))
-    base = find_model(config.model_path).load(prepared.mesh, STORE, dtype)
-    assert (np.asarray(loaded.layers.gate) != np.asarray(base.layers.gate)).any()
-
-
-def test_adapters_find_their_base_or_say_which_they_need(config, finished, tmp_path):
-    moved = shutil.copytree(config.run_dir, tmp_path / "moved")
-    for meta in moved.glob("checkpoints/*/meta/metadata"):
-        said = json.loads(meta.read_text()) | {"config": json.loads(meta.read_text())["config"] | {"model_path": "gone"}}
-        meta.write_text(json.dumps(sealed(said)))
-    with pytest.raises(ConfigError, match="has adapters for the model in gone, which is not there; give --base_path DIR"):
-        find_model(moved)
-    prepared, weights = base_of(config)
-    for model in (find_model(moved, config.model_path), find_model(config.run_dir)):
-        assert model.load(prepared.mesh, STORE, "float32").embedding.shape == weights.embedding.shape
-    other = tmp_path / "other"
-    shutil.copytree(config.model_path, other)
-    said = json.loads((other / "config.json").read_text())
-    save_params(other, replace(weights, final_norm=weights.final_norm + 1), prepared.model, said)
-    with pytest.raises(
-        ConfigError, match=r"other is not the model that .*moved/checkpoints/6 has adapters for; give --base_path"
-    ):
-        find_model(moved, other).load(prepared.mesh, STORE, "float32")

@@ -31,6 +31,8 @@ TEMPLATE = Path(__file__).with_name("page.html")
 # Bit b of a completion's `flags`; the script in page.html has the same list.
 FLAGS = ("tagged", "strict", "flexible", "reasoning_tags", "answer_tags", "violation", "truncated")
 COMPLETION_KEYS = ("step", "problem", "text")
+PROBLEM_KEYS = ("id", "question", "answer")
+SAMPLE_KEYS = ("model", "problem", "sample", "text", "answer")
 GROUP_KEYS = ("step", "problem", "question", "beta", "epsilon_low", "epsilon_high", "tis_cap")
 TOKEN_COLUMNS = ("ids", "logprobs", "sampler_logprobs", "old_logprobs", "ref_logprobs", "ratio", "kl", "clipped", "weight")
 
@@ -91,7 +93,8 @@ def read_analyses(run_dir: Path, page: dict[str, Any], evaluation: Path | None) 
     lines = [list(read_records(run_dir / f"{name}.jsonl", [], "step")) for name in ("metrics", "evaluations", "completions")]
     analyses: dict[str, Any] = {"run": round_floats(analysis.analyse_run(*lines)), "gain_by_model": page["gain_by_model"]}
     if evaluation:
-        samples, problems = (list(read_records(evaluation / f"{name}.jsonl", [])) for name in ("samples", "problems"))
+        samples = list(read_records(evaluation / "samples.jsonl", [], *SAMPLE_KEYS))
+        problems = list(read_records(evaluation / "problems.jsonl", [], *PROBLEM_KEYS))
         analyses |= {"evaluation": page["evaluation"]["charts"], "hard_cases": analysis.hard_cases(samples, problems)}
     return analyses
 
@@ -270,8 +273,8 @@ def read_evaluation(folder: Path, limit: float, notes: list[str]) -> dict[str, A
     Raises ConfigError if the directory holds no evaluation.
     """
     settings = read_object(folder / "config.json", {}, notes)
-    problems = list(read_records(folder / "problems.jsonl", notes, "id", "question", "answer"))
-    samples = list(read_records(folder / "samples.jsonl", notes, "model", "problem", "sample", "text", "answer"))
+    problems = list(read_records(folder / "problems.jsonl", notes, *PROBLEM_KEYS))
+    samples = list(read_records(folder / "samples.jsonl", notes, *SAMPLE_KEYS))
     if not problems or "temperatures" not in settings:
         raise ConfigError(
             f"evaluation {str(folder)!r} holds no evaluation: it needs config.json with temperatures and problems.jsonl"
