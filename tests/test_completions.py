@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_run import C, G, P, completions_of, grade, make_run
@@ -122,7 +123,7 @@ def sampler(monkeypatch) -> list[dict[str, Any]]:
 def test_the_stream_of_a_row_is_that_of_seed_step_attempt_and_row(sampler, attempt):
     run = make_run(seed=5)
     grpo.rollout.sample("weights", [3, 1], 7, run, attempt=attempt)  # type: ignore[arg-type]
-    expected = row_keys(5, 7, np.array([4 * attempt, 4 * attempt + 1, 4 * attempt + 2, 4 * attempt + 3]))
+    expected = row_keys(5, 7, jnp.array([4 * attempt, 4 * attempt + 1, 4 * attempt + 2, 4 * attempt + 3]))
     assert jax.random.key_data(sampler[0]["keys"]).tolist() == jax.random.key_data(expected).tolist()
 
 
