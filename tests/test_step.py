@@ -82,12 +82,12 @@ def graded(rewards: Any):
     return lambda texts, problems, cut: [grade(text, reward) for text, reward in zip(texts, values, strict=True)]
 
 
-@pytest.mark.parametrize(("schedule", "step"), [("session", 1), ("session", 3), ("run", 1), ("run", 3)])
+@pytest.mark.parametrize(("schedule", "step"), [("session", 2), ("session", 3), ("run", 2), ("run", 3)])
 def test_a_step_makes_one_update_for_each_rate_of_its_schedule_in_order(params, trained, schedule, step):
-    """Steps 1 and 2 are session 1, 3 to 6 session 2; two updates a step; warm-up over three updates."""
+    """Steps 1 and 2 are session 1, 3 to 6 session 2; two updates a step; one update of warm-up."""
     run = make_run(
         graded(REWARDS), updates_per_rollout=2, schedule=schedule, sessions=2, new_problems=2, max_steps=4, epochs=2,
-        warmup_steps=3, beta=0.0,
+        warmup_steps=1, beta=0.0,
     )  # fmt: skip
     assert [(session.start, session.end) for session in run.sessions] == [(0, 2), (2, 6)]
     state: Any = SimpleNamespace(params=params, updates=5)
@@ -96,8 +96,8 @@ def test_a_step_makes_one_update_for_each_rate_of_its_schedule_in_order(params, 
     first, last = (session.start, session.end) if schedule == "session" else (0, 6)
     total, expected = 2 * (last - first), []
     for update in (2 * (step - 1 - first), 2 * (step - 1 - first) + 1):
-        share = (update - 3) / (total - 3)
-        expected.append(0.01 * ((update + 1) / 4 if update < 3 else 0.55 + 0.45 * np.cos(np.pi * share)))
+        share = (update - 1) / (total - 1)
+        expected.append(0.01 * (1 / 2 if update < 1 else 0.55 + 0.45 * np.cos(np.pi * share)))
     assert [call.rate for call in trained] == result.rates == pytest.approx(expected, rel=1e-12)
     assert result.rates[0] != result.rates[1]
     assert [call.state.updates for call in trained] == [5, 6] and after.updates == 7  # type: ignore[attr-defined]
