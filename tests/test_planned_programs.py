@@ -42,7 +42,7 @@ def recorded(policy: Any) -> list[tuple[str, tuple]]:
 
 
 def described(leaf: Any) -> Any:
-    """What a program is compiled for: shape, dtype, sharding of an array; that a number is one. Anything else is static."""
+    """What a program is compiled for: shape, dtype and sharding of an array; that a number is one. Anything else is static."""
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         spec = [tuple([axis] if isinstance(axis, str) else axis or ()) for axis in leaf.sharding.spec]  # type: ignore[union-attr]
         spec += [()] * (leaf.ndim - len(spec))

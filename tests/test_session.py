@@ -93,6 +93,23 @@ def test_a_review_holds_no_problem_twice_and_none_that_is_new():
         assert (np.diff(three.review) > 0).all() and three.review.max() < 80
 
 
+def test_the_review_is_rounded_and_drawn_for_the_session():
+    """0.59 * 10 problems are 6. Sessions 2 and 3 that draw 20 of 40 problems draw others."""
+    assert len(plan_sessions(replace(CONFIG, new_problems=10, review_ratio=0.59), 1000)[1].review) == 6
+    two = plan_sessions(replace(CONFIG, new_problems=40, review_ratio=0.5), 1000)[1]
+    three = plan_sessions(replace(CONFIG, new_problems=20, review_ratio=1.0), 1000)[2]
+    assert len(two.review) == len(three.review) == 20 and max(*two.review, *three.review) < 40
+    assert set(two.review) != set(three.review)
+
+
+def test_every_session_and_seed_has_an_order_of_its_own():
+    plain = replace(CONFIG, review_ratio=0.0)
+    one, two, _ = plan_sessions(plain, 1000)
+    other, *_ = plan_sessions(replace(plain, seed=4), 1000)
+    assert (problems_of(two)[:50] - 50 != problems_of(one)[:50]).any()
+    assert (problems_of(other)[:50] != problems_of(one)[:50]).any()
+
+
 def test_every_epoch_of_a_session_has_an_order_of_its_own():
     one, _, _ = plan_sessions(replace(CONFIG, prompts_per_step=10), 1000)
     order = problems_of(one)

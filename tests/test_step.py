@@ -13,6 +13,8 @@ import grpo.step
 from grpo.rollout import build_batch
 from grpo.step import add_logprobs, one_step
 from grpo.update import completion_logprobs, init_state
+from models.gemma import Adapted
+from models.lora import Adapter
 
 REWARDS = np.array([[1, 3], [0, 6]], np.float32)
 
@@ -80,22 +82,22 @@ def graded(rewards: Any):
     return lambda texts, problems, cut: [grade(text, reward) for text, reward in zip(texts, values, strict=True)]
 
 
-@pytest.mark.parametrize("schedule", ["session", "run"])
-def test_a_step_makes_one_update_for_each_rate_of_its_schedule_in_order(params, trained, schedule):
-    """Steps 1 and 2 are session 1, 3 to 6 session 2; two updates a step; warm-up over three updates."""
+@pytest.mark.parametrize(("schedule", "step"), [("session", 2), ("session", 3), ("run", 2), ("run", 3)])
+def test_a_step_makes_one_update_for_each_rate_of_its_schedule_in_order(params, trained, schedule, step):
+    """Steps 1 and 2 are session 1, 3 to 6 session 2; two updates a step; one update of warm-up."""
     run = make_run(
         graded(REWARDS), updates_per_rollout=2, schedule=schedule, sessions=2, new_problems=2, max_steps=4, epochs=2,
-        warmup_steps=3, beta=0.0,
+        warmup_steps=1, beta=0.0,
     )  # fmt: skip
     assert [(session.start, session.end) for session in run.sessions] == [(0, 2), (2, 6)]
     state: Any = SimpleNamespace(params=params, updates=5)
-    after, result = one_step(3, run.sessions[1], state, run, base=None)
-    first, last = (2, 6) if schedule == "session" else (0, 6)
-    total = 2 * (last - first)
-    expected = []
-    for update in (2 * (2 - first), 2 * (2 - first) + 1):
-        share = (update - 3) / (total - 3)
-        expected.append(0.01 * ((update + 1) / 4 if update < 3 else 0.55 + 0.45 * np.cos(np.pi * share)))
+    session = run.sessions[step // 3]
+    after, result = one_step(step, session, state, run, base=None)
+    first, last = (session.start, session.end) if schedule == "session" else (0, 6)
+    total, expected = 2 * (last - first), []
+    for update in (2 * (step - 1 - first), 2 * (step - 1 - first) + 1):
+        share = (update - 1) / (total - 1)
+        expected.append(0.01 * (1 / 2 if update < 1 else 0.55 + 0.45 * np.cos(np.pi * share)))
     assert [call.rate for call in trained] == result.rates == pytest.approx(expected, rel=1e-12)
     assert result.rates[0] != result.rates[1]
     assert [call.state.updates for call in trained] == [5, 6] and after.updates == 7  # type: ignore[attr-defined]
@@ -139,6 +141,44 @@ def test_the_advantages_and_the_mask_of_a_step_are_those_of_its_rewards(params, 
     assert result.mask.sum(axis=1).tolist() == [1, 2, 0, C] and result.resampled == 0
     np.testing.assert_array_equal(result.batch.advantages, result.advantages.reshape(-1))
     np.testing.assert_array_equal(result.batch.mask, result.mask)
+
+
+def test_limits_reach_the_sampler_also_when_it_samples_again(params, trained, monkeypatch):
+    """Equal rewards in the first group: its rows are sampled again within their limits, the others to one token."""
+    seen = []
+
+    def sample(weights, indices, step, run, limits=None, attempt=0):
+        seen.append((attempt, None if limits is None else np.asarray(limits).tolist()))
+        return completions_of([1, 2, 3, C], first=4)
+
+    monkeypatch.setattr(grpo.rollout, "sample", sample)
+
+    def grader(texts, problems, cut):
+        return [grade(text, reward) for text, reward in zip(texts, [1.0, 1.0, 2.0, 3.0], strict=False)]
+
+    run, state = make_run(grader, resample=1, beta=0.0), SimpleNamespace(params=params, updates=0)
+    _, result = one_step(1, run.sessions[0], state, run, limits=np.array([3, 2, 4, 1]))  # type: ignore[arg-type]
+    assert seen == [(0, [3, 2, 4, 1]), (1, [3, 2, 1, 1])] and result.resampled == 1
+
+
+def test_with_lora_the_policy_that_samples_is_the_base_with_its_adapters(params, trained, monkeypatch):
+    seen = []
+
+    def sample(weights, indices, step, run, limits=None, attempt=0):
+        seen.append((weights, np.asarray(indices).tolist(), step))
+        return completions_of([1, 2, 3, C], first=4)
+
+    monkeypatch.setattr(grpo.rollout, "sample", sample)
+    run = make_run(graded(REWARDS), beta=0.0, lora_rank=2, lora_alpha=3.0, lora_targets="q")
+    adapters = {"q": Adapter(np.full((1, 8, 2), 0.5), np.full((1, 2, 8), 0.25))}
+    state: Any = SimpleNamespace(params=adapters, updates=0)
+    one_step(2, run.sessions[0], state, run, base=params)
+    ((weights, indices, step),) = seen
+    assert weights.embedding is params.embedding and weights.layers.k is params.layers.k
+    assert isinstance(weights.layers.q, Adapted) and weights.layers.q.scale == 1.5
+    assert weights.layers.q.base is params.layers.q and weights.layers.q.a is adapters["q"].a
+    assert step == 2 and indices == run.sessions[0].problems_of(2).tolist()
+    assert trained[0].base is params and trained[0].state is state
 
 
 def test_a_real_step_at_two_updates_uses_and_frees_its_state(params, monkeypatch):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_run import CONFIG, MODEL, C, G, P, Q, make_params
+from tiny_run import CONFIG, MODEL, C, G, P, make_params
 
 import grpo.update
 from data.batches import pack
@@ -24,21 +24,29 @@ from grpo.update import (
     starting_point,
     token_stats,
     train_step,
-)  # fmt: skip
+)
 from models.gemma import ExecutionConfig, axes, forward, prompt_slots, vocab_logits
 from models.lora import Adapter
 from models.sharding import to_devices
 
 pytestmark = pytest.mark.usefixtures("mesh")
 
+Q = 4  # two microbatches then have two groups each, which are not next to each other
 EXECUTION = ExecutionConfig()
 UPDATE = replace(
-    UpdateConfig.of(CONFIG), beta=0.1, epsilon_low=0.1, epsilon_high=0.3, weight_decay=0.3, tis_cap=1.2, max_grad_norm=0.05
+    UpdateConfig.of(CONFIG),
+    beta=0.1,
+    epsilon_low=0.1,
+    epsilon_high=0.3,
+    weight_decay=0.3,
+    tis_cap=1.2,
+    max_grad_norm=0.05,
+    logprob_chunk=Q * G * C,
 )
 IN_PARTS = replace(UPDATE, aggregation="dapo", microbatches=2, max_grad_norm=1e3)
 LORA = replace(UPDATE, aggregation="dr_grpo", lora_rank=2, lora_alpha=4.0, lora_targets="q,down", max_grad_norm=1e3)
-PROMPT_LENGTHS, LENGTHS = np.array([1, P]), np.array([C, 2, 3, 1])
-ADVANTAGES = np.array([1.0, -0.5, -2.0, 0.7], np.float32)
+PROMPT_LENGTHS, LENGTHS = np.array([1, P, 2, 1]), np.array([C, 2, 3, 1, C, 2, 1, 3])
+ADVANTAGES = np.array([1.0, -0.5, -2.0, 0.7, -1.0, 1.5, 0.6, -0.3], np.float32)
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(3, 32, (Q * G, C)) * (np.arange(C) < LENGTHS[:, None])
 PROMPTS = RNG.integers(3, 32, (Q, P)) * (np.arange(P) < PROMPT_LENGTHS[:, None])
@@ -157,15 +165,14 @@ def test_loss_terms_and_statistics_of_an_update_equal_float64(params, batch, exa
         ("weight", "weight"),
     ):
         np.testing.assert_allclose(np.asarray(terms[name])[MASK], expected[values][MASK], rtol=0, atol=1e-5, err_msg=name)
-    assert expected["low"][MASK].sum() > 0 and expected["high"][MASK].sum() > 0
+    assert expected["low"][MASK].any() and expected["high"][MASK].any()
     gap = np.abs(old - sampler)[MASK]
     by_hand = {
         "ratio/mean": expected["ratio"][MASK].mean(), "ratio/max": expected["ratio"][MASK].max(),
         "ratio/min": expected["ratio"][MASK].min(), "clip/low": expected["low"][MASK].mean(),
         "clip/high": expected["high"][MASK].mean(), "logp_diff_sampler_trainer/mean": gap.mean(),
         "logp_diff_sampler_trainer/max": gap.max(), "kl/k3": expected["kl"][MASK].mean(),
-        "kl/k3_max": expected["kl"][MASK].max(),
-        "kl/k1": (exact - ref)[MASK].mean(), "loss": loss, "bad_updates": 0,
+        "kl/k3_max": expected["kl"][MASK].max(), "kl/k1": (exact - ref)[MASK].mean(), "loss": loss, "bad_updates": 0,
     }  # fmt: skip
     assert {name: float(value) for name, value in stats.items() if name != "grad_norm"} == pytest.approx(by_hand, abs=1e-5)
 
@@ -296,10 +303,26 @@ def test_the_first_state_has_the_parameters_and_nothing_else(params):
     assert int(moments.count) == int(state.bad_updates) == int(state.bad_in_a_row) == 0
 
 
-@pytest.mark.parametrize(("advantage", "finite_loss"), [(np.inf, False), (1e30, True)], ids=["loss", "gradient alone"])
-def test_an_update_with_a_loss_or_gradient_that_is_not_finite_changes_counters_only(params, batch, advantage, finite_loss):
-    """The square of a gradient of 1e30 is beyond float32, the loss is not."""
-    bad = replace(batch, advantages=to_devices(np.where(np.arange(Q * G) == 0, np.float32(advantage), ADVANTAGES), "B"))
+def with_first_row(values: Any, row: Any, letters: str) -> Any:
+    changed = np.asarray(values).copy()
+    changed[0] = row
+    return to_devices(changed, letters)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "finite_loss", "finite_gradient"),
+    [(np.inf, False, False), (1e30, True, False), (2.3e38, False, True)],
+    ids=["both", "gradient alone", "loss alone"],
+)
+def test_an_update_that_is_not_finite_changes_the_counters_only(params, batch, exact, advantage, finite_loss, finite_gradient):
+    """The square of a gradient of 1e30 is beyond float32. So is 2.3e38 * (1 + epsilon_high) * tis_cap, of clipped tokens."""
+    bad = replace(batch, advantages=with_first_row(ADVANTAGES, advantage, "B"))
+    if finite_gradient:
+        bad = replace(
+            bad,
+            old_logprobs=with_first_row(batch.old_logprobs, exact[0] - 1, "BC"),
+            sampler_logprobs=with_first_row(batch.sampler_logprobs, exact[0] - 2, "BC"),
+        )
     state, stats, _ = updated(params, batch, 1e-2)
     counts = [(int(state.bad_updates), int(state.bad_in_a_row))]
     for each in (bad, bad, batch, bad):
@@ -308,7 +331,7 @@ def test_an_update_with_a_loss_or_gradient_that_is_not_finite_changes_counters_o
         pairs = zip(jax.tree.leaves(before), jax.tree.leaves((state.params, state.opt_state)), strict=True)
         same = [np.array_equal(old, new) for old, new in pairs]
         assert all(same) if each is bad else not any(same)
-        assert np.isfinite(float(stats["grad_norm"])) == (each is batch)
+        assert np.isfinite(float(stats["grad_norm"])) == (each is batch or finite_gradient)
         assert np.isfinite(float(stats["loss"])) == (each is batch or finite_loss)
         counts.append((int(state.bad_updates), int(state.bad_in_a_row)))
         assert float(stats["bad_updates"]) == counts[-1][0]

@@ -73,11 +73,10 @@ def completions_of(lengths: list[int], first: int = 10, group_size: int = G) -> 
     """Completions of C tokens at most, each token another number from `first` on; their texts name the row."""
     B = len(lengths)
     numbers, there = first + np.arange(B * C).reshape(B, C), np.arange(C) < np.array(lengths)[:, None]
-    host: list[Any] = [  # numpy arrays, as after `to_host`
-        np.where(there, numbers, 0), np.where(there, -numbers / 100, 0).astype(np.float32), np.array(lengths),
-        np.array(lengths) == C,
-    ]  # fmt: skip
-    samples = Samples(*host)
+    tokens: Any = np.where(there, numbers, 0)
+    logprobs: Any = np.where(there, -numbers / 100, 0).astype(np.float32)
+    held: Any = np.array(lengths)
+    samples = Samples(tokens, logprobs, held, held == C)
     prompts = first + np.arange(B // group_size * P).reshape(-1, P)
     problems = [Problem(f"p{q}") for q in range(B // group_size)]
     return Completions(problems, prompts, prompts[:, 0] % P + 1, samples, [f"{first}-{b}" for b in range(B)])
