@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 import pytest
-from training import REWARDS, lines, without_times, write_model
+from training import REWARDS, lines, without_times, write_model, xla_flags
 
 import grpo.runs.checkpoint
 from grpo.runs.checkpoint import Checkpoints
@@ -88,11 +88,10 @@ class Launcher:
         self.files = {"model_path": folder / "model", "reward": f"{folder / 'rewards.py'}:variety"}
 
     def __call__(self, *argv: str, devices: int = 1, traced: bool = True, **environment: str) -> Process:
-        env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-        env |= {
+        env = os.environ | {
             "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_ENABLE_COMPILATION_CACHE": "1",
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"), "PYTHONUNBUFFERED": "1",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": xla_flags(devices),
         } | environment  # fmt: skip
         script = "tests/traced_run.py" if traced else "scripts/train.py"
         given = [flag for flag in argv if flag.startswith("--")]

@@ -289,7 +289,7 @@ BAD_WEIGHTS = {
     "no file": (lambda d: (d / WHOLE).unlink(), "holds no model.safetensors"),
     "a shard missing": (
         lambda d: (d / INDEX).write_text(json.dumps({"weight_map": {NORM: "model-00002-of-00002.safetensors"}})),
-        "model-00002-of-00002.safetensors is missing: model.safetensors.index.json names it",
+        "model-00002-of-00002.safetensors is missing, but model.safetensors.index.json names it",
     ),
     "an index without a tensor": (
         lambda d: (d / INDEX).write_text(json.dumps({"weight_map": {NORM: WHOLE}})),
