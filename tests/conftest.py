@@ -41,18 +41,23 @@ def pytest_terminal_summary(terminalreporter):
                 terminalreporter.write_line(f"to read {value}")
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m long` selects
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--long"):
-        for item in items:
-            if "long" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="a further variant; run with --long"))
+    for item in items:
+        if {"gemma270m", "browser", "tpu"} & set(item.fixturenames):  # real weights, Chromium, the TPU compiler
+            item.add_marker(pytest.mark.long)
+        if item.get_closest_marker("long") and not config.getoption("--long"):
+            item.add_marker(pytest.mark.skip(reason="long: runs with --long"))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """Each compiled program holds memory maps, of which Linux allows a process 65,530: a file's go when it is done."""
+    """Each compiled program holds memory maps, of which Linux allows a process 65,530: when a file is done and many are taken,
+    they are freed. Files that train the same model otherwise share its programs.
+    """
     yield
-    if "jax" in sys.modules:
+    maps = Path("/proc/self/maps")
+    if "jax" in sys.modules and (not maps.exists() or maps.read_bytes().count(b"\n") > 20_000):
         sys.modules["jax"].clear_caches()
         gc.collect()
 

@@ -126,6 +126,7 @@ def test_a_tunix_tree_becomes_a_folder_for_transformers(base, tmp_path):
     assert json.loads((out / "config.json").read_text()).keys() == json.loads((base / "config.json").read_text()).keys()
 
 
+@pytest.mark.long
 def test_peft_loads_our_adapters_and_computes_what_we_merge(base, tmp_path, mesh):
     peft = pytest.importorskip("peft")
     path, expected = write_tunix(tmp_path / "lora")
@@ -146,6 +147,7 @@ def test_peft_loads_our_adapters_and_computes_what_we_merge(base, tmp_path, mesh
     expect_close(model.load(mesh, STORE, "float32"), find_model(path, base, ALPHA).load(mesh, STORE, "float32"))
 
 
+@pytest.mark.long
 def test_what_peft_itself_writes_is_read(base, tmp_path, mesh):
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     for slora in (False, True):
@@ -201,6 +203,7 @@ def write_run(folder: Path, mesh, **start) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_a_lora_run_is_exported_merged_or_as_its_adapters(lora_run, base, tmp_path, mesh):
     peft = pytest.importorskip("peft")
     merged = export(lora_run, tmp_path / "merged", "--dtype", "float32")

@@ -100,6 +100,7 @@ def test_a_projection_is_turned_and_nothing_else(mesh):
     assert (np.asarray(params.embedding) == stored["model.embed_tokens.weight"]).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", VARIANTS)
 def test_transformers_reads_what_we_write(name, tmp_path, mesh):
     pytest.importorskip("torch")

@@ -146,6 +146,7 @@ def script(folder: Path, argv: list[str]) -> subprocess.Popen:
     )
 
 
+@pytest.mark.long
 def test_kill_9_loses_no_sample_and_what_is_sampled_later_is_the_same(folder, whole):
     """Killed twice, the second time among the second model's samples, then left alone; one device, other batches."""
     argv, file = flags(folder, "killed", batch_size=2), folder / "killed" / "samples.jsonl"
@@ -255,7 +256,7 @@ def test_a_directory_of_other_settings_is_refused(folder, whole, changes, said):
     assert {path.name: path.read_bytes() for path in (folder / "whole").iterdir()} == before
 
 
-@pytest.mark.parametrize("name", ["base", "trained"])
+@pytest.mark.parametrize("name", [pytest.param("base", marks=pytest.mark.long), "trained"])
 def test_a_directory_of_another_model_is_refused_wherever_that_lies(folder, whole, tmp_path, name):
     """The same weights elsewhere are the same model; other weights are not."""
     shutil.copytree(folder / "model", tmp_path / "moved")

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import shutil
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -84,12 +85,17 @@ def assert_generates_the_same(folder: Path, model: Path) -> None:
         assert out == completion["token_ids"] and len(out) > 3
 
 
-def test_transformers_generates_our_tokens_from_the_embedded_model(tmp_path, mesh):
+@pytest.mark.long
+def test_transformers_generates_our_tokens_from_the_embedded_model(tmp_path):
+    assert_generates_the_same(export(TINY, tmp_path / "out", "--dtype", "float32"), TINY)
+
+
+def test_an_exported_folder_has_the_tensors_of_its_model(tmp_path):
     folder = export(TINY, tmp_path / "out", "--dtype", "float32")
-    assert_generates_the_same(folder, TINY)
     assert load_file(folder / "model.safetensors").keys() == load_file(TINY / "model.safetensors").keys()
 
 
+@pytest.mark.long
 def test_transformers_generates_our_tokens_from_a_run(run, tmp_path):
     assert_generates_the_same(export(run, tmp_path / "out", "--dtype", "float32"), run)
 
@@ -105,23 +111,42 @@ def test_bfloat16_is_the_default_and_what_was_bfloat16_is_the_same_to_the_bit(tm
     assert after == before and sorted(load_tokenizer(TINY).stop_ids) == after["eos_token_id"]
 
 
+@pytest.fixture
+def export_flax(small_tokenizer_folder, tmp_path, monkeypatch) -> Callable[[str], Path]:
+    """Exports a variant from a flax checkpoint without any config.json."""
+
+    def export_variant(name: str) -> Path:
+        monkeypatch.setattr("models.formats.convert.MODELS", {"it": read_config(REFERENCES / name)})
+        monkeypatch.setattr(EXPORT, "check_tokenizer", lambda *_: None)  # the small one has more pieces than these models rows
+        write_flax(tmp_path / "kaggle" / "it", REFERENCES / name)
+        shutil.copy(small_tokenizer_folder / "tokenizer.json", tmp_path / "kaggle")
+        return export(tmp_path / "kaggle", tmp_path / "out", "--dtype", "float32")
+
+    return export_variant
+
+
+def assert_transformers_computes(folder: Path, reference: Path) -> None:
+    values = np.load(reference / "reference.npz")
+    rows = [row[:length] for row, length in zip(values["tokens"], values["lengths"], strict=True)]
+    np.testing.assert_allclose(real_logits(load(folder), *pad(rows, "right")), values["right"], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_flax_checkpoint_becomes_a_folder_that_transformers_reads(name, small_tokenizer_folder, tmp_path, monkeypatch):
+def test_a_flax_checkpoint_becomes_a_folder_of_the_same_weights(name, export_flax):
     """Without any config.json: then it is ours, and says in transformers' words what the preset says."""
-    monkeypatch.setattr("models.formats.convert.MODELS", {"it": read_config(REFERENCES / name)})
-    monkeypatch.setattr(EXPORT, "check_tokenizer", lambda *_: None)  # the small one's pieces are more than these models' rows
-    write_flax(tmp_path / "kaggle" / "it", REFERENCES / name)
-    shutil.copy(small_tokenizer_folder / "tokenizer.json", tmp_path / "kaggle")
-    folder, reference = export(tmp_path / "kaggle", tmp_path / "out", "--dtype", "float32"), REFERENCES / name
+    folder, reference = export_flax(name), REFERENCES / name
     assert read_config(folder) == read_config(reference)
     generation = json.loads((folder / "generation_config.json").read_text())
     assert generation["eos_token_id"] == sorted(load_tokenizer(folder).stop_ids)
     ours, theirs = load_file(folder / "model.safetensors"), load_file(reference / "model.safetensors")
     assert all((ours[key] == theirs[key]).all() for key in theirs) and ours.keys() == theirs.keys()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", VARIANTS)
+def test_transformers_reads_what_a_flax_checkpoint_becomes(name, export_flax):
     pytest.importorskip("torch")
-    values = np.load(reference / "reference.npz")
-    rows = [row[:length] for row, length in zip(values["tokens"], values["lengths"], strict=True)]
-    np.testing.assert_allclose(real_logits(load(folder), *pad(rows, "right")), values["right"], rtol=0, atol=1e-5)
+    assert_transformers_computes(export_flax(name), REFERENCES / name)
 
 
 def test_shards_hold_what_one_file_holds(tmp_path, mesh):
@@ -153,8 +178,9 @@ def test_one_tensor_at_a_time_is_made(tmp_path):
     assert made == list(range(len(weights)))
 
 
-def test_the_text_part_of_a_multimodal_model_is_a_text_model(tmp_path, small_tokenizer_folder, monkeypatch):
-    """transformers would look for a vision tower, by the base's own config.json."""
+@pytest.fixture
+def multimodal(tmp_path, small_tokenizer_folder, monkeypatch) -> Path:
+    """The folder of a Gemma 3 with a vision tower, of which only the text part is there."""
     monkeypatch.setattr(EXPORT, "check_tokenizer", lambda *_: None)
     source, folder = REFERENCES / "gemma3-gqa", tmp_path / "multimodal"
     folder.mkdir()
@@ -168,16 +194,25 @@ def test_the_text_part_of_a_multimodal_model_is_a_text_model(tmp_path, small_tok
     (folder / "config.json").write_text(json.dumps(whole))
     shutil.copy(source / "model.safetensors", folder)
     shutil.copy(small_tokenizer_folder / "tokenizer.json", folder)
-    out = export(folder, tmp_path / "out", "--dtype", "float32")
+    return folder
+
+
+def test_the_text_part_of_a_multimodal_model_is_a_text_model(multimodal, tmp_path):
+    """transformers would look for a vision tower, by the base's own config.json."""
+    source = REFERENCES / "gemma3-gqa"
+    out = export(multimodal, tmp_path / "out", "--dtype", "float32")
     written = json.loads((out / "config.json").read_text())
     assert written["architectures"] == ["Gemma3ForCausalLM"] and written["model_type"] == "gemma3_text"
     assert not {"vision_config", "text_config", "image_token_index", "mm_tokens_per_image"} & written.keys()
-    assert read_config(out) == read_config(folder) == read_config(source)
+    assert read_config(out) == read_config(multimodal) == read_config(source)
+    values = json.loads((source / "config.json").read_text())
     assert text_config(values) == values
+
+
+@pytest.mark.long
+def test_transformers_reads_the_text_part_of_a_multimodal_model(multimodal, tmp_path):
     pytest.importorskip("torch")
-    values = np.load(source / "reference.npz")
-    rows = [row[:length] for row, length in zip(values["tokens"], values["lengths"], strict=True)]
-    np.testing.assert_allclose(real_logits(load(out), *pad(rows, "right")), values["right"], rtol=0, atol=1e-5)
+    assert_transformers_computes(export(multimodal, tmp_path / "out", "--dtype", "float32"), REFERENCES / "gemma3-gqa")
 
 
 # What lies beside the weights.

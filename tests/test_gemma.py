@@ -82,6 +82,7 @@ def test_logits_equal_transformers_with_padding_left_right_and_none(model, name)
     expect_references(model, REFERENCES / name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_equal_transformers_on_weights_made_now(model, name, tmp_path):
     pytest.importorskip("torch")
@@ -96,6 +97,7 @@ def test_both_dialects_of_config_json_mean_the_same(name, tmp_path):
     assert read_config(tmp_path) == read_config(REFERENCES / name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", VARIANTS)
 def test_transformers_reads_our_older_dialect_alike(name, tmp_path):
     pytest.importorskip("torch")

@@ -47,6 +47,7 @@ def relative(ours, theirs) -> float:
 # ----------------------------------------------------------------------------------------------------------- the numbers
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["gemma1-mqa", "gemma2-gqa", "gemma3-gqa"])
 def test_outputs_and_gradients_equal_pefts(name, one_device):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")

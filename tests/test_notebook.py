@@ -23,7 +23,7 @@ SETTINGS: dict[str, Any] = dict(
 )
 
 
-@pytest.fixture(scope="module", params=[0, 4], ids=["weights", "lora"])
+@pytest.fixture(scope="module", params=[pytest.param(0, id="weights"), pytest.param(4, id="lora", marks=pytest.mark.long)])
 def policy(request):
     return load(lora_rank=request.param, **SETTINGS)
 

@@ -52,7 +52,9 @@ def described(leaf: Any) -> Any:
     return "a number" if isinstance(leaf, float) else leaf
 
 
-@pytest.mark.parametrize(("updates", "rank"), [(1, 0), (2, 0), (1, 2), (2, 2)])
+@pytest.mark.parametrize(
+    ("updates", "rank"), [(1, 0), (2, 2), *(pytest.param(*case, marks=pytest.mark.long) for case in ((2, 0), (1, 2)))]
+)
 @pytest.mark.usefixtures("quick_to_compile")
 def test_the_planned_programs_are_those_that_a_step_runs(updates, rank):
     """Shapes, dtypes, shardings and static arguments; stop ids, seed and the value of the rate are not known to the planner."""

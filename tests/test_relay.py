@@ -124,13 +124,20 @@ def test_adams_moments_go_on_or_begin_anew(config, in_a_row, tmp_path, carried):
 
 
 def test_the_reference_is_the_base_or_what_the_session_starts_from(config, in_a_row, tmp_path):
-    """Measured by the KL of the first step of session 2, before its first update; also when a run goes on in its middle."""
+    """Measured by the KL of the first step of session 2, before its first update."""
     initial = in_a_row[1]["metrics.jsonl"]
     assert initial[0]["kl/k3"] < 1e-9 < 1e-7 < initial[2]["kl/k3"]
     start = replace(config, run_dir=str(tmp_path / "start"), reference="session_start")
     run(start)
     metrics = read_files(start)["metrics.jsonl"]
     assert metrics[2]["kl/k3"] < 1e-9 < 1e-7 < metrics[4]["kl/k3"]
+
+
+@pytest.mark.long
+def test_the_start_of_a_session_is_its_reference_also_after_a_break(config, tmp_path):
+    start = replace(config, run_dir=str(tmp_path / "start"), reference="session_start")
+    run(start)
+    metrics = read_files(start)["metrics.jsonl"]
     broken = replace(start, run_dir=str(tmp_path / "broken"))
     with interrupted(5, "rollout"):
         run(broken)

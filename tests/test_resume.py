@@ -37,7 +37,16 @@ def test_running_a_finished_run_again_changes_nothing(finished):
 
 
 @pytest.mark.usefixtures("free_run_dir")
-@pytest.mark.parametrize(("step", "where"), [(1, "rollout"), (3, "rollout"), (3, "save"), (4, "save"), (4, "evaluation")])
+@pytest.mark.parametrize(
+    ("step", "where"),
+    [
+        pytest.param(1, "rollout", marks=pytest.mark.long),
+        (3, "rollout"),
+        pytest.param(3, "save", marks=pytest.mark.long),
+        (4, "save"),
+        pytest.param(4, "evaluation", marks=pytest.mark.long),
+    ],
+)
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(config, finished, step, where):
     """Parameters, moments, counters and every record but the times: bit for bit."""
     with interrupted(step, where):
@@ -53,6 +62,14 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(config, finished, step,
         assert without_times(files[name]) == without_times(finished.files[name])
     for leaf, expected in zip(jax.tree.leaves(final_state(config)), jax.tree.leaves(finished.state), strict=True):
         np.testing.assert_array_equal(leaf, expected)
+
+
+@pytest.mark.usefixtures("free_run_dir")
+def test_a_run_whose_hours_are_over_saves_and_the_same_command_goes_on(config, finished):
+    result = run(replace(config, max_hours=1e-7, save_every=1000))
+    assert (result["steps"], result["finished"]) == (1, False)
+    assert {**run(config), "seconds": 0} == {**finished.result, "seconds": 0}
+    assert without_times(read_files(config)["metrics.jsonl"]) == without_times(finished.files["metrics.jsonl"])
 
 
 @pytest.mark.usefixtures("free_run_dir")
@@ -77,6 +94,7 @@ def test_a_run_directory_belongs_to_its_settings(config, folder):
         run(replace(config, max_steps=1))
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("free_run_dir")
 def test_a_run_goes_from_eight_devices_to_one(config, finished):
     """Two interruptions on eight devices, the rest on one. Same samples in step 1; after it, equal to rounding.
@@ -103,6 +121,7 @@ def test_a_run_goes_from_eight_devices_to_one(config, finished):
     assert 0 < distance(final_state(config).params, finished.state.params) < 0.01 * way(config, finished)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("free_run_dir")
 def test_a_run_may_change_how_it_uses_the_machine(config, finished):
     """From padded to packed, halved and unrolled: the same samples and, to rounding, the same parameters.

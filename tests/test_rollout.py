@@ -61,7 +61,7 @@ def test_top_k_1_and_a_tiny_top_p_are_greedy(bench):
     assert (np.asarray(batch.sampler_logprobs)[:, 0] < -0.01).all()
 
 
-@pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.5}])
+@pytest.mark.parametrize("options", [{"top_k": 3}, pytest.param({"top_p": 0.5}, marks=pytest.mark.long)])
 def test_top_k_and_top_p_leave_the_trainers_logprobs_alone(bench, options):
     batch, _ = bench.rollout(**options)
     exact = Bench(bench.config, batch).logprobs()

@@ -217,7 +217,7 @@ def test_groups_to_inspect_are_spread_evenly_from_the_first_step_to_the_last(con
     assert groups_due(1, 1, replace(config, inspect_groups=100)) == Q
 
 
-@pytest.mark.parametrize("name", ["finished", "awkward"])
+@pytest.mark.parametrize("name", ["finished", pytest.param("awkward", marks=pytest.mark.long)])
 def test_every_token_that_is_recorded_is_as_the_loss_had_it(request, name):
     """Every group of every step. Recomputed in float64 from the log-probabilities; together they give the logged loss. What is
     said of a group is what completions.jsonl says of it.

@@ -76,6 +76,7 @@ def test_ids_that_are_none_are_refused(ids, message):
         load("sample")(["--model_path", NO_TOKENIZER, "--ids", ids])
 
 
+@pytest.mark.long
 def test_the_benchmark_times_every_phase():
     sizes = {"prompts_per_step": 8, "group_size": 2, "max_prompt_tokens": 8, "max_new_tokens": 4, "logprob_chunk": 4}
     figures = load("benchmark")(["--repeats=2", *(f"--{name}={value}" for name, value in sizes.items())])
@@ -91,6 +92,7 @@ def test_the_benchmark_times_every_phase():
     assert 8 * 6 <= round(prompt_tokens, 6) <= 8 * 8  # each up to a quarter shorter than it may be
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", [{}, {"post_norms": True}, {"post_norms": True, "qk_norms": True}])
 def test_transformers_generate_runs_a_model_of_the_same_sizes(family, monkeypatch):
     torch = pytest.importorskip("torch")

@@ -223,6 +223,7 @@ def test_the_loop_ends_as_soon_as_all_rows_have_stopped(model, endless, monkeypa
     assert sorted(steps) == [(step, B) for step in range(samples.lengths.max())]
 
 
+@pytest.mark.long
 def test_a_step_reads_half_of_the_slots_while_they_hold_all_tokens(model, monkeypatch):
     steps = watch_steps(monkeypatch, slots=True)
     for unroll in (False, True):
@@ -273,7 +274,7 @@ def whole() -> Samples:
     return samples
 
 
-@pytest.mark.parametrize(("devices", "tp", "halvings"), [(1, 1, 1), (8, 1, 9), (8, 4, 2)])
+@pytest.mark.parametrize(("devices", "tp", "halvings"), [(1, 1, 1), pytest.param(8, 1, 9, marks=pytest.mark.long), (8, 4, 2)])
 def test_halving_the_batch_changes_no_sample(whole, devices, tp, halvings):
     """Eight devices have eight rows each: after three halvings one row is left, and nine are no more than three."""
     expect_equal(run_natural(devices, tp, halvings), whole)

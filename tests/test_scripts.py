@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from training import REWARDS, write_model
+from training import REWARDS, write_model, xla_flags
 
 from grpo.runs.checkpoint import read_digest
 from grpo.runs.model_source import find_model
@@ -40,13 +40,10 @@ def train(folder):
     )
 
     def train(*argv: str, devices: int = 1) -> subprocess.CompletedProcess:
-        env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-        env |= {
+        env = os.environ | {
             "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-            "JAX_ENABLE_COMPILATION_CACHE": "1",
+            "JAX_ENABLE_COMPILATION_CACHE": "1", "XLA_FLAGS": xla_flags(devices),
         }  # fmt: skip
-        if devices > 1:
-            env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
         kept = [flag for flag in small.split() if flag.partition("=")[0] not in argv]
         command = [sys.executable, "scripts/train.py", *kept, *argv]
         return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
@@ -107,7 +104,10 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
     }
 
 
-@pytest.mark.parametrize("name", ["unknown preset", "typo", "no model", "no data", "bad line", "tokenizer", "rows"])
+LONG = ["unknown preset", "typo", "no data", "bad line", "tokenizer", "rows"]
+
+
+@pytest.mark.parametrize("name", ["no model", *(pytest.param(name, marks=pytest.mark.long) for name in LONG)])
 def test_the_users_mistake_is_one_line_and_exit_code_2(train, folder, name):
     argv, message = mistakes(folder)[name]
     ended = train(*argv, "--run_dir", str(folder / "never"), devices=8 if name == "rows" else 1)
@@ -123,6 +123,7 @@ def test_a_reward_that_is_no_number_is_one_line_and_exit_code_1(done, train, fol
     assert ended.stderr.startswith("error: reward text gave ") and ended.stderr.count("\n") == 1
 
 
+@pytest.mark.long
 def test_a_reward_that_raises_is_a_traceback_and_the_run_goes_on(done, train, folder):
     argv = ["--run_dir", str(folder / "broken"), "--reward", f"{folder / 'rewards.py'}:broken"]
     ended = train(*argv)
@@ -136,6 +137,7 @@ def test_a_reward_that_raises_is_a_traceback_and_the_run_goes_on(done, train, fo
     assert json.loads(again.stdout.splitlines()[-1])["params_digest"] == result["params_digest"]
 
 
+@pytest.mark.long
 def test_strict_rewards_end_the_run_in_one_line_and_exit_code_1(done, train, folder):
     argv = ["--run_dir", str(folder / "strict"), "--reward", f"{folder / 'rewards.py'}:broken", "--strict_rewards"]
     ended = train(*argv)

@@ -160,7 +160,15 @@ def result(devices: int, tp: int, config: GemmaConfig) -> Result:
     return Result(jax.tree.map(np.asarray, samples), view, float(loss), np.asarray(logprobs), params, gradients, program)
 
 
-MESHES = pytest.mark.parametrize("tp", [1, 2, 4, 8], ids=["8x1", "4x2", "2x4", "1x8"])
+MESHES = pytest.mark.parametrize(
+    "tp",
+    [
+        pytest.param(1, id="8x1"),
+        pytest.param(2, id="4x2", marks=pytest.mark.long),
+        pytest.param(4, id="2x4"),
+        pytest.param(8, id="1x8", marks=pytest.mark.long),
+    ],
+)
 
 
 @MESHES

@@ -37,7 +37,7 @@ def one_update(bench):
     return bench.updates([bench.batch])
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_microbatches_change_the_update_by_rounding_only(bench, one_update, parts):
     states, stats = bench.updates([bench.batch], microbatches=parts)
     assert stats[0] == pytest.approx(one_update[1][0], rel=1e-5, abs=1e-5)
@@ -56,7 +56,12 @@ def padded_update(bench):
 
 
 @pytest.mark.parametrize(
-    ("count", "changes"), [(1, {}), (1, {"microbatches": 2, "unroll": True}), (8, {})], ids=["1", "parts, unrolled", "8"]
+    ("count", "changes"),
+    [
+        pytest.param(1, {}, id="1"),
+        pytest.param(1, {"microbatches": 2, "unroll": True}, id="parts, unrolled", marks=pytest.mark.long),
+        pytest.param(8, {}, id="8", marks=pytest.mark.long),
+    ],
 )
 def test_packing_changes_the_update_by_rounding_only(bench, padded_update, count, changes):
     padded, packed = cut_short(bench.batch, 0), cut_short(bench.batch, 4)

@@ -5,6 +5,8 @@ Programs are compiled without most optimizations, and results are kept for the w
 
 import json
 import math
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -38,6 +40,12 @@ from models.sharding import STORE, make_mesh, to_devices
 
 CONTROL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 Q, G, C, STEPS = 8, 4, 16, 4
+
+
+def xla_flags(devices: int) -> str:
+    """Those of this process, for one that has so many devices."""
+    return re.sub(r"(device_count=)\d+", rf"\g<1>{devices}", os.environ["XLA_FLAGS"])
+
 
 REWARDS = """
 def variety(completion, problem):
