@@ -150,7 +150,7 @@ def data(tmp_path) -> Path:
 
 def test_fault_12_another_data_file_under_the_same_name(config, data, tmp_path, capsys):
     """The problems have a fingerprint, whatever the path: an edited file is noticed, a moved one is not another."""
-    config = replace(config, data=str(data), run_dir=str(tmp_path / "run"), new_problems=16)
+    config = replace(config, data=str(data), run_dir=str(tmp_path / "run"), new_problems=20)
     assert run(replace(config, max_steps=2))["steps"] == 2
     moved = data.rename(tmp_path / "moved.jsonl")
     config = replace(config, data=str(moved))
