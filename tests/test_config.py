@@ -357,6 +357,32 @@ def test_an_older_name_leads_to_the_new_one_and_old_runs_are_read(capsys, old, n
     assert current_names({old: 1, "beta": 0.1, "attention": "plain"}) == {new: 1, "beta": 0.1, "attention": "plain"}
 
 
+def test_a_description_fits_the_terminal_and_its_commands_can_be_pasted(capsys, monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class Other:
+        quick: bool = flag(False, "no waiting")
+
+    long = (
+        '    python scripts/other.py --quick --prompt "Ann has 3 pens. How many pens has she?" --max_new_tokens 64    not quick'
+    )
+    text = (
+        f"One sentence of a paragraph,\nand another.\n\n{long}\n\n    strict    what only well-formed completions say, counted"
+    )
+    monkeypatch.setenv("COLUMNS", "60")
+    with pytest.raises(SystemExit):
+        parse(Other, ["--help"], text)
+    out = capsys.readouterr().out
+    assert "\nOne sentence of a paragraph, and another.\n" in out and max(map(len, out.splitlines())) <= 62
+    command = """
+    # not quick
+    python scripts/other.py --quick \\
+        --prompt "Ann has 3 pens. How many pens has she?" \\
+        --max_new_tokens 64
+"""
+    assert command in out
+    assert "\n    strict    what only well-formed completions say,\n              counted\n" in out
+
+
 def test_help_is_complete_for_a_dataclass_without_presets(capsys):
     @dataclasses.dataclass(frozen=True)
     class Other:

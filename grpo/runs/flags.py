@@ -9,7 +9,9 @@ import dataclasses
 import difflib
 import re
 import sys
+import textwrap
 import typing
+from itertools import groupby
 from typing import Any, NoReturn, TypeVar
 
 from grpo.config import GROUPS, KINDS
@@ -67,7 +69,7 @@ def make_parser(kind: type, description: str, presets: dict[str, Any] | None) ->
     preset = "[PRESET] " if presets else ""
     parser = Parser(
         usage=f"%(prog)s {preset}[--flag value ...]", description=description, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Paragraphs,
     )  # fmt: skip
     if presets:
         parser.add_argument("preset", nargs="?", default=next(iter(presets)), help=f"one of {', '.join(presets)} (the first)")
@@ -130,6 +132,34 @@ def fail(message: str, code: int = 2) -> NoReturn:
     """End the program with one line on stderr. Exit code 2 is a mistake of the user."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)
+
+
+class Paragraphs(argparse.HelpFormatter):
+    """Fills the paragraphs of a description. Indented lines stay: a long command goes on after a backslash, its comment above
+    it; a long definition goes on below its text.
+    """
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines = []
+        for stays, group in groupby(text.splitlines(), lambda line: line[:1].isspace() or not line):
+            block = list(group)
+            lines += [part for line in block for part in fit(line, width)] if stays else textwrap.wrap(" ".join(block), width)
+        return "\n".join(indent + line for line in lines)
+
+
+def fit(line: str, width: int) -> list[str]:
+    """An indented line of a description in lines of at most `width`."""
+    if len(line) <= width:
+        return [line]
+    before, gap, comment = re.fullmatch(r"(\s*.*?)(?:(\s{3,})(\S.*))?", line).groups("")  # type: ignore[union-attr]
+    column = len(before + gap)
+    if gap and column <= width // 3:
+        return textwrap.wrap(line, width, subsequent_indent=" " * column)
+    words = re.sub(r" (?!--)", "\0", before.strip())  # a command breaks before a flag
+    parts = [
+        part.replace("\0", " ") for part in textwrap.wrap(words, width - 10, break_on_hyphens=False, break_long_words=False)
+    ]
+    return [*([f"    # {comment}"] if comment else []), "    " + " \\\n        ".join(parts)]
 
 
 class Parser(argparse.ArgumentParser):
