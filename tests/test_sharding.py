@@ -163,7 +163,7 @@ def result(devices: int, tp: int, config: GemmaConfig) -> Result:
 MESHES = pytest.mark.parametrize(
     "tp",
     [
-        pytest.param(1, id="8x1"),
+        pytest.param(1, id="8x1", marks=pytest.mark.long),
         pytest.param(2, id="4x2", marks=pytest.mark.long),
         pytest.param(4, id="2x4"),
         pytest.param(8, id="1x8", marks=pytest.mark.long),
