@@ -20,8 +20,8 @@ from jax.typing import ArrayLike
 
 from grpo.batch import Batch, split, unsplit
 from grpo.loss import dapo_weights, dr_grpo_weights, grpo_loss, grpo_weights
-from models.gemma import ExecutionConfig, GemmaConfig, Params, axes, forward_group, token_logprobs
-from models.lora import Adapters, attach, init_adapters, merged
+from models.gemma import Adapted, ExecutionConfig, GemmaConfig, Params, axes, forward_group, token_logprobs
+from models.lora import PROJECTIONS, Adapters, adapter_axes, attach, init_adapters
 from models.sharding import STORE
 
 AGGREGATIONS = {"grpo": grpo_weights, "dapo": dapo_weights, "dr_grpo": dr_grpo_weights}
@@ -105,10 +105,28 @@ def init_state(params: Any, config: UpdateConfig) -> TrainState:
     return TrainState(params, make_optimizer(config).init(params), jnp.int32(0), jnp.int32(0))
 
 
-@partial(jax.jit, static_argnames=("model", "execution"))
 def sampling_params(params: Params, model: GemmaConfig, execution: ExecutionConfig) -> Params:
-    """Parameters for sampling: adapters merged, cast once a step, resharded so that no weight moves while decoding."""
-    return execution.use(merged(params), axes(model))
+    """Parameters for sampling: cast once a step, resharded so that no weight moves while decoding. Adapters stay apart.
+
+    On one device the frozen base below adapters has its dtype and its place already, and is not copied.
+    """
+    moved = moved_params(params, model, execution)
+    return jax.tree.map(lambda new, old: old if new is None else new, moved, params, is_leaf=lambda leaf: leaf is None)
+
+
+@partial(jax.jit, static_argnames=("model", "execution"))
+def moved_params(params: Params, model: GemmaConfig, execution: ExecutionConfig) -> Params:
+    """`sampling_params`, with None for each weight that stays where it is."""
+    adapted = {name: w for name in PROJECTIONS if isinstance(w := getattr(params.layers, name), Adapted)}
+    letters, alone = axes(model), jax.sharding.get_abstract_mesh().size == 1
+    if adapted:
+        letters = attach(letters, adapter_axes(model, adapted), next(iter(adapted.values())).scale)
+
+    def use(leaf: Array, letters: str) -> Array | None:
+        stays = adapted and "J" not in letters and alone and leaf.dtype == execution.dtype
+        return None if stays else execution.use(leaf, letters)
+
+    return jax.tree.map(use, params, letters)
 
 
 def logprobs_of(

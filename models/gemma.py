@@ -185,11 +185,16 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:  # ...D, D -> ...D
 def linear(
     x: Array, weight: Any, letters: str, execution: ExecutionConfig, out: str | None = None, dtype: str | None = None
 ) -> Array:
-    """x @ weight, where `weight` is a matrix or `Adapted`; `remat="dots"` saves the result.  ...D, DF -> ...F"""
+    """x @ weight, where `weight` is a matrix or `Adapted`; `remat="dots"` saves the result.  ...D, DF -> ...F
+
+    An adapter's product is small beside the base's, whose weights are often bfloat16 numbers. So both stay in float32 until they
+    are added, and the sum is rounded once: rounded apart, most of an adapter's first updates would be lost.
+    """
     if isinstance(weight, Adapted):
-        narrow = weight.scale * product(x, weight.a, letters[0] + "J", execution)
-        wide = product(narrow, weight.b, "J" + letters[1], execution, out, dtype)
-        y = product(x, weight.base, letters, execution, out, dtype) + wide
+        thin = None if out is None else out[:-1] + "J"
+        narrow = weight.scale * product(x, weight.a, letters[0] + "J", execution, thin, "float32")
+        wide = product(narrow.astype(x.dtype), weight.b, "J" + letters[1], execution, out, "float32")
+        y = (product(x, weight.base, letters, execution, out, "float32") + wide).astype(dtype or x.dtype)
     else:
         y = product(x, weight, letters, execution, out, dtype)
     return checkpoint_name(y, "linear")
