@@ -187,8 +187,8 @@ def linear(
 ) -> Array:
     """x @ weight, where `weight` is a matrix or `Adapted`; `remat="dots"` saves the result.  ...D, DF -> ...F
 
-    An adapter's product is small beside the base's, whose weights are often bfloat16 numbers. So both stay in float32 until they
-    are added, and the sum is rounded once: rounded apart, most of an adapter's first updates would be lost.
+    An adapter's product is small beside that of the base. Both stay in float32 until they are added, and the sum is rounded
+    once: rounded apart, most of an adapter's first updates would be lost in bfloat16.
     """
     if isinstance(weight, Adapted):
         thin = None if out is None else out[:-1] + "J"

@@ -3,8 +3,9 @@
     y = x W + (alpha / rank) (x A) B        A [in, J], B [J, out], float32; W in the dtype of activations
 
 Training and sampling compute this formula (`attach`, then `models.gemma.linear`). W has no gradient, which saves half of the
-products of the backward pass, and no optimizer moments; without its adapters it is also the reference. It is never merged: in
-bfloat16 W + AB loses most of a small AB to rounding. Not supported: dropout, DoRA, adapters on the embedding, several at a time.
+products of the backward pass, and no optimizer moments; without its adapters it is also the reference. The two are not merged:
+in bfloat16 W + AB loses most of a small AB to rounding. Not supported: dropout, DoRA, adapters on the embedding, several at a
+time.
 """
 
 from collections.abc import Iterable
@@ -69,4 +70,3 @@ def attach(params: Params, adapters: Adapters, scale: float) -> Params:
     """`params` with `Adapted` projections, as the forward pass takes them; or the letters of these, of those of both."""
     layers = {name: Adapted(getattr(params.layers, name), adapter.a, adapter.b, scale) for name, adapter in adapters.items()}
     return replace(params, layers=replace(params.layers, **layers))
-

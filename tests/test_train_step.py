@@ -394,7 +394,7 @@ def test_the_policy_of_adapters_is_the_base_and_alpha_over_rank_times_their_prod
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_sampling_reads_the_frozen_base_itself_where_nothing_must_move(devices, params):
-    """On one device without a copy; adapters are cast as the update casts them, and are never aliased: the update frees them."""
+    """On one device, without a copy. Adapters are always copied: the update frees the trained ones."""
     config = replace(UPDATE, lora_rank=2, lora_alpha=3.0, lora_targets="q,down")
     with jax.set_mesh(make_mesh(devices=jax.devices()[:devices])):
         stored = reshard(jax.tree.map(np.asarray, params), axes(MODEL), STORE)
