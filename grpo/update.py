@@ -253,6 +253,30 @@ def token_stats(terms: dict[str, Array], batch: Batch) -> dict[str, Array]:
     return stats
 
 
+@partial(jax.jit, static_argnames=("model", "execution", "config"))
+def kept_by_rounding(
+    adapters: Adapters, base: Params, batch: Batch, old: Array, model: GemmaConfig, execution: ExecutionConfig,
+    config: UpdateConfig,
+) -> dict[str, Array]:  # fmt: skip
+    """The share of what adapters do to log-probabilities that the trainer and the sampler keep in the dtype of activations.
+
+    It is the slope of their change on that of a float32 pass over the same base, over the tokens that count in one group a
+    device: 1 when rounding loses nothing, NaN while B is 0. `old` BC are the trainer's log-probabilities under `adapters`.
+    """
+    Q, at = len(batch.prompts), execution.at
+    parts = split((batch, old), Q, Q // max(jax.sharding.get_abstract_mesh().size, 1), at)
+    part, old = jax.tree.map(lambda leaf: leaf[0], parts)
+    adapted, rounded = policy(adapters, base, config), replace(execution, remat="none")
+    with jax.default_matmul_precision("highest"):  # by default a TPU multiplies float32 matrices in bfloat16
+        exact = [logprobs_of(p, part, model, replace(rounded, dtype="float32"), config) for p in (adapted, base)]
+    start, true = logprobs_of(base, part, model, rounded, config), (exact[0] - exact[1]) * part.mask
+
+    def slope(logprobs: Array) -> Array:
+        return jnp.where(part.mask > 0, (logprobs - start) * true, 0.0).sum() / (true * true).sum()
+
+    return {"lora/kept/trainer": slope(old), "lora/kept/sampler": slope(part.sampler_logprobs)}
+
+
 def narrow(params: Params, dtype: str) -> Params:
     """The weights in another dtype. Frees each leaf once it is cast, so that the two trees never coexist."""
 
