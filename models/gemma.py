@@ -208,6 +208,10 @@ def product(
     The backward pass is written out for two reasons. It saves the weight as stored, and casts and gathers it again: no gathered
     weight stays in memory. And it computes the weight's gradient as xᵀ·dy, reduced directly into the stored layout; automatic
     differentiation computes dyᵀ·x, which transposes the larger of the two.
+
+    The weight's gradient has the dtype of x until it has been summed over chips, so in bfloat16 it is rounded once a product
+    and once a hop: about 0.2% and, over eight chips, 0.4% of its size. Microbatches and chunks of the vocabulary are added in
+    the dtype of the weight.
     """
     placed = None if out is None else execution.at(out)
 

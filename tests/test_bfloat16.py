@@ -14,6 +14,7 @@ from make_references import REFERENCES
 from test_gemma import rounding_noise
 from tiny_run import CONFIG as RUN
 
+from data.tokenizer import load_tokenizer
 from grpo.batch import Batch, make_batch
 from grpo.update import UpdateConfig, completion_logprobs, kept_by_rounding, policy, sampling_params
 from models.formats.convert import load_params, read_config
@@ -41,6 +42,12 @@ from models.sharding import ROLLOUT, STORE
 FLOAT32, BFLOAT16 = ExecutionConfig(), ExecutionConfig(dtype="bfloat16")
 RATE, SIZES = 1e-5, (1, 3, 10, 100)  # of gemma2-2b-lora; an adapter's entries after so many of Adam's steps
 RANK = 64
+TEXTS = (
+    "Question: Tom has 3 boxes with 12 apples each. He eats 5 apples. How many are left? Answer:",
+    "The history of the steam engine begins with",
+    "Question: A train travels 60 miles in 1.5 hours. What is its speed? Let us think step by step.",
+    "def fibonacci(n):",
+)
 ONE_LAYER = GemmaConfig(
     num_layers=1, embed_dim=64, num_heads=2, num_kv_heads=1, head_dim=32, mlp_dim=128, vocab_size=64, query_scale=32**-0.5,
     local_layers=(False,),
@@ -258,3 +265,63 @@ def test_a_thousand_equal_gradients_of_one_token_add_up():
     gradient = jax.jit(jax.grad(of_head), static_argnums=1)
     chunks, whole = (np.asarray(gradient(params, chunk).embedding) for chunk in (2, 1000))
     np.testing.assert_allclose(chunks, whole, rtol=2**-7)  # the product of each chunk is rounded once
+
+
+# ----------------------------------------------------------------------------------------------------------- the real 270M
+
+
+def test_the_real_270m_changes_as_much_as_in_float32(gemma270m, mesh):
+    """B is k of Adam's first steps along the gradient. The change is the half difference between B and -B, so that the noise of
+    the base cancels; 640 tokens tell the slope at k = 1 within about 0.03, which is allowed twice.
+    """
+    config, tokenizer = read_config(gemma270m), load_tokenizer(gemma270m)
+    exact = load_params(gemma270m, config, mesh, STORE)
+    base = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), exact)
+    ids = [[2, *tokenizer.encode(text)] for text in TEXTS]
+    lengths = np.array([len(row) for row in ids])
+    prompts = np.array([row + [0] * (lengths.max() - len(row)) for row in ids])
+    drawn = sample(
+        exact, jnp.asarray(prompts), jnp.asarray(lengths), row_keys(0, 0, jnp.arange(16)), jnp.ones(16), config,
+        replace(FLOAT32, rules=ROLLOUT), Sampling(40, ()),
+    )  # fmt: skip
+    tokens, mask = np.asarray(drawn.tokens), np.ones((16, 40), bool)
+    batch = make_batch(
+        prompts, lengths, tokens, np.full(16, 40), np.asarray(drawn.logprobs), mask, np.zeros(16, np.float32), 0
+    )  # fmt: skip
+    settings = replace(UPDATE, logprob_chunk=1024)
+    fresh = init_adapters(jax.random.key(0), config, PROJECTIONS, RANK, STORE)
+    wanted = np.where(np.arange(16) % 2, 1.0, -1.0)[:, None]
+
+    def trainer(base, adapters, execution):
+        return completion_logprobs(policy(adapters, base, settings), batch, config, execution, settings)
+
+    @partial(jax.jit, static_argnames="execution")
+    def plain(params, rows, execution):
+        hidden, _ = forward(params, rows, jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape), config, execution)
+        return hidden
+
+    def sampler(base, adapters, execution):
+        """Through the sampler's parameters and forward pass, prompt by prompt, because `forward` does not pad in the middle."""
+        execution = replace(execution, rules=ROLLOUT)
+        params, found = sampling_params(policy(adapters, base, settings), config, execution), []
+        for i, row in enumerate(ids):
+            rows = np.concatenate([np.tile(row, (4, 1)), tokens[4 * i : 4 * i + 4]], axis=1)
+            hidden = plain(params, rows, execution)[:, len(row) - 1 : -1]
+            found.append(pick_logprobs(vocab_logits(hidden, params, config, execution), rows[:, len(row) :], jnp.asarray(1.0)))
+        return np.concatenate(found)
+
+    gradient = jax.grad(lambda adapters: (trainer(exact, adapters, FLOAT32) * wanted).sum())(fresh)
+
+    def change(logprobs, base, execution, k):
+        sides = [{n: Adapter(fresh[n].a, s * RATE * k * jnp.sign(gradient[n].b)) for n in fresh} for s in (1, -1)]
+        there, back = (np.asarray(logprobs(base, adapters, execution), np.float64) for adapters in sides)
+        return (there - back) / 2
+
+    for k in SIZES:
+        true = change(trainer, exact, FLOAT32, k)
+        for logprobs in (trainer, sampler):
+            rounded = change(logprobs, base, BFLOAT16, k)
+            kept = slope(rounded, true)
+            error = np.sqrt(((rounded - kept * true) ** 2 * true**2).sum()) / (true**2).sum()
+            print(f"k {k}, {logprobs.__name__}: slope {kept:.3f}, standard error {error:.3f}, true {np.abs(true).mean():.4f}")
+            assert error < 0.05 and abs(kept - 1) < 0.05 + 2 * error
