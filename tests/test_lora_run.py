@@ -68,6 +68,7 @@ def test_a_run_trains_adapters_and_the_reference_is_below_them(config, finished)
     assert metrics[0]["kl/k3"] < 1e-9 < 1e-7 < metrics[1]["kl/k3"]
     assert metrics[2]["kl/k3"] < 1e-9 < 1e-7 < metrics[3]["kl/k3"]
     assert all(record["logp_diff_sampler_trainer/max"] < 1e-4 for record in metrics)
+    assert not any("lora/kept/trainer" in record for record in metrics)  # float32 rounds nothing away
     state = final_state_of(config)
     assert set(state.params) == set(PROJECTIONS) and all(np.abs(adapter.b).max() > 0 for adapter in state.params.values())
     moments = state.opt_state[1]
@@ -98,6 +99,20 @@ def test_an_interrupted_run_resumes_bit_exactly(config, finished, tmp_path, plac
         resumed = replace(config, run_dir=str(tmp_path / "relayed"), relay_from=broken.run_dir)
     assert run(resumed)["params_digest"] == finished[0]["params_digest"]
     assert without_times(read_files(resumed)["metrics.jsonl"]) == without_times(finished[1]["metrics.jsonl"])
+
+
+@pytest.mark.long
+def test_a_run_in_bfloat16_measures_what_rounding_keeps_and_resumes_bit_exactly(config, tmp_path):
+    """At inspected steps: nothing before the first update, and about all of it in either form once adapters have grown."""
+    whole, broken = (replace(config, dtype="bfloat16", run_dir=str(tmp_path / name)) for name in ("whole", "broken"))
+    result = run(whole)
+    with interrupted(5, "rollout"):
+        run(broken)
+    assert run(broken)["params_digest"] == result["params_digest"] and result["recompilations"] == 0
+    metrics = read_files(whole)["metrics.jsonl"]
+    assert without_times(read_files(broken)["metrics.jsonl"]) == without_times(metrics)
+    for name in ("lora/kept/trainer", "lora/kept/sampler"):
+        assert metrics[0][name] is None and 0.9 < metrics[-1][name] < 1.1
 
 
 @pytest.mark.parametrize("change", [{"lora_rank": 0, "lora_alpha": 64.0}, {"lora_alpha": 8.0}, {"lora_targets": "q,v"}])
