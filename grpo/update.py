@@ -20,8 +20,8 @@ from jax.typing import ArrayLike
 
 from grpo.batch import Batch, split, unsplit
 from grpo.loss import dapo_weights, dr_grpo_weights, grpo_loss, grpo_weights
-from models.gemma import ExecutionConfig, GemmaConfig, Params, axes, forward_group, token_logprobs
-from models.lora import Adapters, attach, init_adapters, merged
+from models.gemma import Adapted, ExecutionConfig, GemmaConfig, Params, axes, forward_group, token_logprobs
+from models.lora import PROJECTIONS, Adapters, adapter_axes, attach, init_adapters
 from models.sharding import STORE
 
 AGGREGATIONS = {"grpo": grpo_weights, "dapo": dapo_weights, "dr_grpo": dr_grpo_weights}
@@ -105,10 +105,28 @@ def init_state(params: Any, config: UpdateConfig) -> TrainState:
     return TrainState(params, make_optimizer(config).init(params), jnp.int32(0), jnp.int32(0))
 
 
-@partial(jax.jit, static_argnames=("model", "execution"))
 def sampling_params(params: Params, model: GemmaConfig, execution: ExecutionConfig) -> Params:
-    """Parameters for sampling: adapters merged, cast once a step, resharded so that no weight moves while decoding."""
-    return execution.use(merged(params), axes(model))
+    """Parameters for sampling: cast once a step, resharded so that no weight moves while decoding. Adapters stay apart.
+
+    On one device the frozen base below adapters has its dtype and its place already, and is not copied.
+    """
+    moved = moved_params(params, model, execution)
+    return jax.tree.map(lambda new, old: old if new is None else new, moved, params, is_leaf=lambda leaf: leaf is None)
+
+
+@partial(jax.jit, static_argnames=("model", "execution"))
+def moved_params(params: Params, model: GemmaConfig, execution: ExecutionConfig) -> Params:
+    """`sampling_params`, with None for each weight that stays where it is."""
+    adapted = {name: w for name in PROJECTIONS if isinstance(w := getattr(params.layers, name), Adapted)}
+    letters, alone = axes(model), jax.sharding.get_abstract_mesh().size == 1
+    if adapted:
+        letters = attach(letters, adapter_axes(model, adapted), next(iter(adapted.values())).scale)
+
+    def use(leaf: Array, letters: str) -> Array | None:
+        stays = adapted and "J" not in letters and alone and leaf.dtype == execution.dtype
+        return None if stays else execution.use(leaf, letters)
+
+    return jax.tree.map(use, params, letters)
 
 
 def logprobs_of(
@@ -233,6 +251,30 @@ def token_stats(terms: dict[str, Array], batch: Batch) -> dict[str, Array]:
         stats["kl/k3_max"] = highest(terms["kl"])
         stats["kl/k1"] = mean(terms["logprobs"] - batch.ref_logprobs)
     return stats
+
+
+@partial(jax.jit, static_argnames=("model", "execution", "config"))
+def kept_by_rounding(
+    adapters: Adapters, base: Params, batch: Batch, old: Array, model: GemmaConfig, execution: ExecutionConfig,
+    config: UpdateConfig,
+) -> dict[str, Array]:  # fmt: skip
+    """The share of what adapters do to log-probabilities that the trainer and the sampler keep in the dtype of activations.
+
+    It is the slope of their change on that of a float32 pass over the same base, over the tokens that count in one group a
+    device: 1 when rounding loses nothing, NaN while B is 0. `old` BC are the trainer's log-probabilities under `adapters`.
+    """
+    Q, at = len(batch.prompts), execution.at
+    parts = split((batch, old), Q, Q // max(jax.sharding.get_abstract_mesh().size, 1), at)
+    part, old = jax.tree.map(lambda leaf: leaf[0], parts)
+    adapted, rounded = policy(adapters, base, config), replace(execution, remat="none")
+    with jax.default_matmul_precision("highest"):  # by default a TPU multiplies float32 matrices in bfloat16
+        exact = [logprobs_of(p, part, model, replace(rounded, dtype="float32"), config) for p in (adapted, base)]
+    start, true = logprobs_of(base, part, model, rounded, config), (exact[0] - exact[1]) * part.mask
+
+    def slope(logprobs: Array) -> Array:
+        return jnp.where(part.mask > 0, (logprobs - start) * true, 0.0).sum() / (true * true).sum()
+
+    return {"lora/kept/trainer": slope(old), "lora/kept/sampler": slope(part.sampler_logprobs)}
 
 
 def narrow(params: Params, dtype: str) -> Params:

@@ -37,7 +37,7 @@ from grpo.runs.cli import run_script
 from grpo.runs.flags import parse
 from grpo.runs.setup import check_shapes
 from grpo.runs.workload import Workload, row_limits
-from grpo.update import UpdateConfig, completion_logprobs, init_state, policy, sampling_params, train_step
+from grpo.update import UpdateConfig, completion_logprobs, init_state, moved_params, policy, sampling_params, train_step
 from models.bounds import hlo, roofline
 from models.bounds.roofline import GIB, Chip, find_chip
 from models.formats.convert import read_config
@@ -213,10 +213,12 @@ def programs(plan: Plan) -> dict[str, Program]:
     old = logprobs if config.updates_per_rollout > 1 else None
     full_batch = replace(batch, ref_logprobs=logprobs if config.beta else None, old_logprobs=old)
     rate, rows = config.learning_rate, (keys, temperatures, limits)
+    unmoved = base if plan.mesh.size == 1 else None  # `sampling_params` does not copy it: sampling reads the base itself
+    beside = [state, apart if unmoved else base or apart]
     found = {
-        "sampling_params": Program(sampling_params, (weights, model, sample), [state.opt_state, apart], adapters),
-        "prefill": Program(prefill, (params, batch.prompts, batch.lengths, model, sample), [state, base or apart]),
-        "decode": Program(decode, (params, prefilled, *rows, model, sample, sampling), [state, base or apart]),
+        "sampling_params": Program(moved_params, (weights, model, sample), [state.opt_state, apart, unmoved], adapters),
+        "prefill": Program(prefill, (params, batch.prompts, batch.lengths, model, sample), beside),
+        "decode": Program(decode, (params, prefilled, *rows, model, sample, sampling), beside),
     }
     if reference is not None:
         found["reference"] = Program(completion_logprobs, (reference, batch, model, train, update), [state])

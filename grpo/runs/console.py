@@ -99,6 +99,8 @@ def state_bytes(run: Setup) -> float:
     width = jnp.dtype(run.train.dtype).itemsize
     state = resident_bytes(model, run.train.dtype, run.update) / n
     sampling_weights = sum(leaf.size for leaf in jax.tree.leaves(shapes(model))) * width / run.mesh.shape["tp"]
+    if config.lora_rank and n == 1:
+        sampling_weights = 0  # `sampling_params` does not copy the frozen base
     slots = config.prompts_per_step * config.max_prompt_tokens + config.rows * config.max_new_tokens
     cache = 2 * model.num_layers * model.num_kv_heads * model.head_dim * slots * width / n
     return state + sampling_weights + cache

@@ -27,7 +27,7 @@ from grpo.runs.trackers import Trackers
 from grpo.session import Session
 from grpo.step import StepResult, one_step
 from grpo.timing import phase_seconds
-from grpo.update import frozen, init_state, policy, sampling_params, starting_point
+from grpo.update import frozen, init_state, kept_by_rounding, policy, sampling_params, starting_point
 from models.gemma import Params
 from models.sharding import STORE, abstract_like
 
@@ -133,9 +133,8 @@ class Trainer:
             for step in range(first, session.end + 1):
                 if self.config.eval_every and self.done > session.start and self.done % self.config.eval_every == 0:
                     self.evaluate()  # measured once: also when a resumed run passes here again
-                compiled = self.compiles.count
-                self.step(step, session)
-                self.recompilations += self.compiles.count - compiled if step > first else 0
+                compiled = self.step(step, session)
+                self.recompilations += compiled if step > first else 0
                 stopping = self.interrupts.due(step)
                 self.save(wait=stopping or step == session.end)
                 if stopping:
@@ -149,24 +148,30 @@ class Trainer:
         if session.number > 1 and self.config.beta and self.config.reference == "session_start":
             self.reference = self.session_start(session)
 
-    def step(self, step: int, session: Session) -> None:
-        """One step, timed and recorded."""
+    def step(self, step: int, session: Session) -> int:
+        """One step, timed and recorded: the number of programs that it compiled."""
         compiled, start = self.compiles.count, time.perf_counter()
+        due = groups_due(step, self.run.sessions[-1].end, self.config)
+        rounds = self.base is not None and self.run.train.dtype != "float32"
+        adapters = frozen(self.state.params, "float32") if due and rounds else None
         with phase_seconds() as seconds:
             self.state, result = one_step(step, session, self.state, self.run, self.reference, self.base)
-        self.done = step
-        tokens = self.trace_tokens(step, session, result)
+        self.done, compiled = step, self.compiles.count - compiled
+        tokens = self.trace_tokens(step, session, due, result)
         seconds["step"] = time.perf_counter() - start
         metrics = step_metrics(result, seconds, int(self.state.bad_in_a_row), self.run)
-        metrics["compiles"] = self.compiles.count - compiled
+        metrics["compiles"] = compiled
+        if adapters is not None and result.terms:
+            rest = result.batch, result.terms["old"], self.run.model, self.run.train, self.run.update
+            metrics |= jax.tree.map(float, jax.device_get(kept_by_rounding(adapters, self.base, *rest)))
         self.record({"step": step, "session": session.number, **metrics}, completion_records(step, result), tokens)
         if metrics["bad_updates_in_a_row"] >= self.config.max_bad_updates:
             count = metrics["bad_updates_in_a_row"]
             raise RunError(f"step {step}: {count} non-finite updates in a row; try a lower learning_rate")
+        return compiled
 
-    def trace_tokens(self, step: int, session: Session, result: StepResult) -> list[dict[str, Any]]:
-        """Every token of the groups that are due for inspection in this step."""
-        due = groups_due(step, self.run.sessions[-1].end, self.config)
+    def trace_tokens(self, step: int, session: Session, due: int, result: StepResult) -> list[dict[str, Any]]:
+        """Every token of the `due` groups that are inspected in this step."""
         if not due or not result.terms:
             return []
         completions = result.completions

@@ -161,8 +161,11 @@ def sampling_params_bound(
 ) -> Bound:  # fmt: skip
     """Casting and resharding the weights: attention becomes whole, the rest sharded over `tp`.
 
-    They are read in float32; with LoRA, a base of `width` bytes per number and float32 `adapters` are.
+    They are read in float32; with LoRA, a base of `width` bytes per number and float32 `adapters` are. On one chip the base
+    stays where it is, and the adapters alone are cast.
     """
+    if adapters and devices == 1:
+        return overlapped(chip, devices, 0.0, (4 + width) * adapters, 0.0)
     sharded = mlp_weights(model) + head_weights(model)
     count = attention_weights(model) + sharded
     held = attention_weights(model) + sharded / tp
