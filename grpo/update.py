@@ -22,7 +22,7 @@ from grpo.batch import Batch, split, unsplit
 from grpo.loss import dapo_weights, dr_grpo_weights, grpo_loss, grpo_weights
 from models.gemma import Adapted, ExecutionConfig, GemmaConfig, Params, axes, forward_group, token_logprobs
 from models.lora import PROJECTIONS, Adapters, adapter_axes, attach, init_adapters
-from models.sharding import STORE
+from models.sharding import STORE, MeshJit
 
 AGGREGATIONS = {"grpo": grpo_weights, "dapo": dapo_weights, "dr_grpo": dr_grpo_weights}
 
@@ -145,7 +145,7 @@ def logprobs_of(
     return lax.reshape(jnp.take_along_axis(logprobs, slots, axis=1), (B, C), out_sharding=at("BC"))
 
 
-@partial(jax.jit, static_argnames=("model", "execution", "config"))
+@partial(MeshJit, static_argnames=("model", "execution", "config"))
 def completion_logprobs(
     params: Params, batch: Batch, model: GemmaConfig, execution: ExecutionConfig, config: UpdateConfig
 ) -> Array:
@@ -185,7 +185,7 @@ def batch_loss(
     return loss, terms | {"logprobs": lax.stop_gradient(logprobs), "old": old, "weight": weights}
 
 
-@partial(jax.jit, static_argnames=("model", "execution", "config"), donate_argnames="state")
+@partial(MeshJit, static_argnames=("model", "execution", "config"), donate_argnames="state")
 def train_step(
     state: TrainState, batch: Batch, rate: ArrayLike, model: GemmaConfig, execution: ExecutionConfig, config: UpdateConfig,
     base: Params | None = None,
