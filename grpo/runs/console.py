@@ -27,6 +27,11 @@ COLUMNS = 4  # of the closing table
 
 def describe_plan(run: Setup) -> str:
     """The plan, before anything is spent."""
+    return "\n".join(wrap(label, text) for label, text in plan_lines(run))
+
+
+def plan_lines(run: Setup) -> list[tuple[str, str]]:
+    """Its lines: label and text."""
     config, mesh, mu = run.config, run.mesh, run.config.updates_per_rollout
     device = mesh.devices.flat[0]
     tokens = run.steps * config.rows * config.max_new_tokens
@@ -46,7 +51,8 @@ def describe_plan(run: Setup) -> str:
         lines.append((f"session {session.number}", f"steps {session.start + 1} to {session.end}: {problems}"))
     if len(run.sessions) > 1:
         lines.append(("carried", describe_sessions(run)))
-    lines += [
+    return [
+        *lines,
         ("trained", describe_trained(run)),
         ("loss", f"{config.aggregation}, beta {config.beta}, advantages by {config.advantage_scale}; "
          f"learning rate {config.learning_rate}"),
@@ -54,7 +60,6 @@ def describe_plan(run: Setup) -> str:
          f"sampling weights, KV cache"),
         ("run", str(run_dir(config))),
     ]  # fmt: skip
-    return "\n".join(wrap(label, text) for label, text in lines)
 
 
 def describe_sessions(run: Setup) -> str:
@@ -119,7 +124,10 @@ class Progress:
         if step == 1 or step == self.steps or step % max(self.steps // TREND, 1) == 0:
             self.bar.write(self.line(step, metrics), file=sys.stdout)
         self.bar.update(step - self.bar.n)
-        self.bar.set_postfix_str(f"reward {metrics['reward']:.2f} accuracy {metrics['accuracy']:.0%}")
+        self.bar.set_postfix_str(self.postfix(metrics))
+
+    def postfix(self, metrics: dict[str, float]) -> str:
+        return f"reward {metrics['reward']:.2f} accuracy {metrics['accuracy']:.0%}"
 
     def line(self, step: int, metrics: dict[str, float]) -> str:
         return (
