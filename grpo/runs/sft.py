@@ -21,6 +21,7 @@ from grpo.batch import Batch
 from grpo.config import Config
 from grpo.rollout import Completions, build_batch
 from grpo.runs.console import Progress, plan_lines, wrap
+from grpo.runs.evaluate import evaluate
 from grpo.runs.setup import Setup, prepare
 from grpo.runs.trainer import Trainer
 from grpo.session import Session, learning_rates, plan_sessions
@@ -165,8 +166,10 @@ class SFTTrainer(Trainer):
 
     def held_out(self, params: Params) -> dict[str, Any]:
         loss = held_out_loss(policy(self.state.params, self.base, self.run.update), self.run)
-        answered = all(problem.answer for problem in self.run.eval_problems)
-        return {"loss": loss} | (super().held_out(params) if answered else {})
+        if not all(problem.answer for problem in self.run.eval_problems):
+            return {"loss": loss}
+        wide = replace(self.run, config=replace(self.config, group_size=Config.group_size))  # sampling wants many rows
+        return {"loss": loss, "accuracy": evaluate(params, wide.eval_problems, wide.eval_ids, wide)}
 
     def result(self) -> dict[str, Any]:
         result, records = super().result(), self.metrics.records
