@@ -282,8 +282,8 @@ SFT_PRESET = Config(
 )  # fmt: skip
 GRPO_ONLY = {
     "sessions", "session", "review_ratio", "relay_from", "group_size", "temperature", "top_k", "top_p", "resample", "halvings",
-    "beta", "reference", "epsilon_low", "epsilon_high", "advantage_scale", "aggregation", "tis_cap", "mask_truncated", "schedule",
-    "carry_optimizer", "updates_per_rollout", "max_zero_variance_steps", "retention_problems", "inspect_groups",
+    "beta", "reference", "epsilon_low", "epsilon_high", "advantage_scale", "aggregation", "tis_cap", "mask_truncated",
+    "schedule", "carry_optimizer", "updates_per_rollout", "max_zero_variance_steps", "retention_problems", "inspect_groups",
 } | {field.name for field in dataclasses.fields(Config) if field.metadata["group"] == "reward"}  # fmt: skip
 
 PRESETS: dict[str, Config] = {

@@ -4,10 +4,11 @@
     python scripts/sft.py --model_path DIR --data mine.jsonl --system_prompt "" --run_dir runs/sft
     python scripts/train.py gemma3-270m --model_path runs/sft --data gsm8k_train.jsonl --run_dir runs/grpo
 
-A line of --data is {"prompt": TEXT, "completion": TEXT}, or a problem in GSM8K form, whose solution is put into the tags; --data
-arithmetic has generated problems. The loss is the mean of -log p over the completions' tokens. The same command again continues
-where it stopped. The last line of standard output is one line of JSON: all of result.json in a file or a pipe, a few figures on a
-terminal.
+A line of --data is {"prompt": TEXT, "completion": TEXT}, or a problem in GSM8K form, whose solution is put into the tags.
+--data arithmetic has generated problems. The loss is the mean of -log p over the completions' tokens.
+
+The same command again continues where it stopped. The last line of standard output is one line of JSON: all of result.json in a
+file or a pipe, a few figures on a terminal.
 """
 
 import sys
@@ -23,7 +24,8 @@ def main(argv: list[str]) -> dict:
     return train(parse(Config, argv, __doc__ or "", {SFT: SFT_PRESET}, without=GRPO_ONLY), SFTTrainer)
 
 
-SHORT = ("run_dir", "steps", "finished", "loss_first", "loss_last", "held_out_loss_before", "held_out_loss_after", "params_digest")
+LOSSES = ("loss_first", "loss_last", "held_out_loss_before", "held_out_loss_after")
+SHORT = ("run_dir", "steps", "finished", *LOSSES, "seconds", "params_digest")
 
 if __name__ == "__main__":
     run_script(main, sys.argv[1:], SHORT)

@@ -19,6 +19,7 @@ from data.problems import completion_of, load_problems
 from grpo.config import GRPO_ONLY, SFT_PRESET, Config
 from grpo.reward import score
 from grpo.runs.checkpoint import Checkpoints
+from grpo.runs.console import closing_table
 from grpo.runs.model_source import find_model
 from grpo.runs.sft import SFTTrainer, describe_sft, held_out_loss, prepare_sft
 from models.gemma import ExecutionConfig, forward, vocab_logits
@@ -96,8 +97,7 @@ def test_loss_and_gradient_are_the_cross_entropy_of_the_completions(config, pack
         np.testing.assert_allclose(leaf / (1 - config.adam_b1), g, rtol=0, atol=1e-5 * np.abs(g).max())
 
 
-
-def test_it_learns_and_says_so(config, finished, capsys):
+def test_it_learns_and_says_so(config, finished):
     result, files = finished
     assert result["steps"] == STEPS and result["finished"] and "reward_first" not in result
     assert result["loss_last"] < 0.9 * result["loss_first"]
@@ -105,6 +105,9 @@ def test_it_learns_and_says_so(config, finished, capsys):
     assert [record["loss"] for record in files["metrics.jsonl"]] == pytest.approx(
         [result["loss_first"], *[record["loss"] for record in files["metrics.jsonl"][1:-1]], result["loss_last"]]
     )
+    table = closing_table(result | {"seconds": 1.0})
+    assert f"{result['held_out_loss_after']:.4f}" in table and "training.png" not in table
+    assert f"--model_path {config.run_dir} " in table
     setup = prepared(config)
     plan = describe_sft(setup)
     tokens = sum(map(len, setup.completion_ids))
@@ -193,7 +196,7 @@ def told(config: Config, **changes) -> list[str]:
 @pytest.mark.parametrize(("record", "reason"), BAD_LINES.values(), ids=list(BAD_LINES))
 def test_a_bad_line_is_named_and_ends_the_run(config, tmp_path, record, reason):
     path = write(tmp_path / "x.jsonl", [{"prompt": "a", "completion": "b"}, record])
-    with pytest.raises(DataError, match="^[^\n]*x.jsonl:2: [^\n]*$") as error:
+    with pytest.raises(DataError, match=r"^[^\n]*x\.jsonl:2: [^\n]*$") as error:
         load_problems(path, demonstrated=True)
     assert reason in str(error.value)
 
@@ -220,5 +223,6 @@ def test_a_completion_that_is_too_long_is_dropped_whole_and_counted(config, tmp_
 
 
 def test_a_grpo_run_does_not_continue_in_its_directory(config, finished, capsys):
-    line = ended(capsys, 2, ["tiny", f"--model_path={config.model_path}", f"--run_dir={config.run_dir}", "--max_prompt_tokens=192"])
+    flags = {"model_path": config.model_path, "run_dir": config.run_dir, "max_prompt_tokens": 192}
+    line = ended(capsys, 2, ["tiny", *(f"--{name}={value}" for name, value in flags.items())])
     assert "holds a run with other settings" in line

@@ -167,8 +167,12 @@ def closing_table(result: dict[str, Any]) -> str:
     """Accuracies before and after the last sessions, the cost of the run, and where its files are."""
     sessions = result["sessions"][1 - COLUMNS :]
     columns = [result["accuracy_before"], *(session["accuracy"] for session in sessions)]
-    lines: list[str] = []
-    if len(columns) > 1 and all(columns):
+    lines, tuned = list[str](), "reward_first" not in result  # supervised fine-tuning
+    if tuned and result["held_out_loss_after"] is not None:
+        losses = [result["held_out_loss_before"], result["held_out_loss_after"]]
+        lines = ["", table_row("", ["before", "after"]), table_row("held-out loss", [f"{loss:.4f}" for loss in losses])]
+        lines += accuracy_rows(columns) if all(columns) else []
+    elif len(columns) > 1 and all(columns):
         names = [f"session {session['session']}" for session in sessions]
         lines = ["", table_row("", ["before", *(names if len(result["sessions"]) > 1 else ["after"])])]
         lines += [*accuracy_rows(columns), *retention_rows(sessions)]
@@ -179,12 +183,16 @@ def closing_table(result: dict[str, Any]) -> str:
     again = (
         f"python scripts/train.py --seed {seed}" if result["preset"] == "tiny" else f"the same with --seed {seed} --run_dir DIR"
     )
+    files = "metrics, completions, tokens, evaluations, config, sessions, result, training.png, checkpoints/"
+    if tuned:
+        files = "metrics, evaluations, config, sessions, result, checkpoints/"
+        again = f"python scripts/train.py PRESET --model_path {result['run_dir']} --data FILE --run_dir DIR"
+    why = "GRPO from here" if tuned else "rerun with another seed to see the variance"
     return "\n".join([
         *lines,
         f"\n{result['steps']} steps, {compiles} recompilations, {seconds}",
-        wrap("files", f"{result['run_dir']}: metrics, completions, tokens, evaluations, config, sessions, result, "
-             "training.png, checkpoints/"),
-        wrap("next", f"{again}  (rerun with another seed to see the variance)"),
+        wrap("files", f"{result['run_dir']}: {files}"),
+        wrap("next", f"{again}  ({why})"),
     ])  # fmt: skip
 
 

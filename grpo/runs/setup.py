@@ -45,7 +45,10 @@ class Setup(Run):
 
 
 def prepare(config: Config, demonstrated: bool = False) -> Setup:
-    """Load and check everything but the weights; `demonstrated` as in `load_problems`. Raises ConfigError, DataError, ModelError."""
+    """Load and check everything but the weights. `demonstrated`: as in `data.problems.load_problems`.
+
+    Raises ConfigError, DataError or ModelError.
+    """
     if not config.model_path:
         raise ConfigError(f"model_path is needed: preset {config.preset} brings no weights; give a model folder")
     check_installed(config.track)
@@ -95,7 +98,7 @@ def check_tokenizer(tokenizer: Tokenizer, model: GemmaConfig) -> None:
         )
 
 
-def data_fingerprint(run: Run, session: Session) -> str:
+def data_fingerprint(run: Setup, session: Session) -> str:
     """SHA-256 prefix (16 hex digits) of the problems that the run has seen up to the end of a session, in their order."""
     seen: list[tuple] = [(problem.question, problem.answer) for problem in run.problems[: int(session.new[-1]) + 1]]
     if run.completion_ids:

@@ -6,7 +6,7 @@ With advantage 1, beta 0 and the policy as its own old policy the GRPO loss has 
 optimizer and schedule are those of a GRPO step: one group of one completion for each prompt.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -72,9 +72,10 @@ def make_given(
     pad, config = run.tokenizer.pad_id, run.config
     padded, prompt_lengths = pad_prompts(prompts, config.max_prompt_tokens, pad)
     tokens, lengths = pad_prompts(completions, config.max_new_tokens, pad)
-    samples = Samples(tokens, np.zeros(tokens.shape, np.float32), lengths, np.zeros(len(lengths), bool))
+    samples: Any = Samples(tokens, np.zeros(tokens.shape, np.float32), lengths, np.zeros(len(lengths), bool))  # type: ignore
     given = Completions(list(problems), padded, prompt_lengths, samples, [""] * len(lengths))
-    return given, *build_batch(given, np.zeros((len(lengths), 1)), np.ones((len(lengths), 1), np.float32), run)
+    mask, batch = build_batch(given, np.zeros((len(lengths), 1)), np.ones((len(lengths), 1), np.float32), run)
+    return given, mask, batch
 
 
 def sft_step(
@@ -82,10 +83,16 @@ def sft_step(
 ) -> tuple[TrainState, StepResult]:
     """One update on the given completions of the step's problems. `state` is donated: do not use it again."""
     chosen = session.problems_of(step)
-    given, mask, batch = make_given(*([x[i] for i in chosen] for x in (run.problems, run.prompt_ids, run.completion_ids)), run)
+    given, mask, batch = make_given(
+        pick(run.problems, chosen), pick(run.prompt_ids, chosen), pick(run.completion_ids, chosen), run
+    )
     rates = learning_rates(step, session, run.sessions[-1].end, run.config)
     state, stats, terms = update(state, batch, rates, run, base)
     return state, StepResult(given, [], np.ones((len(chosen), 1)), mask, batch, rates, stats, terms, 0)
+
+
+def pick(values: Sequence[Any], indices: Iterable[int]) -> list[Any]:
+    return [values[i] for i in indices]
 
 
 def mean_nll(logprobs: Any, mask: np.ndarray) -> float:
@@ -108,8 +115,8 @@ def held_out_batches(run: Setup) -> Iterator[tuple[np.ndarray, Batch]]:
     count, Q = len(run.eval_problems), run.config.prompts_per_step
     for start in range(0, count, Q):
         chosen = [i % count for i in range(start, start + Q)]
-        columns = run.eval_problems, run.eval_ids, run.eval_completion_ids
-        _, mask, batch = make_given(*([x[i] for i in chosen] for x in columns), run)
+        rows = pick(run.eval_problems, chosen), pick(run.eval_ids, chosen), pick(run.eval_completion_ids, chosen)
+        _, mask, batch = make_given(*rows, run)
         yield mask & (np.arange(start, start + Q) < count)[:, None], batch
 
 
@@ -132,8 +139,10 @@ class LossProgress(Progress):
         return f"loss {metrics['loss']:.4f}"
 
     def line(self, step: int, metrics: dict[str, float]) -> str:
-        length, rate, seconds = metrics["completions/mean_length"], metrics["tokens_per_s/total"], metrics["time/step"]
-        return f"step {step}/{self.steps}  loss {metrics['loss']:.4f}  length {length:5.1f}  {rate:.0f} tokens/s  {seconds:.2f} s"
+        return (
+            f"step {step}/{self.steps}  loss {metrics['loss']:.4f}  length {metrics['completions/mean_length']:5.1f}  "
+            f"{metrics['tokens_per_s/total']:.0f} tokens/s  {metrics['time/step']:.2f} s"
+        )
 
 
 class SFTTrainer(Trainer):

@@ -35,8 +35,10 @@ from models.sharding import STORE, abstract_like
 def train(config: Config, kind: "type[Trainer] | None" = None) -> dict[str, Any]:
     """The whole run: plan, evaluate, train, save, evaluate. The same call again continues where it stopped.
 
-    `kind` is `Trainer`, or that of supervised fine-tuning. Returns what the script prints as JSON. Raises ConfigError, DataError or ModelError for mistakes of the user,
-    RunError for a run that cannot continue, Stopped when a signal asked for it.
+    `kind` is `Trainer`, or that of supervised fine-tuning. Returns what the script prints as JSON.
+
+    Raises ConfigError, DataError or ModelError for mistakes of the user, RunError for a run that cannot continue, Stopped when
+    a signal asked for it.
     """
     started, compiles = time.monotonic(), CompileCounter()
     join(config)
