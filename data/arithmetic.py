@@ -12,7 +12,7 @@ import random
 import zlib
 
 from data import DataError
-from data.problems import Problem
+from data.problems import Problem, completion_of
 
 LARGEST_VALUE, LARGEST_START, LARGEST_OPERAND = 99, 50, 10
 LENGTHS = (2, 3, 4)
@@ -66,7 +66,7 @@ def demonstration(problem: Problem, style: str) -> str:
     """
     answer = f"<answer>{problem.answer}</answer>"
     if style == "worked":
-        return f"<reasoning>{problem.solution}</reasoning>{answer}"
+        return completion_of(problem)
     if style == "terse":
         return f"<reasoning>{problem.answer}</reasoning>{answer}"
     if style == "slip":

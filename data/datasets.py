@@ -27,16 +27,17 @@ class DataSettings(Protocol):
     def seed(self) -> int: ...
 
 
-def choose_problems(settings: DataSettings) -> tuple[list[Problem], list[Problem]]:
+def choose_problems(settings: DataSettings, demonstrated: bool = False) -> tuple[list[Problem], list[Problem]]:
     """(train, evaluate): the problems to train on, in the order in which sessions take them, and the problems to evaluate on.
 
-    No question is in both. The evaluation problems do not depend on the seed. Raises DataError.
+    No question is in both. The evaluation problems do not depend on the seed. `demonstrated`: for
+    supervised fine-tuning, as in `load_problems`. Raises DataError.
     """
     if settings.data == "arithmetic":
         return choose_arithmetic(settings)
-    problems = load_problems(settings.data)
+    problems = load_problems(settings.data, demonstrated)
     if settings.eval_data:
-        held_out = load_problems(settings.eval_data)[: settings.eval_problems]
+        held_out = load_problems(settings.eval_data, demonstrated)[: settings.eval_problems]
         asked = {question_key(problem) for problem in held_out}
         problems = [problem for problem in problems if question_key(problem) not in asked]
     else:

@@ -23,12 +23,18 @@ MAX_LINE_BYTES = 1_000_000  # GSM8K's longest record has 1,700: a longer line me
 FAULTS_NAMED = 5
 # Bounded and ASCII only: "1,234" and "-3.5", but not "1_000", "1e9", "1,23" or digits of other alphabets.
 NUMBER = re.compile(r"-?([0-9]{1,15}|[0-9]{1,3}(,[0-9]{3}){1,4})(\.[0-9]{1,15})?")
+MARKS = re.compile(r"<<[^<>]*>>")  # GSM8K's annotations for a calculator: "48/2 = <<48/2=24>>24"
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can encode half a character ("\ud83d"), which no tokenizer accepts
+
+Parse = Callable[[Any], tuple[str, str, str]]  # record -> question, answer, solution; ValueError with the reason
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A question and its gold number as text, without commas ("1234"). The solution may be empty."""
+    """A question and its gold number as text, without commas ("1234"). The solution may be empty.
+
+    Of a line with `prompt` and `completion` these are question and solution, and the answer is empty.
+    """
 
     id: str
     question: str
@@ -36,20 +42,32 @@ class Problem:
     solution: str = ""
 
 
-def load_problems(source: str) -> list[Problem]:
+def completion_of(problem: Problem) -> str:
+    """The completion that a problem demonstrates: a given one as it is, or solution and answer in the recipe's tags.
+
+    GSM8K's annotations for a calculator (`<<48/2=24>>`) are left out.
+    """
+    if not problem.answer:
+        return problem.solution
+    return f"<reasoning>{MARKS.sub('', problem.solution)}</reasoning><answer>{problem.answer}</answer>"
+
+
+def load_problems(source: str, demonstrated: bool = False) -> list[Problem]:
     """The problems of a local `.jsonl` or `.parquet` file, or of `openai/gsm8k` (`:train` by default, or `:test`).
 
     Ids are "file name:line", with lines counted from 1. Raises DataError for a source that cannot be read, and for bad
-    records: the first five are named by line and reason.
+    records: the first five are named by line and reason. `demonstrated`: each must have something to imitate, a solution, or it
+    is a line with `prompt` and `completion`.
     """
+    parse = _parse_demonstration if demonstrated else _parse_record
     if source == HUB_ID or source.startswith(HUB_ID + ":"):
-        return _load_hub(source)
+        return _load_hub(source, parse)
     path = Path(source)
     if path.suffix not in (".jsonl", ".parquet"):
         raise DataError(f'data "{source}" must be a .jsonl file, a .parquet file or {HUB_ID}[:train|:test]')
     if not path.is_file():
         raise DataError(f'data file "{source}" does not exist')
-    return _load_jsonl(path) if path.suffix == ".jsonl" else _load_parquet(path)
+    return _load_jsonl(path, parse) if path.suffix == ".jsonl" else _load_parquet(path, parse)
 
 
 def split_problems(problems: list[Problem], held_out: int, seed: int) -> tuple[list[Problem], list[Problem]]:
@@ -76,17 +94,17 @@ def question_key(problem: Problem) -> str:
     return " ".join(problem.question.split())
 
 
-def _load_jsonl(path: Path) -> list[Problem]:
+def _load_jsonl(path: Path, parse: Parse) -> list[Problem]:
     # Read as bytes and split at \n only: text mode would fail at the first bad byte without a line number.
     try:
         with path.open("rb") as file:
             lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
-            return _collect(str(path), lines, lambda line: _parse_record(_parse_line(line)))
+            return _collect(str(path), lines, lambda line: parse(_parse_line(line)))
     except OSError as error:
         raise DataError(f'data file "{path}" cannot be read: {error.strerror}') from error
 
 
-def _load_parquet(path: Path) -> list[Problem]:
+def _load_parquet(path: Path, parse: Parse) -> list[Problem]:
     import pyarrow
     import pyarrow.parquet
 
@@ -94,10 +112,10 @@ def _load_parquet(path: Path) -> list[Problem]:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f'"{path}" is not a readable parquet file: {_first_line(error)}') from error
-    return _collect(str(path), enumerate(rows, start=1), _parse_record)
+    return _collect(str(path), enumerate(rows, start=1), parse)
 
 
-def _load_hub(source: str) -> list[Problem]:
+def _load_hub(source: str, parse: Parse) -> list[Problem]:
     split = source.removeprefix(HUB_ID).removeprefix(":") or "train"
     if split not in ("train", "test"):
         raise DataError(f'{HUB_ID} has no split "{split}": must be train or test')
@@ -110,10 +128,10 @@ def _load_hub(source: str) -> list[Problem]:
             f"cannot get {HUB_ID} from the hub ({_first_line(error)}): "
             "check the network, or give a local .jsonl or .parquet file with --data"
         ) from error
-    return _collect(f"{HUB_ID}:{split}", enumerate(rows, start=1), _parse_record)
+    return _collect(f"{HUB_ID}:{split}", enumerate(rows, start=1), parse)
 
 
-def _collect(name: str, rows: Iterable[tuple[int, Any]], parse: Callable[[Any], tuple[str, str, str]]) -> list[Problem]:
+def _collect(name: str, rows: Iterable[tuple[int, Any]], parse: Parse) -> list[Problem]:
     problems, faults = [], []
     for number, row in rows:
         try:
@@ -159,6 +177,20 @@ def _parse_record(record: object) -> tuple[str, str, str]:
     if not NUMBER.fullmatch(gold):
         raise ValueError(f"answer {gold[:40]!r} is not a number")
     return question, gold.replace(",", ""), solution.strip()
+
+
+def _parse_demonstration(record: object) -> tuple[str, str, str]:
+    """(prompt, "", completion), or what `_parse_record` gives. Raises ValueError with the reason."""
+    if not isinstance(record, dict) or not {"prompt", "completion"} & set(record):
+        parsed = _parse_record(record)
+        if not parsed[2]:
+            raise ValueError("answer is only a number: there is no solution to imitate")
+        return parsed
+    prompt, completion = _text(record, "prompt").strip(), _text(record, "completion")
+    for name, text in (("prompt", prompt), ("completion", completion)):
+        if not text.strip():
+            raise ValueError(f"{name} is empty")
+    return prompt, "", completion
 
 
 def _text(record: object, key: str) -> str:

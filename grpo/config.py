@@ -20,6 +20,7 @@ SYSTEM = (
 )
 PROJECTIONS = "q,k,v,o,gate,up,down"
 TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # and the packages that they need
+SFT = "sft"  # the preset of supervised fine-tuning, whose completions are given
 HUBS = ("hf:", "kaggle:")  # prefixes of models that are downloaded first
 TINY_MODEL = str(Path(__file__).parents[1] / "models" / "tiny")
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
@@ -198,7 +199,7 @@ class Config:
         check_fields(self)
         if "\0" in self.run_dir:
             raise ConfigError(f"run_dir {self.run_dir!r} must not hold a NUL character")
-        if self.group_size < 2:
+        if self.group_size < 2 and self.preset != SFT:
             raise ConfigError(f"group_size {self.group_size} must be at least 2: completions are compared with each other")
         if self.prompts_per_step % self.microbatches:
             raise ConfigError(f"prompts_per_step {self.prompts_per_step} must divide into microbatches {self.microbatches}")
@@ -272,6 +273,18 @@ def current_names(saved: dict[str, Any]) -> dict[str, Any]:
     renamed = {field.metadata["was"]: field.name for field in dataclasses.fields(Config) if field.metadata["was"]}
     return {renamed.get(name, name): value for name, value in saved.items()}
 
+
+# What supervised fine-tuning (scripts/sft.py) starts from: an update with beta 0, advantage 1 and ratio 1 is that of the mean
+# negative log-likelihood. The fields in GRPO_ONLY have no meaning there.
+SFT_PRESET = Config(
+    preset=SFT, group_size=1, new_problems=0, beta=0.0, tis_cap=0.0, aggregation="dapo", learning_rate=1e-5,
+    max_zero_variance_steps=0, retention_problems=0, inspect_groups=0,
+)  # fmt: skip
+GRPO_ONLY = {
+    "sessions", "session", "review_ratio", "relay_from", "group_size", "temperature", "top_k", "top_p", "resample", "halvings",
+    "beta", "reference", "epsilon_low", "epsilon_high", "advantage_scale", "aggregation", "tis_cap", "mask_truncated",
+    "schedule", "carry_optimizer", "updates_per_rollout", "max_zero_variance_steps", "retention_problems", "inspect_groups",
+} | {field.name for field in dataclasses.fields(Config) if field.metadata["group"] == "reward"}  # fmt: skip
 
 PRESETS: dict[str, Config] = {
     "tiny": Config(

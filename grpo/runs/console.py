@@ -27,6 +27,11 @@ COLUMNS = 4  # of the closing table
 
 def describe_plan(run: Setup) -> str:
     """The plan, before anything is spent."""
+    return "\n".join(wrap(label, text) for label, text in plan_lines(run))
+
+
+def plan_lines(run: Setup) -> list[tuple[str, str]]:
+    """Its lines: label and text."""
     config, mesh, mu = run.config, run.mesh, run.config.updates_per_rollout
     device = mesh.devices.flat[0]
     tokens = run.steps * config.rows * config.max_new_tokens
@@ -46,7 +51,8 @@ def describe_plan(run: Setup) -> str:
         lines.append((f"session {session.number}", f"steps {session.start + 1} to {session.end}: {problems}"))
     if len(run.sessions) > 1:
         lines.append(("carried", describe_sessions(run)))
-    lines += [
+    return [
+        *lines,
         ("trained", describe_trained(run)),
         ("loss", f"{config.aggregation}, beta {config.beta}, advantages by {config.advantage_scale}; "
          f"learning rate {config.learning_rate}"),
@@ -54,7 +60,6 @@ def describe_plan(run: Setup) -> str:
          f"sampling weights, KV cache"),
         ("run", str(run_dir(config))),
     ]  # fmt: skip
-    return "\n".join(wrap(label, text) for label, text in lines)
 
 
 def describe_sessions(run: Setup) -> str:
@@ -121,7 +126,10 @@ class Progress:
         if step == 1 or step == self.steps or step % max(self.steps // TREND, 1) == 0:
             self.bar.write(self.line(step, metrics), file=sys.stdout)
         self.bar.update(step - self.bar.n)
-        self.bar.set_postfix_str(f"reward {metrics['reward']:.2f} accuracy {metrics['accuracy']:.0%}")
+        self.bar.set_postfix_str(self.postfix(metrics))
+
+    def postfix(self, metrics: dict[str, float]) -> str:
+        return f"reward {metrics['reward']:.2f} accuracy {metrics['accuracy']:.0%}"
 
     def line(self, step: int, metrics: dict[str, float]) -> str:
         return (
@@ -161,8 +169,12 @@ def closing_table(result: dict[str, Any]) -> str:
     """Accuracies before and after the last sessions, the cost of the run, and where its files are."""
     sessions = result["sessions"][1 - COLUMNS :]
     columns = [result["accuracy_before"], *(session["accuracy"] for session in sessions)]
-    lines: list[str] = []
-    if len(columns) > 1 and all(columns):
+    lines, tuned = list[str](), "reward_first" not in result  # supervised fine-tuning
+    if tuned and result["held_out_loss_after"] is not None:
+        losses = [result["held_out_loss_before"], result["held_out_loss_after"]]
+        lines = ["", table_row("", ["before", "after"]), table_row("held-out loss", [f"{loss:.4f}" for loss in losses])]
+        lines += accuracy_rows(columns) if all(columns) else []
+    elif len(columns) > 1 and all(columns):
         names = [f"session {session['session']}" for session in sessions]
         lines = ["", table_row("", ["before", *(names if len(result["sessions"]) > 1 else ["after"])])]
         lines += [*accuracy_rows(columns), *retention_rows(sessions)]
@@ -173,12 +185,16 @@ def closing_table(result: dict[str, Any]) -> str:
     again = (
         f"python scripts/train.py --seed {seed}" if result["preset"] == "tiny" else f"the same with --seed {seed} --run_dir DIR"
     )
+    files = "metrics, completions, tokens, evaluations, config, sessions, result, training.png, checkpoints/"
+    if tuned:
+        files = "metrics, evaluations, config, sessions, result, checkpoints/"
+        again = f"python scripts/train.py PRESET --model_path {result['run_dir']} --data FILE --run_dir DIR"
+    why = "GRPO from here" if tuned else "rerun with another seed to see the variance"
     return "\n".join([
         *lines,
         f"\n{result['steps']} steps, {compiles} recompilations, {seconds}",
-        wrap("files", f"{result['run_dir']}: metrics, completions, tokens, evaluations, config, sessions, result, "
-             "training.png, checkpoints/"),
-        wrap("next", f"{again}  (rerun with another seed to see the variance)"),
+        wrap("files", f"{result['run_dir']}: {files}"),
+        wrap("next", f"{again}  ({why})"),
     ])  # fmt: skip
 
 

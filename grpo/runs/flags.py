@@ -11,6 +11,7 @@ import re
 import sys
 import textwrap
 import typing
+from collections.abc import Collection
 from itertools import groupby
 from typing import Any, NoReturn, TypeVar
 
@@ -41,11 +42,16 @@ PEERS = {
 }  # fmt: skip
 
 
-def parse(kind: type[C], argv: list[str], description: str, presets: dict[str, C] | None = None) -> C:
-    """Command line -> a dataclass of `kind`. The first preset is the default one. Ends the program at a mistake."""
-    names = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+def parse(
+    kind: type[C], argv: list[str], description: str, presets: dict[str, C] | None = None, without: Collection[str] = ()
+) -> C:  # fmt: skip
+    """Command line -> a dataclass of `kind`. The first preset is the default one. Ends the program at a mistake.
+
+    The fields in `without` are no flags: they keep the preset's value.
+    """
+    names = {field.name: field for field in dataclasses.fields(kind) if field.name not in without}  # type: ignore[arg-type]
     words = [normalise(word) for word in argv]
-    parser = make_parser(kind, description, presets)
+    parser = make_parser(kind, description, presets, without)
     if presets:
         words = [word.removeprefix("--preset=") for word in words if word != "--preset"]  # `--preset tiny` is `tiny`
     flags = [word.partition("=")[0] for word in words if word.startswith("--")]
@@ -64,7 +70,7 @@ def parse(kind: type[C], argv: list[str], description: str, presets: dict[str, C
     return dataclasses.replace(presets[preset], **given)  # type: ignore[type-var]
 
 
-def make_parser(kind: type, description: str, presets: dict[str, Any] | None) -> "Parser":
+def make_parser(kind: type, description: str, presets: dict[str, Any] | None, without: Collection[str] = ()) -> "Parser":
     """The argparse parser: fields by group, each with choices and defaults. A value that is not given stays None."""
     preset = "[PRESET] " if presets else ""
     parser = Parser(
@@ -73,7 +79,8 @@ def make_parser(kind: type, description: str, presets: dict[str, Any] | None) ->
     )  # fmt: skip
     if presets:
         parser.add_argument("preset", nargs="?", default=next(iter(presets)), help=f"one of {', '.join(presets)} (the first)")
-    fields = [field for field in dataclasses.fields(kind) if not (presets and field.name == "preset")]
+    hidden = {*without, *(["preset"] if presets else [])}
+    fields = [field for field in dataclasses.fields(kind) if field.name not in hidden]
     groups = {field.metadata.get("group") or "" for field in fields}
     titles = [group for group in ("", *GROUPS) if group in groups]
     sections = {title: parser.add_argument_group(title or "options of this script") for title in titles}

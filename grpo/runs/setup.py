@@ -1,7 +1,7 @@
 """What a run works with, loaded and checked before anything is spent: everything but the weights."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jax.sharding import Mesh
 
@@ -35,6 +35,8 @@ class Setup(Run):
     eval_ids: list[list[int]]
     dropped: list[Problem]  # their prompts are too long
     rewards: UserRewards
+    completion_ids: list[list[int]] = field(default_factory=list)  # of every problem, in supervised fine-tuning
+    eval_completion_ids: list[list[int]] = field(default_factory=list)
 
     @property
     def steps(self) -> int:
@@ -42,8 +44,11 @@ class Setup(Run):
         return self.sessions[(self.config.session or len(self.sessions)) - 1].end
 
 
-def prepare(config: Config) -> Setup:
-    """Load and check everything but the weights. Raises ConfigError, DataError or ModelError."""
+def prepare(config: Config, demonstrated: bool = False) -> Setup:
+    """Load and check everything but the weights. `demonstrated`: as in `data.problems.load_problems`.
+
+    Raises ConfigError, DataError or ModelError.
+    """
     if not config.model_path:
         raise ConfigError(f"model_path is needed: preset {config.preset} brings no weights; give a model folder")
     check_installed(config.track)
@@ -53,7 +58,7 @@ def prepare(config: Config) -> Setup:
     tokenizer = load_tokenizer(base.folder)
     check_tokenizer(tokenizer, base.config)
     rewards = UserRewards(config.reward if is_main_process() else "", config.reward_timeout, config.strict_rewards)
-    problems, eval_problems = choose_problems(config)
+    problems, eval_problems = choose_problems(config, demonstrated)
     problems, prompt_ids, dropped = drop_long(problems, tokenizer, config.system_prompt, config.max_prompt_tokens)
     eval_ids: list[list[int]] = []
     if eval_problems:
@@ -93,7 +98,9 @@ def check_tokenizer(tokenizer: Tokenizer, model: GemmaConfig) -> None:
         )
 
 
-def data_fingerprint(run: Run, session: Session) -> str:
+def data_fingerprint(run: Setup, session: Session) -> str:
     """SHA-256 prefix (16 hex digits) of the problems that the run has seen up to the end of a session, in their order."""
-    seen = [(problem.question, problem.answer) for problem in run.problems[: int(session.new[-1]) + 1]]
+    seen: list[tuple] = [(problem.question, problem.answer) for problem in run.problems[: int(session.new[-1]) + 1]]
+    if run.completion_ids:
+        seen = [(*pair, tuple(ids)) for pair, ids in zip(seen, run.completion_ids, strict=False)]
     return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
 """A training run: sessions of steps, with evaluations, checkpoints and records around them. A step itself is grpo/step.py."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,25 +27,28 @@ from grpo.runs.trackers import Trackers
 from grpo.session import Session
 from grpo.step import StepResult, one_step
 from grpo.timing import phase_seconds
-from grpo.update import frozen, init_state, kept_by_rounding, policy, sampling_params, starting_point
+from grpo.update import TrainState, frozen, init_state, kept_by_rounding, policy, sampling_params, starting_point
 from models.gemma import Params
 from models.sharding import STORE, abstract_like
 
 
-def train(config: Config) -> dict[str, Any]:
+def train(config: Config, kind: "type[Trainer] | None" = None) -> dict[str, Any]:
     """The whole run: plan, evaluate, train, save, evaluate. The same call again continues where it stopped.
 
-    Returns what `scripts/train.py` prints as JSON. Raises ConfigError, DataError or ModelError for mistakes of the user,
-    RunError for a run that cannot continue, Stopped when a signal asked for it.
+    `kind` is `Trainer`, or that of supervised fine-tuning. Returns what the script prints as JSON.
+
+    Raises ConfigError, DataError or ModelError for mistakes of the user, RunError for a run that cannot continue, Stopped when
+    a signal asked for it.
     """
     started, compiles = time.monotonic(), CompileCounter()
     join(config)
-    run = prepare(config)
+    kind = kind or Trainer
+    run = kind.prepare(config)
     with run.rewards, open_run_dir(config) as folder, jax.set_mesh(run.mesh), Interrupts(config.max_hours) as interrupts:
-        print_main(describe_plan(run))
+        print_main(kind.describe_plan(run))
         trainer = None
         try:
-            with Trainer(run, folder, interrupts, compiles) as trainer:
+            with kind(run, folder, interrupts, compiles) as trainer:
                 trainer.train()
         except Stopped as stopped:
             step = trainer.done if trainer else 0
@@ -55,9 +58,16 @@ def train(config: Config) -> dict[str, Any]:
         result = trainer.result() | {"seconds": round(time.monotonic() - started, 1)}
         if is_main_process():
             write_json(folder / "result.json", result)
-            draw_dashboard(folder)
+            kind.draw(folder)
     print_main(closing_table(result))
     return result
+
+
+def draw_dashboard(folder: Path) -> None:
+    """training.png of a run."""
+    from grpo.reports.plots import draw_or_warn, draw_training  # matplotlib takes a while to import
+
+    draw_or_warn(draw_training, folder, folder / "training.png")
 
 
 class Trainer:
@@ -66,12 +76,17 @@ class Trainer:
     A context: leaving it waits for the last checkpoint and closes progress bar and trackers.
     """
 
+    prepare: Callable[[Config], Setup] = staticmethod(prepare)
+    describe_plan: Callable[[Setup], str] = staticmethod(describe_plan)
+    draw: Callable[[Path], None] = staticmethod(draw_dashboard)
+    progress_kind: type[Progress] = Progress
+
     def __init__(self, run: Setup, folder: Path, interrupts: Interrupts, compiles: CompileCounter):
         """Loads the weights, or what a checkpoint holds. Raises ConfigError when the run cannot continue from there."""
         config = run.config
         self.run, self.config, self.folder, self.interrupts, self.compiles = run, config, folder, interrupts, compiles
         self.recompilations, self.saved_at = 0, time.monotonic()
-        self.progress = Progress(run.steps)
+        self.progress = self.progress_kind(run.steps)
         self.checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints, config.async_save)
 
         weights = load_base(run)
@@ -155,20 +170,28 @@ class Trainer:
         rounds = self.base is not None and self.run.train.dtype != "float32"
         adapters = frozen(self.state.params, "float32") if due and rounds else None
         with phase_seconds() as seconds:
-            self.state, result = one_step(step, session, self.state, self.run, self.reference, self.base)
+            self.state, result = self.advance(step, session)
         self.done, compiled = step, self.compiles.count - compiled
         tokens = self.trace_tokens(step, session, due, result)
         seconds["step"] = time.perf_counter() - start
-        metrics = step_metrics(result, seconds, int(self.state.bad_in_a_row), self.run)
+        metrics, completions = self.measure(step, result, seconds)
         metrics["compiles"] = compiled
         if adapters is not None and result.terms:
             rest = result.batch, result.terms["old"], self.run.model, self.run.train, self.run.update
             metrics |= jax.tree.map(float, jax.device_get(kept_by_rounding(adapters, self.base, *rest)))
-        self.record({"step": step, "session": session.number, **metrics}, completion_records(step, result), tokens)
+        self.record({"step": step, "session": session.number, **metrics}, completions, tokens)
         if metrics["bad_updates_in_a_row"] >= self.config.max_bad_updates:
             count = metrics["bad_updates_in_a_row"]
             raise RunError(f"step {step}: {count} non-finite updates in a row; try a lower learning_rate")
         return compiled
+
+    def advance(self, step: int, session: Session) -> tuple[TrainState, StepResult]:
+        """The state after a step, and what the step did."""
+        return one_step(step, session, self.state, self.run, self.reference, self.base)
+
+    def measure(self, step: int, result: StepResult, seconds: dict[str, float]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The step's record in metrics.jsonl, and those of its completions."""
+        return step_metrics(result, seconds, int(self.state.bad_in_a_row), self.run), completion_records(step, result)
 
     def trace_tokens(self, step: int, session: Session, due: int, result: StepResult) -> list[dict[str, Any]]:
         """Every token of the `due` groups that are inspected in this step."""
@@ -230,7 +253,7 @@ class Trainer:
         measure = partial(evaluate, params, run=run)
         record: dict[str, Any] = {"step": self.done}
         if run.eval_problems:
-            record["accuracy"] = measure(run.eval_problems, run.eval_ids)
+            record |= self.held_out(params)
         if retained:
             record["retention"] = {}
             for session in sessions:
@@ -239,9 +262,13 @@ class Trainer:
                 record["retention"][str(session.number)] = figures
         self.evaluations.write(record | {"time/eval": time.perf_counter() - began})
         greedy = {f"session_{number}": figures["greedy"] for number, figures in record.get("retention", {}).items()}
-        figures = record.get("accuracy", {}) | greedy
+        figures = record.get("accuracy", {}) | {name: record[name] for name in ("loss",) if name in record} | greedy
         self.trackers.write(self.done, {f"eval/{name}": figure for name, figure in figures.items()})
         return record
+
+    def held_out(self, params: Params) -> dict[str, Any]:
+        """The part of an evaluation's record that is about held-out problems; `params` are sampling parameters."""
+        return {"accuracy": evaluate(params, self.run.eval_problems, self.run.eval_ids, self.run)}
 
     def session_record(self, session: Session) -> dict[str, Any]:
         """A line of sessions.json: which problems a session has, by their ids."""
@@ -271,8 +298,8 @@ class Trainer:
                 }
                 for session in ended
             ],
-            "reward_first": self.metrics.records[0]["reward"] if self.metrics.records else None,
-            "reward_last": self.metrics.records[-1]["reward"] if self.metrics.records else None,
+            "reward_first": self.metrics.records[0].get("reward") if self.metrics.records else None,
+            "reward_last": self.metrics.records[-1].get("reward") if self.metrics.records else None,
             "recompilations": self.recompilations,
             "params_digest": digest(self.state.params),
         }
@@ -281,10 +308,3 @@ class Trainer:
 def load_base(run: Setup) -> Params:
     """The weights before the first step."""
     return run.base.load(run.mesh, STORE, "float32")
-
-
-def draw_dashboard(folder: Path) -> None:
-    """training.png of a run."""
-    from grpo.reports.plots import draw_or_warn, draw_training  # matplotlib takes a while to import
-
-    draw_or_warn(draw_training, folder, folder / "training.png")
