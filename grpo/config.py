@@ -95,6 +95,10 @@ class Config:
     )
     # loss
     beta: float = flag(0.04, "weight of the KL to the reference; 0 runs without a reference", "loss", least=0)
+    unbiased_kl: bool = flag(
+        False, "multiply k3 by the ratio: its gradient is then that of KL(policy || reference), else KL(reference || policy)",
+        "loss",
+    )  # fmt: skip
     reference: str = flag(
         "initial", "the frozen policy of the KL: the initial model, or the policy at the start of each session", "loss",
         choices=("initial", "session_start"),

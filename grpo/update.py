@@ -32,6 +32,7 @@ class UpdateConfig:
     """The settings that an update reads. `grpo.config.Config` has the same fields, with defaults, bounds and help."""
 
     beta: float
+    unbiased_kl: bool
     epsilon_low: float
     epsilon_high: float
     tis_cap: float
@@ -162,7 +163,7 @@ def batch_loss(
     loss, terms = grpo_loss(
         logprobs, old, batch.ref_logprobs, batch.advantages, weights, beta=config.beta, epsilon_low=config.epsilon_low,
         epsilon_high=config.epsilon_high, sampler_logprobs=batch.sampler_logprobs if config.tis_cap else None,
-        tis_cap=config.tis_cap,
+        tis_cap=config.tis_cap, unbiased_kl=config.unbiased_kl,
     )  # fmt: skip
     return loss, terms | {"logprobs": lax.stop_gradient(logprobs), "old": old, "weight": weights}
 

@@ -143,7 +143,7 @@ def exact_loss(logprobs: np.ndarray, old: np.ndarray, ref: np.ndarray, sampler: 
     if config.tis_cap:
         surrogate = surrogate * np.minimum(np.exp(old - sampler), config.tis_cap)
     d = ref - logprobs
-    kl = np.minimum(np.exp(d) - d - 1, 10)
+    kl = np.exp(d) - d - 1
     low, high = (a < 0) & (ratio < 1 - config.epsilon_low), (a > 0) & (ratio > 1 + config.epsilon_high)
     terms = {"ratio": ratio, "kl": kl, "low": low, "high": high, "weight": weights}
     return (weights * (config.beta * kl - surrogate)).sum(), terms
