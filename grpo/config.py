@@ -85,6 +85,9 @@ class Config:
     reward_violation: float = flag(
         -15.0, "a tag missing, repeated or out of order; text after </answer>; cut off by the limit", "reward"
     )
+    reward_coin: float = flag(
+        0.0, "a fair coin for each completion, whatever it says: a control, from which there is nothing to learn", "reward"
+    )
     reward: str = flag("", "more rewards, FILE.py:FUNCTION[,...]: functions (completion, problem) -> float, added up", "reward")
     reward_timeout: float = flag(
         10.0, "seconds for one completion in such a function; then it is killed and the row has no reward", "reward",

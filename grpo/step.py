@@ -13,7 +13,7 @@ from grpo.config import Config
 from grpo.memory import choose_remat, device_memory
 from grpo.session import Session, learning_rates
 from grpo.timing import phase
-from grpo.update import TrainState, UpdateConfig, completion_logprobs, policy, train_step
+from grpo.update import TrainState, UpdateConfig, completion_logprobs, learnable, policy, train_step
 from models.gemma import ExecutionConfig, GemmaConfig, Params
 
 
@@ -39,7 +39,7 @@ class Run:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did; `stats` and `terms` are of the last update, and empty when no token counts: then there was none."""
+    """What one step did; `stats` and `terms` are of the last update, and empty if there was none: nothing could be learned."""
 
     completions: rollout.Completions
     grades: list[rollout.Grade]  # B
@@ -58,21 +58,24 @@ def one_step(
 ) -> tuple[TrainState, StepResult]:  # fmt: skip
     """One rollout and its mu updates. `state` is donated: do not use it again.
 
+    When nothing can be learned (`grpo.update.learnable`) there is no update, and the state is returned as it is: no weight
+    moves or decays, no moment decays, Adam counts no step. The learning rate goes on with the steps.
+
     `reference`: the frozen policy of the KL; None when beta is 0. `base`: the frozen weights below the adapters; None without
     LoRA. `limits` B: the most tokens of each row, for benchmarks.
     """
     indices = session.problems_of(step)  # Q
     weights = policy(state.params, base, run.update)
     completions = rollout.sample(weights, indices, step, run, limits)  # tokens BC, logprobs BC, texts B
-    grades, resampled = rollout.grade(completions, run), 0  # plain Python over text: reward, components
+    grades, resampled = rollout.grade(completions, run, step), 0  # plain Python over text: reward, components
     if run.config.resample:
         completions, grades, resampled = rollout.resample(completions, grades, weights, indices, step, run, limits)
-    rewards = rollout.rewards_of(grades, run.config.group_size)  # QG
+    rewards = rollout.rewards_of(grades, run.config.group_size, run.config.mask_truncated)  # QG
     advantages = rollout.advantages_of(rewards, run.config)  # QG: (reward - mean) / std of each group
     mask, batch = rollout.build_batch(completions, rewards, advantages, run)  # packed rows, on the devices
     batch = add_logprobs(batch, weights, reference, run)
     rates, stats, terms = learning_rates(step, session, run.sessions[-1].end, run.config), {}, {}
-    if mask.any():
+    if learnable(batch, weights, reference):  # else the optimizer is not called
         state, stats, terms = update(state, batch, rates, run, base)
     return state, StepResult(completions, grades, advantages, mask, batch, rates, stats, terms, resampled)
 

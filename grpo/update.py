@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 
 from grpo.batch import Batch, split, unsplit
 from grpo.loss import dapo_weights, dr_grpo_weights, grpo_loss, grpo_weights
-from models.gemma import ExecutionConfig, GemmaConfig, Params, axes, forward_group, token_logprobs
+from models.gemma import Adapted, ExecutionConfig, GemmaConfig, Params, axes, forward_group, token_logprobs
 from models.lora import Adapters, attach, init_adapters, merged
 from models.sharding import STORE
 
@@ -98,6 +98,29 @@ def starting_point(
 def policy(trained: Any, base: Params | None, config: UpdateConfig) -> Params:
     """The weights of the policy: the trained ones, or the frozen base with the trained adapters attached."""
     return trained if base is None else attach(base, trained, config.lora_scale)
+
+
+@jax.jit
+def learnable(batch: Batch, weights: Params, reference: Params | None) -> Array:
+    """Whether an update of the policy `weights` can learn anything from a batch.  -> scalar, bool
+
+    It can if a token counts, and an advantage is not 0 or the KL pulls: there is a reference, and it is another policy.
+    Otherwise the exact gradient is 0, and Adam would make full steps of its rounding. Policies are compared by their weights,
+    in the dtype of the reference, in which both compute. Adapters whose B is 0 are as none.
+    """
+
+    def unlike(theirs: Any, mine: Any) -> Array:
+        if not isinstance(mine, Adapted):
+            return (mine.astype(theirs.dtype) != theirs).any()
+        if not isinstance(theirs, Adapted):
+            return unlike(theirs, mine.base) | (mine.b.astype(theirs.dtype) != 0).any()
+        return unlike(theirs.base, mine.base) | unlike(theirs.a, mine.a) | unlike(theirs.b, mine.b)
+
+    found = (batch.advantages != 0).any()
+    if reference is not None:
+        unlikes = jax.tree.map(unlike, reference, weights, is_leaf=lambda leaf: isinstance(leaf, Adapted))
+        found |= jnp.stack(jax.tree.leaves(unlikes)).any()
+    return (batch.mask > 0).any() & found
 
 
 @partial(jax.jit, static_argnames="config")

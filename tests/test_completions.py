@@ -33,6 +33,12 @@ def test_rewards_of_a_group_are_a_row():
     np.testing.assert_array_equal(rewards, [[1, 2, NAN], [4, 5, 6.5]])
 
 
+def test_truncated_completions_have_a_vote_unless_they_are_masked():
+    grades = [grade("", reward, cut) for reward, cut in ((1, False), (2, True), (NAN, True), (4, False))]
+    np.testing.assert_array_equal(rewards_of(grades, 2), [[1, 2], [NAN, 4]])
+    np.testing.assert_array_equal(rewards_of(grades, 2, mask_truncated=True), [[1, NAN], [NAN, 4]])
+
+
 def test_a_group_has_no_variance_when_its_rewards_are_equal_or_fewer_than_two():
     groups = [
         [1, 1, 1],

@@ -64,7 +64,7 @@ def test_accuracy_format_and_lengths_are_over_all_completions():
 
 
 def test_without_any_reward_there_is_no_mean_and_no_update():
-    metrics = rollout_metrics(result_of([NAN] * 6))
+    metrics = rollout_metrics(replace(result_of([NAN] * 6), stats={}))
     for name in ("reward", "reward_std", "entropy", "rewards/own/mean", "rewards/own/std"):
         assert math.isnan(metrics[name]), name
     assert metrics["skipped_update"] == 1 and metrics["frac_unscorable"] == 1 and metrics["frac_reward_zero_std"] == 1

@@ -123,8 +123,30 @@ def test_the_rate_warms_up_in_equal_parts_and_ends_close_to_a_tenth():
     cosine = [8 * (0.1 + 0.9 * (1 + math.cos(math.pi * share)) / 2) for share in (0, 1 / 4, 2 / 4, 3 / 4)]
     assert rates == pytest.approx([2, 4, 6, *cosine], rel=1e-12)
     assert learning_rate(7, 7, 8.0, 3) == pytest.approx(0.8, rel=1e-12)  # where the cosine would arrive next
-    assert [learning_rate(update, 3, 8.0, 9) for update in range(3)] == pytest.approx([8 / 3, 16 / 3, 8])  # of 2, not of 9
-    assert learning_rate(0, 1, 8.0, 9) == 8
+
+
+@pytest.mark.parametrize("mu", [1, 2])
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 10])
+def test_a_short_session_reaches_its_peak_and_its_tenth(steps, mu):
+    """With the default warm-up of 10 updates. Closed form: (n - 1) // 2 of n updates warm up, the last one has a tenth."""
+    config = Config(updates_per_rollout=mu, learning_rate=8.0)
+    session = replace(plan_sessions(CONFIG, 1000)[0], start=4, end=4 + steps)
+    rates = [rate for step in range(5, 5 + steps) for rate in learning_rates(step, session, 99, config)]
+    n = steps * mu
+    warm = (n - 1) // 2
+    rising = [8 * (i + 1) / (warm + 1) for i in range(warm + 1)]
+    falling = [8 * (0.55 + 0.45 * math.cos(math.pi * i / (n - 1 - warm))) for i in range(1, n - warm)]
+    assert rates == pytest.approx([*rising, *falling], rel=1e-12) and len(rates) == n
+    assert max(rates) == 8 and rates.count(8) == 1
+    assert rates[-1] == pytest.approx(8 if n == 1 else 0.8, rel=1e-12)
+    by_hand = {1: [8], 2: [8, 0.8], 3: [4, 8, 0.8], 5: [8 / 3, 16 / 3, 8, 4.4, 0.8]}
+    assert n not in by_hand or rates == pytest.approx(by_hand[n])
+
+
+def test_a_session_of_the_default_run_keeps_its_whole_warm_up():
+    rates = [learning_rate(update, 20, 8.0, 5) for update in range(20)]
+    cosine = [8 * (0.55 + 0.45 * math.cos(math.pi * i / 15)) for i in range(15)]
+    assert rates == pytest.approx([8 * (i + 1) / 6 for i in range(5)] + cosine, rel=1e-12)
 
 
 def test_the_schedule_spans_the_session_or_the_run_in_updates():
