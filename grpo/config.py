@@ -109,7 +109,10 @@ class Config:
     epsilon_low: float = flag(0.2, "the ratio is clipped below 1 - epsilon_low", "loss", least=0)
     epsilon_high: float = flag(0.2, "the ratio is clipped above 1 + epsilon_high", "loss", least=0)
     advantage_scale: str = flag(
-        "group", "what advantages are divided by: std of the group, std of the batch around its group means, nothing", "loss",
+        "group",
+        "what advantages are divided by: std of the group; batch: std of all rewards around their groups' means (TRL's batch: "
+        "around the mean of all); nothing",
+        "loss",
         choices=("group", "batch", "none"),
     )  # fmt: skip
     aggregation: str = flag("grpo", "how tokens are averaged", "loss", choices=("grpo", "dapo", "dr_grpo"))

@@ -50,6 +50,7 @@ class StepResult:
     stats: dict[str, Array]
     terms: dict[str, Array]  # the loss's terms for each token, BC
     resampled: int  # groups that were sampled again
+    drawn: list[rollout.Grade] | None = None  # B, of the first attempt, before groups were chosen; None without resampling
 
 
 def one_step(
@@ -68,6 +69,7 @@ def one_step(
     weights = policy(state.params, base, run.update)
     completions = rollout.sample(weights, indices, step, run, limits)  # tokens BC, logprobs BC, texts B
     grades, resampled = rollout.grade(completions, run, step), 0  # plain Python over text: reward, components
+    drawn = grades if run.config.resample else None
     if run.config.resample:
         completions, grades, resampled = rollout.resample(completions, grades, weights, indices, step, run, limits)
     rewards = rollout.rewards_of(grades, run.config.group_size, run.config.mask_truncated)  # QG
@@ -77,7 +79,7 @@ def one_step(
     rates, stats, terms = learning_rates(step, session, run.sessions[-1].end, run.config), {}, {}
     if learnable(batch, weights, reference):  # else the optimizer is not called
         state, stats, terms = update(state, batch, rates, run, base)
-    return state, StepResult(completions, grades, advantages, mask, batch, rates, stats, terms, resampled)
+    return state, StepResult(completions, grades, advantages, mask, batch, rates, stats, terms, resampled, drawn)
 
 
 @phase("reference")

@@ -233,7 +233,11 @@ def train_step(
 
 
 def token_stats(terms: dict[str, Array], batch: Batch) -> dict[str, Array]:
-    """Means and extremes of the loss's terms over the completion tokens that count."""
+    """Means and extremes of the loss's terms over the completion tokens that count.
+
+    A step with mu > 1 keeps those of its last update: ratio, clipping and KL of a policy that the updates before it have moved.
+    The difference between sampler and trainer is that of the policy that sampled, in every update.
+    """
     mask = batch.mask
 
     def mean(x: Array) -> Array:

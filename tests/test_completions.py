@@ -166,6 +166,28 @@ def test_the_grader_gets_text_problem_and_truncation_of_each_row():
     assert all(type(cut) is bool for cut in seen[0][2])  # grades are written as JSON
 
 
+def test_a_coin_is_fair_reproducible_and_of_each_completion_by_itself():
+    """Added to a reward, whatever the text: over 60 steps of 4 rows half are heads, and equal texts differ."""
+    completions = completions_of([1, C, 3, C])
+
+    def grader(texts, problems, truncated):
+        return [grade("the same", reward) for reward in (1.0, NAN, 2.0, 1.0)]
+
+    def coins(step: int, attempt: int = 0, seed: int = 0) -> list[float]:
+        grades = grpo.rollout.grade(completions, make_run(grader, reward_coin=25.0, seed=seed), step, attempt)
+        rewards, found = [one["reward"] for one in grades], [one["components"]["coin"] for one in grades]
+        np.testing.assert_array_equal(rewards, np.array([1.0, NAN, 2.0, 1.0]) + found)
+        assert [one["components"]["own"] for one in grades][::2] == [1.0, 2.0]
+        return found
+
+    flips = np.array([coins(step) for step in range(60)])
+    assert set(flips.reshape(-1)) == {0.0, 25.0} and 0.4 < (flips > 0).mean() < 0.6
+    assert (flips[:, 0] != flips[:, 3]).any()
+    assert coins(7) == flips[7].tolist() and [coins(7, attempt) for attempt in range(9)] != [coins(7)] * 9
+    assert [coins(step, seed=1) for step in range(9)] != flips[:9].tolist()
+    assert "coin" not in grpo.rollout.grade(completions, make_run(grader), 3)[0]["components"]
+
+
 # ------------------------------------------------------------------------------------------------------------ resampling
 
 

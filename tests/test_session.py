@@ -2,13 +2,17 @@
 
 import math
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from grpo.config import Config
 from grpo.errors import ConfigError
+from grpo.runs.checkpoint import Restored
+from grpo.runs.resume import rate_change
 from grpo.session import learning_rate, learning_rates, plan_sessions
 
 CONFIG = Config(new_problems=50, sessions=3, prompts_per_step=8, epochs=2, seed=3)
@@ -163,3 +167,32 @@ def test_the_schedule_spans_the_session_or_the_run_in_updates():
             assert learning_rates(step, session, 9, replace(config, schedule="run")) == expected
             number += 2
     assert number == 18
+
+
+def resumed(before: Config, now: Config, done: int) -> str:
+    """What `rate_change` says of a run of 1,000 problems that is resumed after step `done`."""
+    run: Any = SimpleNamespace(config=now, problems=range(1000), sessions=plan_sessions(now, 1000))
+    run.steps = run.sessions[-1].end
+    return rate_change(run, Restored(done, None, {"config": asdict(before) | {"max_dead_steps": 7, "unknown": 1}}, []))
+
+
+def test_a_longer_session_says_from_which_rate_to_which_it_jumps():
+    """Of 10 steps the last has a tenth; of 40 with 4 of warm-up, step 11 is 6 of 36 into the cosine."""
+    short = Config(new_problems=0, max_steps=10, learning_rate=1e-3, warmup_steps=4, epochs=9)
+    long = replace(short, max_steps=40)
+    last, next_one = (1e-3 * (0.55 + 0.45 * math.cos(math.pi * share)) for share in (5 / 6, 6 / 36))
+    assert next_one / last > 5
+    assert resumed(short, long, 10) == (
+        f"learning rate {last:.3g} in step 10, {next_one:.3g} in step 11: session 1 has 40 steps instead of 10"
+    )
+    assert "0.00016 in step 10, 0.00094 in step 11" in resumed(short, long, 10)
+    slower = resumed(long, replace(long, learning_rate=5e-4), 20)  # with --allow_change
+    assert slower.endswith(" in step 21: its schedule has changed") and slower.startswith("learning rate 0.000")
+
+
+def test_a_schedule_that_is_as_planned_says_nothing():
+    """The same settings; a run that is over; a session that begins; steps of warm-up, which are the same in both plans."""
+    short = Config(new_problems=200, max_steps=10, learning_rate=1e-3, warmup_steps=4, sessions=2)
+    assert resumed(short, short, 7) == resumed(short, replace(short, save_every=1), 20) == ""
+    assert resumed(short, replace(short, sessions=3), 20) == ""
+    assert resumed(short, replace(short, max_steps=12), 3) == "" != resumed(short, replace(short, max_steps=12), 8)

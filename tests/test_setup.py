@@ -21,8 +21,9 @@ import grpo.update
 from data.datasets import choose_problems
 from data.prompts import encode_prompt, render_prompt
 from data.tokenizer import load_tokenizer
+from grpo.config import Config
 from grpo.errors import ConfigError
-from grpo.runs.console import describe_plan
+from grpo.runs.console import describe_plan, sampling_bias
 from models import ModelError
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
@@ -79,3 +80,11 @@ def test_a_tokenizer_of_another_size_is_refused(config, tmp_path):
 def test_a_step_needs_as_many_problems_as_prompts(config):
     with devices(1), pytest.raises(ConfigError, match=r"^prompts_per_step 8 must be at most 5"):
         grpo.runs.setup.prepare(replace(config, new_problems=5))
+
+
+def test_settings_that_bias_the_gradient_are_named_in_one_line():
+    assert sampling_bias(Config()) == sampling_bias(Config(temperature=0.5, resample=2)) == ""
+    line = sampling_bias(Config(top_k=50))
+    assert line.startswith("top_k 50 biases the gradient: ") and line.endswith("; leave out --top_k") and "\n" not in line
+    both = sampling_bias(Config(top_k=50, top_p=0.9))
+    assert both.startswith("top_k 50 and top_p 0.9 biases") and both.endswith("; leave out --top_k and --top_p")

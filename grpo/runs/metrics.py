@@ -40,7 +40,9 @@ def rollout_metrics(result: StepResult, mask_truncated: bool = False) -> dict[st
 
     `reward_std` and `frac_reward_zero_std` are over those with a vote: under `mask_truncated` truncated ones have none.
 
-    `entropy` is the mean of -log π over the sampled tokens that count: an unbiased estimate, in nats.
+    `entropy` is the mean of -log π over the sampled tokens that count, in nats; an unbiased estimate unless top_k or top_p cut
+    the distribution. With `resample` all are of the groups that were chosen, which have a spread more often than the policy's;
+    `reward/before_resampling` and `accuracy/before_resampling` are of every group's first attempt: those of the policy.
     """
     grades, mask, samples = result.grades, result.mask, result.completions.samples
     lengths, advantages = samples.lengths, result.advantages
@@ -69,6 +71,9 @@ def rollout_metrics(result: StepResult, mask_truncated: bool = False) -> dict[st
         "advantage/max": float(np.abs(advantages.astype(float)).max()),
         "entropy": float(-(samples.logprobs * mask).sum() / mask.sum()) if mask.any() else math.nan,
     }
+    if result.drawn:
+        metrics["reward/before_resampling"] = mean_of(g["reward"] for g in result.drawn if not math.isnan(g["reward"]))
+        metrics["accuracy/before_resampling"] = mean_of(g["accuracy"]["tagged"] for g in result.drawn)
     for name in grades[0]["components"]:
         values = [grade["components"][name] for grade in scored]
         metrics[f"rewards/{name}/mean"] = mean_of(values)
