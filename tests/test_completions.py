@@ -230,6 +230,21 @@ def test_the_first_attempt_with_a_spread_is_kept_and_the_first_of_all_without_on
     assert attempts == [(1, [1, 1, C, C, C, C]), (2, [1, 1, 1, 1, C, C])]
 
 
+def test_a_spread_that_only_truncated_rows_make_is_none_where_they_have_no_vote(attempts):
+    """Group 0 has one; in attempt 1 it would again, in attempt 2 its two rows that end differ."""
+
+    def grader(texts, problems, truncated):
+        rewards = {"0-0": -15.0, "100-1": -15.0, "200-0": 3.0, "0-2": 3.0, "0-4": 3.0}
+        return [grade(text, rewards.get(text, 1.0), rewards.get(text) == -15.0) for text in texts]
+
+    first = completions_of([2] * 6, first=0)
+    grades = grader(first.row_texts, first.asked, [])
+    for masked, expected in ((True, ["200-0", "200-1"]), (False, ["0-0", "0-1"])):
+        run = make_run(grader, resample=2, mask_truncated=masked)
+        kept, _, count = resample(first, grades, "weights", "indices", 9, run, None)  # type: ignore[arg-type]
+        assert kept.row_texts == [*expected, "0-2", "0-3", "0-4", "0-5"] and count == masked
+
+
 def test_resampling_ends_when_every_group_has_a_spread_and_keeps_to_the_limits(attempts):
     rewards = {"0-0": 1.0, "0-2": 1.0, "100-4": 1.0}
     texts, _, count = resampled(rewards, 5, np.array([2, 3, 2, 3, 4, 2]))
