@@ -50,28 +50,24 @@ class StepResult:
     stats: dict[str, Array]
     terms: dict[str, Array]  # the loss's terms for each token, BC
     resampled: int  # groups that were sampled again
-    drawn: list[rollout.Grade] | None = None  # B, of the first attempt, before groups were chosen; None without resampling
+    drawn: list[rollout.Grade] | None = None  # B, of the first attempt: before groups were sampled again
 
 
 def one_step(
     step: int, session: Session, state: TrainState, run: Run, reference: Params | None = None, base: Params | None = None,
     limits: np.ndarray | None = None,
 ) -> tuple[TrainState, StepResult]:  # fmt: skip
-    """One rollout and its mu updates. `state` is donated: do not use it again.
+    """One rollout and its mu updates; none, and the state as it is, when nothing can be learned (`grpo.update.learnable`).
 
-    When nothing can be learned (`grpo.update.learnable`) there is no update, and the state is returned as it is: no weight
-    moves or decays, no moment decays, Adam counts no step. The learning rate goes on with the steps.
-
-    `reference`: the frozen policy of the KL; None when beta is 0. `base`: the frozen weights below the adapters; None without
-    LoRA. `limits` B: the most tokens of each row, for benchmarks.
+    `state` is donated: do not use it again. `reference`: the frozen policy of the KL; None when beta is 0. `base`: the frozen
+    weights below the adapters; None without LoRA. `limits` B: the most tokens of each row, for benchmarks.
     """
     indices = session.problems_of(step)  # Q
     weights = policy(state.params, base, run.update)
     completions = rollout.sample(weights, indices, step, run, limits)  # tokens BC, logprobs BC, texts B
-    grades, resampled = rollout.grade(completions, run, step), 0  # plain Python over text: reward, components
-    drawn = grades if run.config.resample else None
-    if run.config.resample:
-        completions, grades, resampled = rollout.resample(completions, grades, weights, indices, step, run, limits)
+    drawn = grades = rollout.grade(completions, run, step)  # plain Python over text: reward, components
+    if resampled := run.config.resample:
+        completions, grades, resampled = rollout.resample(completions, drawn, weights, indices, step, run, limits)
     rewards = rollout.rewards_of(grades, run.config.group_size, run.config.mask_truncated)  # QG
     advantages = rollout.advantages_of(rewards, run.config)  # QG: (reward - mean) / std of each group
     mask, batch = rollout.build_batch(completions, rewards, advantages, run)  # packed rows, on the devices

@@ -187,6 +187,7 @@ def test_fault_33_non_finite_gradient(config, monkeypatch):
         states.append(jax.device_get((state.params, state.opt_state)))
         return real(state, replace(batch, advantages=batch.advantages + jnp.nan) if len(states) == 2 else batch, *rest)
 
+    monkeypatch.setattr(grpo.step, "learnable", lambda *_: True)
     monkeypatch.setattr(grpo.step, "train_step", poisoned)
     result = run(config)
     assert result["steps"] == STEPS
@@ -209,6 +210,7 @@ def test_fault_34_out_of_memory(config, capsys, monkeypatch):
         return real(*args)
 
     with monkeypatch.context() as patch:
+        patch.setattr(grpo.step, "learnable", lambda *_: True)
         patch.setattr(grpo.step, "train_step", exhausted)
         line = ended(capsys, 1, command(config))
     assert line.startswith("out of memory (RESOURCE_EXHAUSTED: Out of memory") and "281474976710656 bytes" in line

@@ -63,14 +63,15 @@ def test_accuracy_format_and_lengths_are_over_all_completions():
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
 
 
-def test_resampling_also_records_the_policys_own_reward_and_accuracy():
+def test_resampling_also_records_the_policys_own_reward_and_accuracy(mesh):
     chosen = result_of()
     drawn = [grade("", reward) for reward in (1, 1, NAN, 1, 4, 4)]
     drawn[1]["accuracy"] = {"tagged": True, "strict": True, "flexible": True}
-    metrics = rollout_metrics(replace(chosen, drawn=drawn))
+    seconds = {"decode": 2.0, "step": 8.0}
+    metrics = step_metrics(replace(chosen, drawn=drawn), seconds, 0, make_run(resample=2))
     assert metrics["reward/before_resampling"] == pytest.approx(11 / 5)
     assert metrics["accuracy/before_resampling"] == pytest.approx(1 / 6)
-    plain = rollout_metrics(chosen)
+    plain = step_metrics(replace(chosen, drawn=drawn), seconds, 0, make_run())
     assert {name: metrics[name] for name in plain} == plain and set(metrics) - set(plain) == {
         "reward/before_resampling", "accuracy/before_resampling",
     }  # fmt: skip

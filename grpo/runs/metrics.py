@@ -24,6 +24,9 @@ def step_metrics(result: StepResult, seconds: dict[str, float], bad_updates_in_a
     names = ("prefill", "decode", "reward", "reference", "update", "step")
     metrics: dict[str, Any] = rollout_metrics(result, run.config.mask_truncated)
     metrics |= {"resampled_groups": result.resampled}
+    if run.config.resample and result.drawn:
+        metrics["reward/before_resampling"] = mean_of(g["reward"] for g in result.drawn if not math.isnan(g["reward"]))
+        metrics["accuracy/before_resampling"] = mean_of(g["accuracy"]["tagged"] for g in result.drawn)
     metrics |= {f"time/{name}": seconds.get(name, 0.0) for name in names}
     metrics |= {
         "tokens_per_s/decode": sampled / seconds["decode"],
@@ -71,9 +74,6 @@ def rollout_metrics(result: StepResult, mask_truncated: bool = False) -> dict[st
         "advantage/max": float(np.abs(advantages.astype(float)).max()),
         "entropy": float(-(samples.logprobs * mask).sum() / mask.sum()) if mask.any() else math.nan,
     }
-    if result.drawn:
-        metrics["reward/before_resampling"] = mean_of(g["reward"] for g in result.drawn if not math.isnan(g["reward"]))
-        metrics["accuracy/before_resampling"] = mean_of(g["accuracy"]["tagged"] for g in result.drawn)
     for name in grades[0]["components"]:
         values = [grade["components"][name] for grade in scored]
         metrics[f"rewards/{name}/mean"] = mean_of(values)
