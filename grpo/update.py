@@ -32,6 +32,7 @@ class UpdateConfig:
     """The settings that an update reads. `grpo.config.Config` has the same fields, with defaults, bounds and help."""
 
     beta: float
+    unbiased_kl: bool
     epsilon_low: float
     epsilon_high: float
     tis_cap: float
@@ -97,6 +98,29 @@ def starting_point(
 def policy(trained: Any, base: Params | None, config: UpdateConfig) -> Params:
     """The weights of the policy: the trained ones, or the frozen base with the trained adapters attached."""
     return trained if base is None else attach(base, trained, config.lora_scale)
+
+
+@jax.jit
+def learnable(batch: Batch, weights: Params, reference: Params | None) -> Array:
+    """Whether an update of the policy `weights` can learn anything from a batch.  -> scalar, bool
+
+    It can if a token counts, and an advantage is not 0 or the KL pulls: there is a reference, and it is another policy.
+    Otherwise the exact gradient is 0, and Adam would make full steps of its rounding. Policies are compared by their weights,
+    in the dtype of the reference, in which both compute. Adapters whose B is 0 are as none.
+    """
+
+    def unlike(theirs: Any, mine: Any) -> Array:
+        if not isinstance(mine, Adapted):
+            return (mine.astype(theirs.dtype) != theirs).any()
+        if not isinstance(theirs, Adapted):
+            return unlike(theirs, mine.base) | (mine.b.astype(theirs.dtype) != 0).any()
+        return unlike(theirs.base, mine.base) | unlike(theirs.a, mine.a) | unlike(theirs.b, mine.b)
+
+    found = (batch.advantages != 0).any()
+    if reference is not None:
+        unlikes = jax.tree.map(unlike, reference, weights, is_leaf=lambda leaf: isinstance(leaf, Adapted))
+        found |= jnp.stack(jax.tree.leaves(unlikes)).any()
+    return (batch.mask > 0).any() & found
 
 
 @partial(jax.jit, static_argnames="config")
@@ -180,7 +204,7 @@ def batch_loss(
     loss, terms = grpo_loss(
         logprobs, old, batch.ref_logprobs, batch.advantages, weights, beta=config.beta, epsilon_low=config.epsilon_low,
         epsilon_high=config.epsilon_high, sampler_logprobs=batch.sampler_logprobs if config.tis_cap else None,
-        tis_cap=config.tis_cap,
+        tis_cap=config.tis_cap, unbiased_kl=config.unbiased_kl,
     )  # fmt: skip
     return loss, terms | {"logprobs": lax.stop_gradient(logprobs), "old": old, "weight": weights}
 
@@ -227,7 +251,11 @@ def train_step(
 
 
 def token_stats(terms: dict[str, Array], batch: Batch) -> dict[str, Array]:
-    """Means and extremes of the loss's terms over the completion tokens that count."""
+    """Means and extremes of the loss's terms over the completion tokens that count.
+
+    A step with mu > 1 keeps those of its last update: ratio, clipping and KL of a policy that the updates before it have moved.
+    The difference between sampler and trainer is that of the policy that sampled, in every update.
+    """
     mask = batch.mask
 
     def mean(x: Array) -> Array:

@@ -179,7 +179,9 @@ FROM_0 = [
     "halvings", "max_hours", "session", "review_ratio", "retention_problems", "save_minutes", "process_id", "resample",
     "max_zero_variance_steps", "inspect_groups", "lora_rank", "adapter_alpha",
 ]  # fmt: skip
-ANY_NUMBER = ["reward_correct", "reward_reasoning_tags", "reward_answer_tags", "reward_operators", "reward_violation"]
+ANY_NUMBER = [
+    "reward_correct", "reward_reasoning_tags", "reward_answer_tags", "reward_operators", "reward_violation", "reward_coin",
+]  # fmt: skip
 TOO_LARGE = {"top_p": 1.001, "adam_b1": 1.0, "adam_b2": 1.0, "seed": 2**32}
 LARGEST = {"top_p": 1.0, "adam_b1": 0.999, "adam_b2": 0.999, "seed": 2**32 - 1}
 

@@ -143,13 +143,18 @@ def exact_loss(logprobs: np.ndarray, old: np.ndarray, ref: np.ndarray, sampler: 
     if config.tis_cap:
         surrogate = surrogate * np.minimum(np.exp(old - sampler), config.tis_cap)
     d = ref - logprobs
-    kl = np.minimum(np.exp(d) - d - 1, 10)
+    kl = np.exp(d) - d - 1
+    pull = ratio * kl if config.unbiased_kl else kl
     low, high = (a < 0) & (ratio < 1 - config.epsilon_low), (a > 0) & (ratio > 1 + config.epsilon_high)
     terms = {"ratio": ratio, "kl": kl, "low": low, "high": high, "weight": weights}
-    return (weights * (config.beta * kl - surrogate)).sum(), terms
+    return (weights * (config.beta * pull - surrogate)).sum(), terms
 
 
-@pytest.mark.parametrize("config", [UPDATE, IN_PARTS, LORA], ids=["grpo", "dapo in two parts", "dr_grpo with lora"])
+@pytest.mark.parametrize(
+    "config",
+    [UPDATE, replace(IN_PARTS, unbiased_kl=True), LORA],
+    ids=["grpo", "dapo in two parts, unbiased kl", "dr_grpo with lora"],
+)
 def test_loss_terms_and_statistics_of_an_update_equal_float64(params, batch, exact, config):
     """Fresh adapters change no log-probability."""
     trained, base = start(params, config)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from data.problems import Problem
+from grpo.config import Config
 from grpo.memory import resident_bytes
 from grpo.runs.run_dir import run_dir
 from grpo.runs.setup import Setup
@@ -69,6 +70,18 @@ def describe_sessions(run: Setup) -> str:
     spans = {"session": "each session", "run": "the whole run"}[config.schedule]
     reference = "the policy at each session's start" if config.reference == "session_start" else "the initial model"
     return f"weights{moments}; the learning rate's schedule spans {spans}; the reference is {reference}"
+
+
+def sampling_bias(config: Config) -> str:
+    """One line about settings of the sampler that bias the gradient; "" without them."""
+    names = [name for name, off in (("top_k", 0), ("top_p", 1.0)) if getattr(config, name) != off]
+    if not names:
+        return ""
+    given, off = (" and ".join(words) for words in ([f"{n} {getattr(config, n):g}" for n in names], [f"--{n}" for n in names]))
+    return (
+        f"{given} biases the gradient: tokens come from a cut distribution, log-probabilities are of the whole one, so every "
+        f"update also sharpens the policy, whatever the reward; leave out {off}"
+    )
 
 
 def describe_trained(run: Setup) -> str:

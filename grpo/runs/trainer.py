@@ -1,5 +1,6 @@
 """A training run: sessions of steps, with evaluations, checkpoints and records around them. A step itself is grpo/step.py."""
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -13,13 +14,13 @@ from grpo.config import Config
 from grpo.errors import RunError
 from grpo.runs.alarms import alarms, diagnose, zero_variance_steps
 from grpo.runs.checkpoint import Checkpoints, digest
-from grpo.runs.console import Progress, closing_table, describe_plan
+from grpo.runs.console import Progress, closing_table, describe_plan, sampling_bias
 from grpo.runs.distributed import broadcast_from_main, is_main_process, join, print_main
 from grpo.runs.evaluate import evaluate
 from grpo.runs.interrupts import Interrupts, Stopped
 from grpo.runs.metrics import CompileCounter, JsonLines, completion_records, step_metrics, write_json
 from grpo.runs.model_source import copy_description
-from grpo.runs.resume import Lineage, find_start, restore_session_start
+from grpo.runs.resume import Lineage, find_start, rate_change, restore_session_start
 from grpo.runs.run_dir import open_run_dir
 from grpo.runs.setup import Setup, prepare
 from grpo.runs.token_trace import groups_due, token_records
@@ -46,6 +47,8 @@ def train(config: Config, kind: "type[Trainer] | None" = None) -> dict[str, Any]
     run = kind.prepare(config)
     with run.rewards, open_run_dir(config) as folder, jax.set_mesh(run.mesh), Interrupts(config.max_hours) as interrupts:
         print_main(kind.describe_plan(run))
+        if is_main_process() and (caution := sampling_bias(config)):
+            print(f"warning: {caution}", file=sys.stderr, flush=True)
         trainer = None
         try:
             with kind(run, folder, interrupts, compiles) as trainer:
@@ -104,6 +107,8 @@ class Trainer:
         else:
             self.done, self.state, self.provenance = found.step, found.state, found.meta["provenance"]
             print_main(f"resumed     after step {self.done}")
+            if change := rate_change(run, found):
+                print_main(f"rate        {change}")
         del trained
 
         if is_main_process():
