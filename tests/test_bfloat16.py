@@ -82,8 +82,7 @@ def test_a_sum_of_base_and_adapter_keeps_the_smallest_adapter(aligned):
     x, base = (jnp.asarray(numbers.normal(0, s, shape), "bfloat16") for s, shape in ((1, (1, 4096, 64)), (0.03, (64, 256))))
     a, b = jnp.asarray(numbers.uniform(-1 / 8, 1 / 8, (64, RANK)), "float32"), signs((RANK, 256), aligned)
 
-    @jax.jit
-    def change(b):
+    def change(b):  # not compiled: XLA on a CPU may leave out a rounding between two operations
         return linear(x, Adapted(base, a, b, 1.0), "DF", BFLOAT16).astype("float32") - linear(x, base, "DF", BFLOAT16)
 
     for k in SIZES:

@@ -405,12 +405,13 @@ def test_sampling_reads_the_frozen_base_itself_where_nothing_must_move(devices, 
         stored = reshard(jax.tree.map(np.asarray, params), axes(MODEL), STORE)
         for dtype in ("bfloat16", "float32"):
             trained, base = starting_point(copied(stored), MODEL, dtype, 0, config)
+            assert base is not None
             weights = policy(trained, base, config)
             found = grpo.update.sampling_params(weights, MODEL, ExecutionConfig(ROLLOUT, dtype))
             assert jax.tree.structure(found) == jax.tree.structure(weights)
             assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(dtype)}
             pairs = [(found.layers.q.base, base.layers.q, devices == 1), (found.embedding, base.embedding, devices == 1)]
-            for new, old, same in [*pairs, (found.layers.q.a, trained["q"].a, False)]:
+            for new, old, same in [*pairs, (found.layers.q.a, trained["q"].a, False)]:  # type: ignore[index]
                 assert (new is old) == same
                 np.testing.assert_array_equal(np.asarray(new), np.asarray(old.astype(dtype)))
             if devices == 8:
