@@ -86,6 +86,9 @@ class Config:
     reward_violation: float = flag(
         -15.0, "a tag missing, repeated or out of order; text after </answer>; cut off by the limit", "reward"
     )
+    reward_coin: float = flag(
+        0.0, "a fair coin for each completion, whatever it says: a control, from which there is nothing to learn", "reward"
+    )
     reward: str = flag("", "more rewards, FILE.py:FUNCTION[,...]: functions (completion, problem) -> float, added up", "reward")
     reward_timeout: float = flag(
         10.0, "seconds for one completion in such a function; then it is killed and the row has no reward", "reward",
@@ -96,6 +99,10 @@ class Config:
     )
     # loss
     beta: float = flag(0.04, "weight of the KL to the reference; 0 runs without a reference", "loss", least=0)
+    unbiased_kl: bool = flag(
+        False, "multiply k3 by the ratio: its gradient is then that of KL(policy || reference), else KL(reference || policy)",
+        "loss",
+    )  # fmt: skip
     reference: str = flag(
         "initial", "the frozen policy of the KL: the initial model, or the policy at the start of each session", "loss",
         choices=("initial", "session_start"),
@@ -103,7 +110,10 @@ class Config:
     epsilon_low: float = flag(0.2, "the ratio is clipped below 1 - epsilon_low", "loss", least=0)
     epsilon_high: float = flag(0.2, "the ratio is clipped above 1 + epsilon_high", "loss", least=0)
     advantage_scale: str = flag(
-        "group", "what advantages are divided by: std of the group, std of the batch around its group means, nothing", "loss",
+        "group",
+        "what advantages are divided by: std of the group; batch: std of all rewards around their groups' means (TRL's batch: "
+        "around the mean of all); nothing",
+        "loss",
         choices=("group", "batch", "none"),
     )  # fmt: skip
     aggregation: str = flag("grpo", "how tokens are averaged", "loss", choices=("grpo", "dapo", "dr_grpo"))

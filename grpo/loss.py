@@ -4,7 +4,7 @@
     ρ_t  = exp(logπ_t - logπ_old,t)                                       1 while the policy is the one that sampled
     S_t  = min(ρ_t A, clip(ρ_t, 1 - ε_low, 1 + ε_high) A)                 clipped_surrogate
     k3_t = exp(d_t) - d_t - 1,   d_t = logπ_ref,t - logπ_t                kl_k3
-    loss = Σ_t w_t (β k3_t - ν_t S_t)                                     grpo_loss
+    loss = Σ_t w_t (β k3_t - ν_t S_t)                                     grpo_loss; ρ_t k3_t with kl_unbiased
 
 r are the rewards of the G completions of one question. t runs over completion tokens, the stop token included. w_t are the
 weights of an aggregation (`grpo_weights`, `dapo_weights`, `dr_grpo_weights`) over the tokens of a whole optimizer step, so
@@ -14,6 +14,8 @@ GRPO: arXiv 2402.03300 (eq. 3, 4). There are no value functions and no per-token
 
 On-policy the loss is close to β·KL and stays near 0 whatever happens to the reward: watch the reward, not the loss.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -53,14 +55,29 @@ def group_advantages(rewards: ArrayLike, scale=group_std) -> Array:
     return centred / (scale(centred, counts) + (0.0 if scale is no_scale else 1e-4))
 
 
-def kl_k3(logprobs: Array, ref_logprobs: Array, cap: float = 10.0) -> Array:
+def kl_k3(logprobs: Array, ref_logprobs: Array, knee: float = 2.61) -> Array:
     """Schulman's k3 = exp(d) - d - 1 with d = ref - policy: unbiased for KL(policy || ref), never negative.  BC, BC -> BC
 
-    `expm1(d) - d` has the rounding error of d, `exp(d) - d - 1` that of 1, which is noise where d is small. d is clipped to ±20
-    and the value to `cap`, so that one token cannot dominate a step. http://joschu.net/blog/kl-approx.html
+    Its gradient in the loss, (1 - exp(d)) ∇logπ, is on-policy in expectation that of the other KL: KL(ref || policy). Beyond
+    `knee`, where k3 is 10, it continues on its tangent: the value grows, the pull on one token stays exp(knee) - 1 = 12.6, so
+    that no token dominates a step and none is let go. Values are finite, d = ±inf included. `expm1(d) - d` has the rounding
+    error of d, `exp(d) - d - 1` that of 1, which is noise where d is small. http://joschu.net/blog/kl-approx.html
     """
-    d = jnp.clip(ref_logprobs - logprobs, -20.0, 20.0)
-    return jnp.clip(jnp.expm1(d) - d, 0.0, cap)
+    d = jnp.clip(ref_logprobs - logprobs, -1e30, 1e30)
+    bent = jnp.minimum(d, knee)
+    return jnp.maximum(jnp.expm1(bent) - bent, 0.0) + jnp.maximum(d - knee, 0.0) * math.expm1(knee)
+
+
+def kl_unbiased(logprobs: Array, ref_logprobs: Array, ratio: Array) -> Array:
+    """ρ k3: as k3, and its gradient is that of KL(policy || ref) too, off-policy included.  BC, BC, BC -> BC
+
+    For each token behind its prefix, in expectation over the tokens of the policy that sampled; the prefixes stay those that
+    were sampled. Differentiated through ρ and k3 the exponentials cancel: the gradient is -ρ d ∇logπ. It is computed in this
+    form, because the difference of two large numbers would be rounding noise, and on k3's tangent it would have the wrong sign.
+    "Unbiased KL estimate" in DeepSeek-V3.2 (arXiv 2512.02556), `use_bias_correction_kl` in TRL.
+    """
+    sloped = ratio * lax.stop_gradient(logprobs - ref_logprobs)
+    return sloped + lax.stop_gradient(ratio * kl_k3(logprobs, ref_logprobs) - sloped)
 
 
 def clipped_surrogate(ratio: Array, advantages: Array, epsilon_low: float, epsilon_high: float) -> Array:
@@ -94,7 +111,7 @@ def dr_grpo_weights(mask: Array) -> Array:
 def grpo_loss(
     logprobs: Array, old_logprobs: Array, ref_logprobs: Array | None, advantages: Array, weights: Array, *,
     beta: float = 0.04, epsilon_low: float = 0.2, epsilon_high: float = 0.2, sampler_logprobs: Array | None = None,
-    tis_cap: float = 2.0,
+    tis_cap: float = 2.0, unbiased_kl: bool = False,
 ) -> tuple[Array, dict[str, Array]]:  # fmt: skip
     """The loss of a batch or of a part of it, and its terms for each token.  BC, BC, BC, B, BC -> scalar, {name: BC}
 
@@ -108,8 +125,13 @@ def grpo_loss(
     surrogate = clipped_surrogate(ratio, advantages, epsilon_low, epsilon_high)
     if sampler_logprobs is not None:
         surrogate = surrogate * jnp.where(counts, tis_weights(old_logprobs, sampler_logprobs, tis_cap), 0.0)
-    kl = jnp.zeros_like(logprobs) if ref_logprobs is None else kl_k3(logprobs, jnp.where(counts, ref_logprobs, 0.0))
-    loss = (weights * (beta * kl - surrogate)).sum()
+    kl = penalty = jnp.zeros_like(logprobs)
+    if ref_logprobs is not None:
+        reference = jnp.where(counts, ref_logprobs, 0.0)
+        kl = penalty = kl_k3(logprobs, reference)
+        if unbiased_kl:
+            penalty = kl_unbiased(logprobs, reference, ratio)
+    loss = (weights * (beta * penalty - surrogate)).sum()
     rising, falling = (advantages > 0)[:, None], (advantages < 0)[:, None]
     terms = {
         "kl": kl,

@@ -76,14 +76,16 @@ def sample(policy: Policy, problems: Sequence[Any]) -> Completions:
 
 
 def score(policy: Policy, completions: Completions, rewards: Any = None) -> tuple[Batch, np.ndarray]:
-    """The batch that an update trains on, and the rewards QG: those given (NaN: none), or those of the settings.
+    """The batch that an update trains on, and the rewards QG: those given (NaN: no vote), or those of the settings.
 
     As in training, log-probabilities of an old policy are in the batch only with `updates_per_rollout` above 1.
     """
     run, config = policy.run, policy.run.config
     if rewards is None:
-        rewards = grpo.rollout.rewards_of(grpo.rollout.grade(completions, run), config.group_size)
+        rewards = grpo.rollout.rewards_of(grpo.rollout.grade(completions, run, policy.step + 1), config.group_size)
     rewards = np.asarray(rewards, np.float32).reshape(len(completions.problems), config.group_size)
+    if config.mask_truncated:  # no loss, so no vote
+        rewards = np.where(np.reshape(completions.samples.truncated, rewards.shape), np.float32(np.nan), rewards)
     with jax.set_mesh(run.mesh):
         advantages = grpo.rollout.advantages_of(rewards, config)
         _, batch = grpo.rollout.build_batch(completions, rewards, advantages, run)
@@ -101,12 +103,15 @@ def loss(policy: Policy, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
 
 
 def train_step(policy: Policy, batch: Batch, rate: float | None = None) -> tuple[Policy, dict[str, float]]:
-    """One update, at `rate` or at the settings' learning rate: the policy after it, and its statistics.
+    """One update, at `rate` or at the settings' learning rate: the policy after it, and its statistics. Without anything to
+    learn (`grpo.update.learnable`) there is none: the same weights and no statistics.
 
     Use only the new policy from here on: the update reuses the memory of the old one.
     """
     run = policy.run
     with jax.set_mesh(run.mesh):
+        if not grpo.step.learnable(batch, policy.weights, policy.reference):
+            return replace(policy, step=policy.step + 1), {}
         rates = [run.config.learning_rate if rate is None else rate]
         state, stats, _ = grpo.step.update(policy.state, batch, rates, run, policy.base)
         figures = {name: float(value) for name, value in to_host(stats).items()}

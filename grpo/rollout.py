@@ -7,6 +7,7 @@
 Every function takes the run (`grpo.step.Run`) for its settings. Resampling, off by default, is at the end.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from grpo.step import Run
 
 SCALES = {"group": group_std, "batch": batch_std, "none": no_scale}
+
+COIN = 2**31  # the random stream of `reward_coin`
 
 Grade = dict[str, Any]  # of one completion: text, reward (NaN: none), components, accuracy, format, truncated
 Grader = Callable[[Sequence[str], Sequence[Any], Iterable[bool]], list[Grade]]  # texts, problems, truncated -> grades
@@ -123,14 +126,29 @@ def sampling_config(tokenizer: Detokenizer, config: Config) -> Sampling:
 
 
 @phase("reward")
-def grade(completions: Completions, run: "Run") -> list[Grade]:
-    """A grade of every completion.  B"""
-    return run.grade(completions.row_texts, completions.asked, completions.samples.truncated.tolist())
+def grade(completions: Completions, run: "Run", step: int = 0, attempt: int = 0) -> list[Grade]:
+    """A grade of every completion.  B
+
+    With `reward_coin`, each has a coin of its own, drawn from (seed, step, attempt): equal texts may differ in it.
+    """
+    grades = run.grade(completions.row_texts, completions.asked, completions.samples.truncated.tolist())
+    if not run.config.reward_coin:
+        return grades
+    coins = run.config.reward_coin * np.random.default_rng([run.config.seed, step, attempt, COIN]).integers(2, size=len(grades))
+    return [
+        each | {"reward": each["reward"] + coin, "components": each["components"] | {"coin": coin}}
+        for each, coin in zip(grades, coins.tolist(), strict=True)
+    ]
 
 
-def rewards_of(grades: list[Grade], group_size: int) -> np.ndarray:
-    """Rewards by group; NaN where a completion has none.  B -> QG, float32"""
-    return np.array([grade["reward"] for grade in grades], np.float32).reshape(-1, group_size)
+def rewards_of(grades: list[Grade], group_size: int, mask_truncated: bool = False) -> np.ndarray:
+    """Rewards by group; NaN where a completion has no vote: without a reward, or truncated under `mask_truncated`.  B -> QG
+
+    A row that gets no loss must not move the mean and the spread of its group either: the penalty of a truncated completion
+    would make a wrong one that ended look good.
+    """
+    votes = [math.nan if mask_truncated and grade["truncated"] else grade["reward"] for grade in grades]
+    return np.array(votes, np.float32).reshape(-1, group_size)
 
 
 def advantages_of(rewards: np.ndarray, config: Config) -> np.ndarray:
@@ -156,7 +174,7 @@ def build_batch(
 
 
 def zero_variance_groups(rewards: np.ndarray) -> np.ndarray:
-    """Groups whose rewards are all equal, or that have none: every advantage is 0.  QG -> Q, bool"""
+    """Groups whose rewards (NaN: no vote) are all equal, or that have none: every advantage is 0.  QG -> Q, bool"""
     return np.array([len(set(group[~np.isnan(group)].tolist())) < 2 for group in rewards], bool)
 
 
@@ -169,21 +187,25 @@ def resample(
     Returns completions, grades, and how many groups were sampled again. In an attempt the other rows stop after one token.
     """
     config, G = run.config, run.config.group_size
+
+    def zero_variance(grades: list[Grade]) -> np.ndarray:
+        return zero_variance_groups(rewards_of(grades, G, config.mask_truncated))
+
     full = np.full(len(grades), config.max_new_tokens) if limits is None else limits
-    equal = zero_variance_groups(rewards_of(grades, G))
+    equal = zero_variance(grades)
     resampled = int(equal.sum())
     for attempt in range(1, config.resample + 1):
         if not equal.any():
             break
         rows = np.flatnonzero(np.repeat(equal, G))
         others = sample(weights, indices, step, run, np.where(np.repeat(equal, G), full, 1), attempt)
-        fresh = grade(take_groups(others, np.flatnonzero(equal)), run)
-        kept = ~np.repeat(zero_variance_groups(rewards_of(fresh, G)), G)
+        fresh = grade(take_groups(others, np.flatnonzero(equal)), run, step, attempt)
+        kept = ~np.repeat(zero_variance(fresh), G)
         completions, grades = replace_rows(completions, others, rows[kept]), list(grades)
         for b, other, keep in zip(rows, fresh, kept, strict=True):
             if keep:
                 grades[b] = other
-        equal = zero_variance_groups(rewards_of(grades, G))
+        equal = zero_variance(grades)
     return completions, grades, resampled
 
 

@@ -67,8 +67,13 @@ def learning_rates(step: int, session: Session, run_end: int, config: Config) ->
 
 
 def learning_rate(update: int, updates: int, peak: float, warmup_steps: int) -> float:
-    """The rate of an update, counted from 0, among `updates`: linear warm-up to `peak`, then a cosine to a tenth of it."""
-    warmup = min(warmup_steps, updates - 1)
+    """The rate of an update, counted from 0, among `updates`: linear warm-up to `peak`, then a cosine to a tenth of it.
+
+    The cosine would arrive with the next update. With at most twice `warmup_steps` updates the warm-up takes less than half of
+    them, and the cosine arrives with the last one: a short session has its peak and its tenth, and a single update the peak.
+    """
+    warmup = min(warmup_steps, (updates - 1) // 2)
     if update < warmup:
         return peak * (update + 1) / (warmup + 1)
-    return peak * (0.55 + 0.45 * math.cos(math.pi * (update - warmup) / max(updates - warmup, 1)))
+    span = updates - warmup - (warmup < warmup_steps)
+    return peak * (0.55 + 0.45 * math.cos(math.pi * (update - warmup) / max(span, 1)))

@@ -13,7 +13,7 @@ from grpo.config import Config
 from grpo.memory import choose_remat, device_memory
 from grpo.session import Session, learning_rates
 from grpo.timing import phase
-from grpo.update import TrainState, UpdateConfig, completion_logprobs, policy, train_step
+from grpo.update import TrainState, UpdateConfig, completion_logprobs, learnable, policy, train_step
 from models.gemma import ExecutionConfig, GemmaConfig, Params
 
 
@@ -39,7 +39,7 @@ class Run:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did; `stats` and `terms` are of the last update, and empty when no token counts: then there was none."""
+    """What one step did; `stats` and `terms` are of the last update, and empty if there was none: nothing could be learned."""
 
     completions: rollout.Completions
     grades: list[rollout.Grade]  # B
@@ -50,31 +50,32 @@ class StepResult:
     stats: dict[str, Array]
     terms: dict[str, Array]  # the loss's terms for each token, BC
     resampled: int  # groups that were sampled again
+    drawn: list[rollout.Grade] | None = None  # B, of the first attempt: before groups were sampled again
 
 
 def one_step(
     step: int, session: Session, state: TrainState, run: Run, reference: Params | None = None, base: Params | None = None,
     limits: np.ndarray | None = None,
 ) -> tuple[TrainState, StepResult]:  # fmt: skip
-    """One rollout and its mu updates. `state` is donated: do not use it again.
+    """One rollout and its mu updates; none, and the state as it is, when nothing can be learned (`grpo.update.learnable`).
 
-    `reference`: the frozen policy of the KL; None when beta is 0. `base`: the frozen weights below the adapters; None without
-    LoRA. `limits` B: the most tokens of each row, for benchmarks.
+    `state` is donated: do not use it again. `reference`: the frozen policy of the KL; None when beta is 0. `base`: the frozen
+    weights below the adapters; None without LoRA. `limits` B: the most tokens of each row, for benchmarks.
     """
     indices = session.problems_of(step)  # Q
     weights = policy(state.params, base, run.update)
     completions = rollout.sample(weights, indices, step, run, limits)  # tokens BC, logprobs BC, texts B
-    grades, resampled = rollout.grade(completions, run), 0  # plain Python over text: reward, components
-    if run.config.resample:
-        completions, grades, resampled = rollout.resample(completions, grades, weights, indices, step, run, limits)
-    rewards = rollout.rewards_of(grades, run.config.group_size)  # QG
+    drawn = grades = rollout.grade(completions, run, step)  # plain Python over text: reward, components
+    if resampled := run.config.resample:
+        completions, grades, resampled = rollout.resample(completions, drawn, weights, indices, step, run, limits)
+    rewards = rollout.rewards_of(grades, run.config.group_size, run.config.mask_truncated)  # QG
     advantages = rollout.advantages_of(rewards, run.config)  # QG: (reward - mean) / std of each group
     mask, batch = rollout.build_batch(completions, rewards, advantages, run)  # packed rows, on the devices
     batch = add_logprobs(batch, weights, reference, run)
     rates, stats, terms = learning_rates(step, session, run.sessions[-1].end, run.config), {}, {}
-    if mask.any():
+    if learnable(batch, weights, reference):  # else the optimizer is not called
         state, stats, terms = update(state, batch, rates, run, base)
-    return state, StepResult(completions, grades, advantages, mask, batch, rates, stats, terms, resampled)
+    return state, StepResult(completions, grades, advantages, mask, batch, rates, stats, terms, resampled, drawn)
 
 
 @phase("reference")

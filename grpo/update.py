@@ -20,9 +20,9 @@ from jax.typing import ArrayLike
 
 from grpo.batch import Batch, split, unsplit
 from grpo.loss import dapo_weights, dr_grpo_weights, grpo_loss, grpo_weights
-from models.gemma import ExecutionConfig, GemmaConfig, Params, axes, forward_group, token_logprobs
-from models.lora import Adapters, attach, init_adapters, merged
-from models.sharding import STORE
+from models.gemma import Adapted, ExecutionConfig, GemmaConfig, Params, axes, forward_group, token_logprobs
+from models.lora import PROJECTIONS, Adapters, adapter_axes, attach, init_adapters
+from models.sharding import STORE, MeshJit
 
 AGGREGATIONS = {"grpo": grpo_weights, "dapo": dapo_weights, "dr_grpo": dr_grpo_weights}
 
@@ -32,6 +32,7 @@ class UpdateConfig:
     """The settings that an update reads. `grpo.config.Config` has the same fields, with defaults, bounds and help."""
 
     beta: float
+    unbiased_kl: bool
     epsilon_low: float
     epsilon_high: float
     tis_cap: float
@@ -99,16 +100,57 @@ def policy(trained: Any, base: Params | None, config: UpdateConfig) -> Params:
     return trained if base is None else attach(base, trained, config.lora_scale)
 
 
+@jax.jit
+def learnable(batch: Batch, weights: Params, reference: Params | None) -> Array:
+    """Whether an update of the policy `weights` can learn anything from a batch.  -> scalar, bool
+
+    It can if a token counts, and an advantage is not 0 or the KL pulls: there is a reference, and it is another policy.
+    Otherwise the exact gradient is 0, and Adam would make full steps of its rounding. Policies are compared by their weights,
+    in the dtype of the reference, in which both compute. Adapters whose B is 0 are as none.
+    """
+
+    def unlike(theirs: Any, mine: Any) -> Array:
+        if not isinstance(mine, Adapted):
+            return (mine.astype(theirs.dtype) != theirs).any()
+        if not isinstance(theirs, Adapted):
+            return unlike(theirs, mine.base) | (mine.b.astype(theirs.dtype) != 0).any()
+        return unlike(theirs.base, mine.base) | unlike(theirs.a, mine.a) | unlike(theirs.b, mine.b)
+
+    found = (batch.advantages != 0).any()
+    if reference is not None:
+        unlikes = jax.tree.map(unlike, reference, weights, is_leaf=lambda leaf: isinstance(leaf, Adapted))
+        found |= jnp.stack(jax.tree.leaves(unlikes)).any()
+    return (batch.mask > 0).any() & found
+
+
 @partial(jax.jit, static_argnames="config")
 def init_state(params: Any, config: UpdateConfig) -> TrainState:
     """The state before the first update."""
     return TrainState(params, make_optimizer(config).init(params), jnp.int32(0), jnp.int32(0))
 
 
-@partial(jax.jit, static_argnames=("model", "execution"))
 def sampling_params(params: Params, model: GemmaConfig, execution: ExecutionConfig) -> Params:
-    """Parameters for sampling: adapters merged, cast once a step, resharded so that no weight moves while decoding."""
-    return execution.use(merged(params), axes(model))
+    """Parameters for sampling: cast once a step, resharded so that no weight moves while decoding. Adapters stay apart.
+
+    On one device the frozen base below adapters has its dtype and its place already, and is not copied.
+    """
+    moved = moved_params(params, model, execution)
+    return jax.tree.map(lambda new, old: old if new is None else new, moved, params, is_leaf=lambda leaf: leaf is None)
+
+
+@partial(jax.jit, static_argnames=("model", "execution"))
+def moved_params(params: Params, model: GemmaConfig, execution: ExecutionConfig) -> Params:
+    """`sampling_params`, with None for each weight that stays where it is."""
+    adapted = {name: w for name in PROJECTIONS if isinstance(w := getattr(params.layers, name), Adapted)}
+    letters, alone = axes(model), jax.sharding.get_abstract_mesh().size == 1
+    if adapted:
+        letters = attach(letters, adapter_axes(model, adapted), next(iter(adapted.values())).scale)
+
+    def use(leaf: Array, letters: str) -> Array | None:
+        stays = adapted and "J" not in letters and alone and leaf.dtype == execution.dtype
+        return None if stays else execution.use(leaf, letters)
+
+    return jax.tree.map(use, params, letters)
 
 
 def logprobs_of(
@@ -127,7 +169,7 @@ def logprobs_of(
     return lax.reshape(jnp.take_along_axis(logprobs, slots, axis=1), (B, C), out_sharding=at("BC"))
 
 
-@partial(jax.jit, static_argnames=("model", "execution", "config"))
+@partial(MeshJit, static_argnames=("model", "execution", "config"))
 def completion_logprobs(
     params: Params, batch: Batch, model: GemmaConfig, execution: ExecutionConfig, config: UpdateConfig
 ) -> Array:
@@ -162,12 +204,12 @@ def batch_loss(
     loss, terms = grpo_loss(
         logprobs, old, batch.ref_logprobs, batch.advantages, weights, beta=config.beta, epsilon_low=config.epsilon_low,
         epsilon_high=config.epsilon_high, sampler_logprobs=batch.sampler_logprobs if config.tis_cap else None,
-        tis_cap=config.tis_cap,
+        tis_cap=config.tis_cap, unbiased_kl=config.unbiased_kl,
     )  # fmt: skip
     return loss, terms | {"logprobs": lax.stop_gradient(logprobs), "old": old, "weight": weights}
 
 
-@partial(jax.jit, static_argnames=("model", "execution", "config"), donate_argnames="state")
+@partial(MeshJit, static_argnames=("model", "execution", "config"), donate_argnames="state")
 def train_step(
     state: TrainState, batch: Batch, rate: ArrayLike, model: GemmaConfig, execution: ExecutionConfig, config: UpdateConfig,
     base: Params | None = None,
@@ -209,7 +251,11 @@ def train_step(
 
 
 def token_stats(terms: dict[str, Array], batch: Batch) -> dict[str, Array]:
-    """Means and extremes of the loss's terms over the completion tokens that count."""
+    """Means and extremes of the loss's terms over the completion tokens that count.
+
+    A step with mu > 1 keeps those of its last update: ratio, clipping and KL of a policy that the updates before it have moved.
+    The difference between sampler and trainer is that of the policy that sampled, in every update.
+    """
     mask = batch.mask
 
     def mean(x: Array) -> Array:
@@ -233,6 +279,30 @@ def token_stats(terms: dict[str, Array], batch: Batch) -> dict[str, Array]:
         stats["kl/k3_max"] = highest(terms["kl"])
         stats["kl/k1"] = mean(terms["logprobs"] - batch.ref_logprobs)
     return stats
+
+
+@partial(jax.jit, static_argnames=("model", "execution", "config"))
+def kept_by_rounding(
+    adapters: Adapters, base: Params, batch: Batch, old: Array, model: GemmaConfig, execution: ExecutionConfig,
+    config: UpdateConfig,
+) -> dict[str, Array]:  # fmt: skip
+    """The share of what adapters do to log-probabilities that the trainer and the sampler keep in the dtype of activations.
+
+    It is the slope of their change on that of a float32 pass over the same base, over the tokens that count in one group a
+    device: 1 when rounding loses nothing, NaN while B is 0. `old` BC are the trainer's log-probabilities under `adapters`.
+    """
+    Q, at = len(batch.prompts), execution.at
+    parts = split((batch, old), Q, Q // max(jax.sharding.get_abstract_mesh().size, 1), at)
+    part, old = jax.tree.map(lambda leaf: leaf[0], parts)
+    adapted, rounded = policy(adapters, base, config), replace(execution, remat="none")
+    with jax.default_matmul_precision("highest"):  # by default a TPU multiplies float32 matrices in bfloat16
+        exact = [logprobs_of(p, part, model, replace(rounded, dtype="float32"), config) for p in (adapted, base)]
+    start, true = logprobs_of(base, part, model, rounded, config), (exact[0] - exact[1]) * part.mask
+
+    def slope(logprobs: Array) -> Array:
+        return jnp.where(part.mask > 0, (logprobs - start) * true, 0.0).sum() / (true * true).sum()
+
+    return {"lora/kept/trainer": slope(old), "lora/kept/sampler": slope(part.sampler_logprobs)}
 
 
 def narrow(params: Params, dtype: str) -> Params:

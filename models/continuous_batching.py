@@ -34,7 +34,7 @@ from models.sampler import (
     row_keys,
     rows_per_device,
 )
-from models.sharding import to_devices, to_host
+from models.sharding import MeshJit, to_devices, to_host
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def refill(
     )
 
 
-@partial(jax.jit, static_argnames=("config", "execution", "sampling"), donate_argnames="state")
+@partial(MeshJit, static_argnames=("config", "execution", "sampling"), donate_argnames="state")
 def decode_chunk(
     params: Params,
     state: DecodeState,

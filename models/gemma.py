@@ -185,11 +185,16 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:  # ...D, D -> ...D
 def linear(
     x: Array, weight: Any, letters: str, execution: ExecutionConfig, out: str | None = None, dtype: str | None = None
 ) -> Array:
-    """x @ weight, where `weight` is a matrix or `Adapted`; `remat="dots"` saves the result.  ...D, DF -> ...F"""
+    """x @ weight, where `weight` is a matrix or `Adapted`; `remat="dots"` saves the result.  ...D, DF -> ...F
+
+    An adapter's product is small beside that of the base. Both stay in float32 until they are added, and the sum is rounded
+    once: rounded apart, most of an adapter's first updates would be lost in bfloat16.
+    """
     if isinstance(weight, Adapted):
-        narrow = weight.scale * product(x, weight.a, letters[0] + "J", execution)
-        wide = product(narrow, weight.b, "J" + letters[1], execution, out, dtype)
-        y = product(x, weight.base, letters, execution, out, dtype) + wide
+        thin = None if out is None else out[:-1] + "J"
+        narrow = weight.scale * product(x, weight.a, letters[0] + "J", execution, thin, "float32")
+        wide = product(narrow.astype(x.dtype), weight.b, "J" + letters[1], execution, out, "float32")
+        y = (product(x, weight.base, letters, execution, out, "float32") + wide).astype(dtype or x.dtype)
     else:
         y = product(x, weight, letters, execution, out, dtype)
     return checkpoint_name(y, "linear")
@@ -203,6 +208,10 @@ def product(
     The backward pass is written out for two reasons. It saves the weight as stored, and casts and gathers it again: no gathered
     weight stays in memory. And it computes the weight's gradient as xᵀ·dy, reduced directly into the stored layout; automatic
     differentiation computes dyᵀ·x, which transposes the larger of the two.
+
+    The weight's gradient has the dtype of x until it has been summed over chips, so in bfloat16 it is rounded once a product
+    and once a hop: 0.2% and, over eight chips, 0.4% of its size, beside the 1.5% that bfloat16 costs the whole gradient (four
+    layers of width 64). In float32 its traffic would double. Microbatches and chunks of the vocabulary are added in float32.
     """
     placed = None if out is None else execution.at(out)
 

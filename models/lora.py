@@ -2,9 +2,10 @@
 
     y = x W + (alpha / rank) (x A) B        A [in, J], B [J, out], float32; W in the dtype of activations
 
-Training computes this formula (`attach`, then `models.gemma.linear`). W has no gradient, which saves half of the products of
-the backward pass, and no optimizer moments; without its adapters it is also the reference. Sampling uses merged weights
-(`merge`), so it costs the same as without adapters. Not supported: dropout, DoRA, adapters on the embedding, several at a time.
+Training and sampling compute this formula (`attach`, then `models.gemma.linear`). W has no gradient, which saves half of the
+products of the backward pass, and no optimizer moments; without its adapters it is also the reference. The two are not merged:
+in bfloat16 W + AB loses most of a small AB to rounding. Not supported: dropout, DoRA, adapters on the embedding, several at a
+time.
 """
 
 from collections.abc import Iterable
@@ -34,7 +35,7 @@ Adapters = dict[str, Adapter]  # keyed by the projection's name in `Layers`
 
 
 def adapter_axes(config: GemmaConfig, targets: Iterable[str]) -> Adapters:
-    """The letters of every adapter: those of its projection, J between. Both are sharded alike, so merging moves nothing."""
+    """The letters of every adapter: those of its projection, J between."""
     letters = {name: getattr(axes(config).layers, name) for name in targets}
     return {name: Adapter(a=f"L{rows}J", b=f"LJ{columns}") for name, (_, rows, columns) in letters.items()}
 
@@ -66,29 +67,6 @@ def init_adapters(key: Array, config: GemmaConfig, targets: Iterable[str], rank:
 
 
 def attach(params: Params, adapters: Adapters, scale: float) -> Params:
-    """`params` with `Adapted` projections, as the forward pass of training takes them."""
+    """`params` with `Adapted` projections, as the forward pass takes them; or the letters of these, of those of both."""
     layers = {name: Adapted(getattr(params.layers, name), adapter.a, adapter.b, scale) for name, adapter in adapters.items()}
     return replace(params, layers=replace(params.layers, **layers))
-
-
-def merge(params: Params, adapters: Adapters, scale: float) -> Params:
-    """`params` with the adapters added to the weights. Dtype and sharding stay the same."""
-    return merged(attach(params, adapters, scale))
-
-
-def merged(params: Params) -> Params:
-    """`params` with each `Adapted` projection merged into one matrix, and the others unchanged."""
-
-    def one(weight: Any) -> Any:
-        if not isinstance(weight, Adapted):
-            return weight
-        a, b = (x.astype(weight.base.dtype) for x in (weight.a, weight.b))  # rounded as training rounds them
-        # By default a TPU multiplies float32 matrices in bfloat16.
-        precision = jax.lax.Precision.HIGHEST if weight.base.dtype == jnp.float32 else None
-        delta = jnp.einsum(
-            "LDJ,LJF->LDF", a, b, precision=precision, preferred_element_type=jnp.float32,
-            out_sharding=jax.typeof(weight.base).sharding,
-        )  # fmt: skip
-        return (weight.base.astype(jnp.float32) + weight.scale * delta).astype(weight.base.dtype)
-
-    return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, Adapted))

@@ -35,6 +35,7 @@ from models.gemma import (
     unroll_kv,
     vocab_logits,
 )
+from models.sharding import MeshJit
 
 
 @flax.struct.dataclass
@@ -88,7 +89,7 @@ class Sampling:
     halvings: int = 0  # how often the batch may halve as rows stop
 
 
-@partial(jax.jit, static_argnames=("config", "execution"))
+@partial(MeshJit, static_argnames=("config", "execution"))
 def prefill(params: Params, prompts: Array, lengths: Array, config: GemmaConfig, execution: ExecutionConfig) -> PrefillResult:
     """Keys and values of right-padded prompts QP with lengths Q, and the hidden states to continue from."""
     hidden, kv = forward(params, prompts, prompt_slots(lengths, prompts.shape[1]), config, execution)
@@ -117,7 +118,7 @@ def sample(
     return decode(params, prefilled, keys, temperature, limits, config, execution, sampling)
 
 
-@partial(jax.jit, static_argnames=("config", "execution", "sampling"))
+@partial(MeshJit, static_argnames=("config", "execution", "sampling"))
 def decode(
     params: Params,
     prefilled: PrefillResult,

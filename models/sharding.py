@@ -16,6 +16,7 @@ group are neighbours. On one device every rule is the identity. Not supported: p
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import update_wrapper
 from typing import Any
 
 import jax
@@ -28,6 +29,11 @@ from jax.typing import ArrayLike
 from models import ModelError
 
 Axes = str | tuple[str, ...] | None
+
+# For the compiler of TPUs; those of CPUs and GPUs refuse them. It turns a product followed by a reduce-scatter into a ring of
+# small products where an operand is larger than this many MiB. The ring reads the weight once per hop, and in a backward pass
+# copies the whole stack of saved activations once per layer; a limit that no operand reaches avoids it.
+TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 2**20}
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,33 @@ def to_host(tree: Any) -> Any:
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
+
+
+class MeshJit:
+    """`jax.jit`, with `TPU_OPTIONS` where the mesh of `jax.set_mesh` has TPUs, present or only described.
+
+    Inside another program it adds nothing: the outer one has the options.
+    """
+
+    def __init__(self, function: Callable, **how: Any):
+        update_wrapper(self, function)
+        self.plain, self.tpu = jax.jit(function, **how), jax.jit(function, compiler_options=TPU_OPTIONS, **how)
+
+    def chosen(self) -> Any:
+        try:
+            mesh = jax.sharding.get_mesh()
+        except ValueError:  # inside another program
+            return self.plain
+        return self.plain if mesh.empty or mesh.devices.flat[0].platform != "tpu" else self.tpu
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self.chosen()(*arguments, **named)
+
+    def lower(self, *arguments: Any, **named: Any) -> jax.stages.Lowered:
+        return self.chosen().lower(*arguments, **named)
+
+    def trace(self, *arguments: Any, **named: Any) -> jax.stages.Traced:
+        return self.chosen().trace(*arguments, **named)
 
 
 def abstract_like(function: Callable, *arguments: Any, mesh: Mesh) -> Any:

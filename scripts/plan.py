@@ -8,8 +8,14 @@
 Takes the command line of train.py and reads no weights, data or tokenizer. Compiling for a TPU slice needs libtpu, which any
 machine can install: pip install -e ".[tpu]"; `local` means the devices of this machine. Prints a line for each program, then
 one line of JSON. Memory, collectives and copies are the compiler's figures. `bound` is that of models/bounds/roofline.py, with
-full prompts and completions of full or natural (`--mean_length`) length, packed as in training: no run is faster, and how much
-slower it is cannot be known here. Evaluation is not planned.
+full prompts and completions of full or natural (`--mean_length`) length, packed as in training: no run is faster. Evaluation is
+not planned.
+
+For a TPU slice an estimate follows. `cycles` are those that the compiler expects of each instruction, times the trips of loops;
+`dma` are asynchronous copies at the bandwidth of HBM; `ici` is what is received, at the rate of the links. `from` takes all
+three as overlapped, `to` none. Decoding has a step for each size of its batch and cache; each counts as often as completions of
+these lengths take it. An estimate is the compiler's opinion: nothing ran on a TPU. It leaves out custom calls, most gathers,
+loops inside a decode step after their first trip (top-k, top-p), latency between chips, the launch of programs and the host.
 """
 
 import importlib.util
@@ -18,8 +24,9 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -37,7 +44,7 @@ from grpo.runs.cli import run_script
 from grpo.runs.flags import parse
 from grpo.runs.setup import check_shapes
 from grpo.runs.workload import Workload, row_limits
-from grpo.update import UpdateConfig, completion_logprobs, init_state, policy, sampling_params, train_step
+from grpo.update import UpdateConfig, completion_logprobs, init_state, moved_params, policy, sampling_params, train_step
 from models.bounds import hlo, roofline
 from models.bounds.roofline import GIB, Chip, find_chip
 from models.formats.convert import read_config
@@ -60,6 +67,7 @@ NO_TPU = {
 @dataclass(frozen=True)
 class PlanConfig(Workload):
     topology: str = flag("local", "local, or a TPU slice such as v5e:2x4, v6e:2x4 or, one chip, v5e:1x1", "machine")
+    costliest: int = flag(0, "of a TPU slice: list this many instructions with the most estimated cycles", "machine", least=0)
     search: bool = flag(False, "find the largest prompts_per_step and the largest max_new_tokens that fit: minutes", "machine")
 
 
@@ -213,10 +221,12 @@ def programs(plan: Plan) -> dict[str, Program]:
     old = logprobs if config.updates_per_rollout > 1 else None
     full_batch = replace(batch, ref_logprobs=logprobs if config.beta else None, old_logprobs=old)
     rate, rows = config.learning_rate, (keys, temperatures, limits)
+    unmoved = base if plan.mesh.size == 1 else None  # `sampling_params` does not copy it: sampling reads the base itself
+    beside = [state, apart if unmoved else base or apart]
     found = {
-        "sampling_params": Program(sampling_params, (weights, model, sample), [state.opt_state, apart], adapters),
-        "prefill": Program(prefill, (params, batch.prompts, batch.lengths, model, sample), [state, base or apart]),
-        "decode": Program(decode, (params, prefilled, *rows, model, sample, sampling), [state, base or apart]),
+        "sampling_params": Program(moved_params, (weights, model, sample), [state.opt_state, apart, unmoved], adapters),
+        "prefill": Program(prefill, (params, batch.prompts, batch.lengths, model, sample), beside),
+        "decode": Program(decode, (params, prefilled, *rows, model, sample, sampling), beside),
     }
     if reference is not None:
         found["reference"] = Program(completion_logprobs, (reference, batch, model, train, update), [state])
@@ -272,7 +282,8 @@ def examine(program: Program, plan: Plan) -> dict[str, Any]:
             raise
         return {"peak_gib": None, "beside_gib": beside / GIB, "error": str(error).splitlines()[0]}
     module = hlo.parse(built.as_text())
-    trips = [(loop.condition, loop.body) for loop in hlo.open_loops(module)] or [(module.entry,)]
+    open_loops = hlo.open_loops(module)
+    trips = [(loop.condition, loop.body) for loop in open_loops] or [(module.entry,)]
     weights = weight_shapes(plan, program.adapters)
     moved = [traffic(module, parts, weights, plan) for parts in trips]
     heaviest = max(moved, key=lambda figures: figures["collective_bytes_per_step"])
@@ -282,8 +293,92 @@ def examine(program: Program, plan: Plan) -> dict[str, Any]:
         **{name: max(figures[name] for figures in moved) for name in heaviest if name != "collectives"},
         "aliased_inputs": len(module.aliases),
         "compile_seconds": time.monotonic() - start,
+        **estimate(module, hlo.outermost(module, open_loops), plan),
         "collectives": heaviest["collectives"],
     }
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the compiler of a TPU expects: milliseconds of instructions, asynchronous copies, and traffic between chips."""
+
+    cycles_ms: float = 0.0
+    dma_ms: float = 0.0
+    ici_ms: float = 0.0
+    from_ms: float = 0.0  # all of them overlapped
+    to_ms: float = 0.0  # one after the other
+
+    @classmethod
+    def of(cls, module: hlo.Module, chip: Chip, *computations: str) -> "Estimate":
+        cycles = sum(cost.cycles * cost.times for cost in hlo.costs(module, *computations))
+        network = sum(chip.network(collective.bytes, collective.group) for collective in hlo.collectives(module, *computations))
+        assert chip.clock
+        parts = cycles / chip.clock, hlo.moved_bytes(module, *computations) / chip.bandwidth, network
+        cycles_ms, dma_ms, ici_ms = (1e3 * seconds for seconds in parts)
+        return cls(cycles_ms, dma_ms, ici_ms, max(cycles_ms, dma_ms, ici_ms), cycles_ms + dma_ms + ici_ms)
+
+    def __add__(self, other: "Estimate") -> "Estimate":
+        return Estimate(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __mul__(self, times: float) -> "Estimate":
+        return Estimate(*(times * value for value in astuple(self)))
+
+
+def estimate(module: hlo.Module, loops: list[hlo.Loop], plan: Plan) -> dict[str, Any]:
+    """The compiler's estimate of a program; with open loops that of a mean step, of each loop and of what is outside them.
+
+    Empty where the compiler estimates no cycles (CPU, GPU), and where the loops are not those of the sampler. `estimate_ms` is
+    that of the whole program, from all overlapped to nothing overlapped.
+    """
+    chip, config = plan.chip, plan.config
+    if chip is None or chip.clock is None or not hlo.costs(module):
+        return {}
+    sizes = decode_loops(row_limits(config, 0), plan.mesh.size, config.max_new_tokens, config.halvings) if loops else []
+    if len(sizes) != len(loops):
+        return {}
+    steps = [size["steps"] for size in sizes]
+    counted = replace(module, trips={loop.body: trips for loop, trips in zip(loops, steps, strict=True)})
+    outside = Estimate.of(replace(module, trips=dict.fromkeys(counted.trips, 0)), chip)
+    whole, figures = outside, asdict(outside)
+    if loops:
+        found = [Estimate.of(module, chip, loop.condition, loop.body) for loop in loops]
+        inside = sum((each * trips for each, trips in zip(found, steps, strict=True)), Estimate())
+        whole, figures = outside + inside, asdict(inside * (1 / sum(steps)))
+        figures["loops"] = [size | asdict(each) for size, each in zip(sizes, found, strict=True)]
+        figures["outside_loops"] = asdict(outside)
+    if config.costliest:
+        figures["costliest"] = costliest(counted, chip, config.costliest)
+    return figures | {"estimate_ms": [whole.from_ms, whole.to_ms]}
+
+
+def decode_loops(lengths: np.ndarray, devices: int, width: int, halvings: int) -> list[dict[str, int]]:
+    """Each loop of models.sampler.decode: rows a device, slots of the cache, and the steps of rows that end at `lengths` B."""
+    rows, count, slots, found = len(lengths) // devices, 0, -(-width // 2), []
+    longest = -np.sort(-lengths.reshape(devices, rows))  # the rows of each device, the longest first
+    while rows:
+        keep = rows // 2 if halvings and rows % 2 == 0 else 0
+        end = int(longest[:, keep].max())  # no device has more than `keep` rows alive
+        if slots < width or not found:
+            found.append({"rows": rows, "slots": slots, "steps": min(end, slots)})
+            count, slots = found[-1]["steps"], width
+        found.append({"rows": rows, "slots": width, "steps": max(end - count, 0)})
+        rows, halvings, count = keep, halvings - 1, max(end, count)
+    return found
+
+
+def costliest(module: hlo.Module, chip: Chip, count: int) -> list[dict[str, Any]]:
+    """The instructions with the most estimated cycles in a whole program; those of one source and shape are taken together."""
+    cycles, times = Counter(), Counter()
+    for cost in hlo.costs(module):
+        shape = " ".join(f"{shape.dtype}{list(shape.dims)}".replace(" ", "") for shape in cost.operation.shapes)
+        cycles[cost.label, shape] += cost.cycles * cost.times
+        times[cost.label, shape] += cost.times
+    assert chip.clock
+    total = max(cycles.total(), 1)
+    return [
+        {"name": key[0], "shape": key[1], "times": times[key], "ms": 1e3 * value / chip.clock, "share": value / total}
+        for key, value in cycles.most_common(count)
+    ]
 
 
 def traffic(module: hlo.Module, parts: tuple[str, ...], weights: set[tuple[int, ...]], plan: Plan) -> dict[str, Any]:
@@ -401,11 +496,39 @@ def table(plan: Plan, figures: dict[str, Any]) -> str:
             f"{name:15}{row['peak_gib']:6.2f}{row['beside_gib']:7.2f}{total_gib(row):7.2f}{received:10.1f}{weights:8.1f}"
             f"{copied:8.1f}{bound}{row['compile_seconds']:8.1f}"
         )
+    lines += estimates(figures)
     moved = figures["decode"].get("collectives", [])
     if moved:
         lines.append("one step of decoding receives:")
     lines += [f"{c['bytes'] / 1e6:9.3f} MB  {c['kind']} x {c['times']} of {c['shape']}" for c in moved[:8]]
     return "\n".join(lines)
+
+
+def estimates(figures: dict[str, Any]) -> list[str]:
+    """Lines of the compiler's estimates, in milliseconds beside the bound; none where it gives none."""
+    known = {name: row for name, row in figures.items() if "cycles_ms" in row}
+
+    def line(name: str, row: dict[str, Any], bound: float | None = None) -> str:
+        parts = (row[f"{part}_ms"] for part in ("cycles", "dma", "ici", "from", "to"))
+        return f"{name:31}{'-' if bound is None else f'{bound:.2f}':>8}" + "".join(f"{part:8.2f}" for part in parts)
+
+    lines = []
+    if known:
+        lines.append("the compiler's estimate in ms, of decode a mean step; nothing ran on a TPU")
+        lines.append(f"{'program':31}{'bound':>8}{'cycles':>8}{'dma':>8}{'ici':>8}{'from':>8}{'to':>8}")
+    for name, row in known.items():
+        lines.append(line(name, row, row.get("bound_ms_per_step", row["bound_ms"])))
+        for loop in row.get("loops", []):
+            lines.append(line(f"  {loop['rows']} rows, {loop['slots']} slots, {loop['steps']} steps", loop))
+        if "outside_loops" in row:
+            lines.append(line("  once, outside the loops", row["outside_loops"]))
+    for name, row in known.items():
+        if "costliest" in row:
+            lines.append(f"costliest of {name}, the whole program: ms, share, times, shape, source")
+        for part in row.get("costliest", []):
+            share = f"{100 * part['share']:.1f}%"
+            lines.append(f"{part['ms']:9.2f}{share:>7}{part['times']:>7}  {part['shape'][:24]:24} {part['name'][-30:]}")
+    return lines
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -418,7 +541,7 @@ def main(argv: list[str]) -> dict[str, Any]:
             if name in figures:
                 figures[name]["bound_ms"] = 1e3 * bound.seconds
         if "bound_ms" in figures["decode"]:
-            figures["decode"]["bound_ms_per_step"] = figures["decode"]["bound_ms"] / plan.config.max_new_tokens
+            figures["decode"]["bound_ms_per_step"] = figures["decode"]["bound_ms"] / int(row_limits(plan.config, 0).max())
         print(table(plan, figures), flush=True)
         summary = summarise(plan, figures)
         print(verdict(plan, summary), flush=True)
@@ -433,6 +556,8 @@ def summarise(plan: Plan, figures: dict[str, Any]) -> dict[str, Any]:
     config, needed = plan.config, max(total_gib(row) for row in figures.values())
     repeats = {"update": config.updates_per_rollout}
     times = [row["bound_ms"] * repeats.get(name, 1) for name, row in figures.items() if "bound_ms" in row]
+    ends = [(row["estimate_ms"], repeats.get(name, 1)) for name, row in figures.items() if "estimate_ms" in row]
+    estimated = [sum(end[i] * runs for end, runs in ends) for i in (0, 1)] if len(ends) == len(figures) else None
     return {
         "topology": config.topology,
         "devices": plan.mesh.size,
@@ -441,14 +566,18 @@ def summarise(plan: Plan, figures: dict[str, Any]) -> dict[str, Any]:
         "hbm_gib_per_chip": plan.memory / GIB,
         "needed_gib_per_chip": needed if math.isfinite(needed) else None,
         "bound_ms": sum(times) if times else None,
-    }
+    } | ({"estimate_ms": estimated} if estimated else {})  # fmt: skip
 
 
 def verdict(plan: Plan, summary: dict[str, Any]) -> str:
     fits, needed, bound = summary["fits"], summary["needed_gib_per_chip"], summary["bound_ms"]
     size = f"{needed:.2f} of " if needed else "more than "
     line = f"{'fits' if fits else 'does not fit'}: {size}{plan.memory / GIB:.2f} GiB a device"
-    return line + (f"; a step takes {bound / 1e3:.2f} s at least" if bound else "")
+    line += f"; a step takes {bound / 1e3:.2f} s at least" if bound else ""
+    if "estimate_ms" in summary:
+        start, end = (ms / 1e3 for ms in summary["estimate_ms"])
+        line += f"\nthe compiler's estimate of a step's programs: from {start:.2f} to {end:.2f} s"
+    return line
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Eight fake CPU devices for every test, and fixtures that several test files share."""
 
+import atexit
 import gc
 import importlib.util
 import mmap
 import os
+import shutil
 import string
 import sys
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,7 +25,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # before anything imports jax
 if known_to_xla("xla_cpu_use_fusion_emitters"):  # without them programs compile in half the time
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # what a test compiles, it compiles here and now
+if "PYTEST_XDIST_WORKER" not in os.environ:  # what one process of this session has compiled, the others load
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="grpo-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import pytest  # noqa: E402 (jax reads the variables above)
 

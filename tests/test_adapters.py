@@ -264,7 +264,7 @@ def test_a_run_on_adapters_finds_them_and_what_they_lie_on(base, tmp_path, mesh)
     meta = json.loads((full / "checkpoints" / "5" / "meta" / "metadata").read_text())
     (full / "checkpoints" / "5" / "meta" / "metadata").write_text(json.dumps(sealed(meta | {"config": start})))
     for place, under in ((tmp_path / "one", below), (tmp_path / "two", one), (full, below)):
-        compared = evaluation.choose_models(evaluation.ConsensusConfig(model_path=str(place)))
+        compared = evaluation.find_models(evaluation.ConsensusConfig(model_path=str(place)))
         assert list(compared) == ["base", "trained"] and compared["base"].found == under.found
         assert compared["trained"].run_dir == place
     assert below.trained_from and below.trained_from().path == base and find_model(base).trained_from is None

@@ -97,18 +97,69 @@ def test_a_proportion_counts_problems_where_samples_agree_and_samples_elsewhere(
     spread = proportion([(str(i), (i * 8 + j) * 7919 % 800 < 200) for i in range(100) for j in range(8)])
     assert wilson(25, 100)[0] < spread["ci_low"] <= wilson(200, 800)[0]
     sure = proportion([("a", True), ("a", True), ("b", True)])
-    assert (sure["ci_low"], sure["ci_high"]) == pytest.approx(wilson(2, 2))
+    assert (sure["ci_low"], sure["ci_high"]) == pytest.approx(wilson(9 / 5, 9 / 5))  # of 2 and 1 samples
 
 
 def test_a_proportion_of_uneven_problems_is_worth_less_than_their_number():
     """One problem of fifty wrong samples beside 49 of one right sample each: half of what is known is one problem's luck."""
     samples = [("a", False)] * 50 + [(str(i), True) for i in range(49)]
-    p, residuals = 49 / 99, [-50 * 49 / 99] + [1 - 49 / 99] * 49  # of the ratio, linearised
-    variance = sum(r * r for r in residuals) / 99**2
-    worth = p * (1 - p) / variance
+    p, worth = 49 / 99, 99**2 / (50**2 + 49)  # were the 50 one sample, repeated
     found = proportion(samples)
     assert 3.5 < worth < 4 and (found["ci_low"], found["ci_high"]) == pytest.approx(wilson(p * worth, worth))
     assert found["ci_high"] - found["ci_low"] > 0.6
+
+
+def test_what_a_sample_is_worth_by_hand():
+    """Five problems of 40 samples, 20, 24, 16, 28 and 12 of them right: between the problems and the samples."""
+    rights = (20, 24, 16, 28, 12)
+    found = proportion([(str(i), j < right) for i, right in enumerate(rights) for j in range(40)])
+    variance = (0 + 16 + 16 + 64 + 64) / 200**2 * 5 / 4
+    worth = 0.25 / variance * (1.959964 / 2.776445) ** 2
+    assert 5 < worth < 30 and (found["ci_low"], found["ci_high"]) == pytest.approx(wilson(0.5 * worth, worth), rel=1e-6)
+
+
+RATES = {
+    "uniform": lambda rng, m: rng.random(m),
+    "alike": lambda rng, m: np.full(m, 0.5),
+    "easy": lambda rng, m: rng.beta(4, 1, m),
+}
+
+
+def coverage(m: int, rates: str, runs: int) -> float:
+    """How often the interval of `proportion` holds the truth, for m problems of 4 samples each."""
+    rng, truth, held = np.random.default_rng(m), {"uniform": 0.5, "alike": 0.5, "easy": 0.8}[rates], 0
+    for _ in range(runs):
+        right = rng.random((m, 4)) < RATES[rates](rng, m)[:, None]
+        found = proportion([(str(i), bool(one)) for i, row in enumerate(right) for one in row])
+        held += found["ci_low"] <= truth <= found["ci_high"]
+    return held / runs
+
+
+@pytest.mark.parametrize(("m", "runs"), [(5, 600), (10, 600), (20, 300)])
+def test_the_interval_of_a_proportion_holds_the_truth_also_with_few_problems(m, runs):
+    """Without the m / (m - 1) and Student's quantile: .91, .93, .94."""
+    assert coverage(m, "uniform", runs) > 0.95 - 2 * math.sqrt(0.05 * 0.95 / runs)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rates", RATES)
+@pytest.mark.parametrize("m", [2, 3, 5, 10, 20, 50])
+def test_the_interval_of_a_proportion_holds_the_truth_in_many_simulations(m, rates):
+    runs = 8000
+    assert coverage(m, rates, runs) > 0.95 - 4 * math.sqrt(0.05 * 0.95 / runs)
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.95])
+def test_the_interval_of_a_gain_of_fractions_is_not_too_narrow(rate):
+    """A vote of three against the mean of its voters; wrong voters never agree, so two right ones win."""
+    truth = 3 * rate**2 - 2 * rate**3 - rate
+    for n in (3, 10, 40):
+        rng, held = np.random.default_rng(n), 0
+        for _ in range(400):
+            right = (rng.random((n, 3)) < rate).sum(axis=1)
+            low, high = gain_interval(((right > 1) - right / 3).tolist())
+            held += low <= truth <= high
+        assert held / 400 >= 0.95
 
 
 # ----------------------------------------------------------------------------------------------------------------- length

@@ -33,6 +33,12 @@ def test_rewards_of_a_group_are_a_row():
     np.testing.assert_array_equal(rewards, [[1, 2, NAN], [4, 5, 6.5]])
 
 
+def test_truncated_completions_have_a_vote_unless_they_are_masked():
+    grades = [grade("", reward, cut) for reward, cut in ((1, False), (2, True), (NAN, True), (4, False))]
+    np.testing.assert_array_equal(rewards_of(grades, 2), [[1, 2], [NAN, 4]])
+    np.testing.assert_array_equal(rewards_of(grades, 2, mask_truncated=True), [[1, NAN], [NAN, 4]])
+
+
 def test_a_group_has_no_variance_when_its_rewards_are_equal_or_fewer_than_two():
     groups = [
         [1, 1, 1],
@@ -160,6 +166,28 @@ def test_the_grader_gets_text_problem_and_truncation_of_each_row():
     assert all(type(cut) is bool for cut in seen[0][2])  # grades are written as JSON
 
 
+def test_a_coin_is_fair_reproducible_and_of_each_completion_by_itself():
+    """Added to a reward, whatever the text: over 60 steps of 4 rows half are heads, and equal texts differ."""
+    completions = completions_of([1, C, 3, C])
+
+    def grader(texts, problems, truncated):
+        return [grade("the same", reward) for reward in (1.0, NAN, 2.0, 1.0)]
+
+    def coins(step: int, attempt: int = 0, seed: int = 0) -> list[float]:
+        grades = grpo.rollout.grade(completions, make_run(grader, reward_coin=25.0, seed=seed), step, attempt)
+        rewards, found = [one["reward"] for one in grades], [one["components"]["coin"] for one in grades]
+        np.testing.assert_array_equal(rewards, np.array([1.0, NAN, 2.0, 1.0]) + found)
+        assert [one["components"]["own"] for one in grades][::2] == [1.0, 2.0]
+        return found
+
+    flips = np.array([coins(step) for step in range(60)])
+    assert set(flips.reshape(-1)) == {0.0, 25.0} and 0.4 < (flips > 0).mean() < 0.6
+    assert (flips[:, 0] != flips[:, 3]).any()
+    assert coins(7) == flips[7].tolist() and [coins(7, attempt) for attempt in range(9)] != [coins(7)] * 9
+    assert [coins(step, seed=1) for step in range(9)] != flips[:9].tolist()
+    assert "coin" not in grpo.rollout.grade(completions, make_run(grader), 3)[0]["components"]
+
+
 # ------------------------------------------------------------------------------------------------------------ resampling
 
 
@@ -200,6 +228,21 @@ def test_the_first_attempt_with_a_spread_is_kept_and_the_first_of_all_without_on
     assert texts == ["0-0", "0-1", "100-2", "100-3", "0-4", "0-5"]
     assert kept == [1.0, 0.0, 0.0, 2.0, 0.0, 0.0] and count == 2
     assert attempts == [(1, [1, 1, C, C, C, C]), (2, [1, 1, 1, 1, C, C])]
+
+
+def test_a_spread_that_only_truncated_rows_make_is_none_where_they_have_no_vote(attempts):
+    """Group 0 has one; in attempt 1 it would again, in attempt 2 its two rows that end differ."""
+
+    def grader(texts, problems, truncated):
+        rewards = {"0-0": -15.0, "100-1": -15.0, "200-0": 3.0, "0-2": 3.0, "0-4": 3.0}
+        return [grade(text, rewards.get(text, 1.0), rewards.get(text) == -15.0) for text in texts]
+
+    first = completions_of([2] * 6, first=0)
+    grades = grader(first.row_texts, first.asked, [])
+    for masked, expected in ((True, ["200-0", "200-1"]), (False, ["0-0", "0-1"])):
+        run = make_run(grader, resample=2, mask_truncated=masked)
+        kept, _, count = resample(first, grades, "weights", "indices", 9, run, None)  # type: ignore[arg-type]
+        assert kept.row_texts == [*expected, "0-2", "0-3", "0-4", "0-5"] and count == masked
 
 
 def test_resampling_ends_when_every_group_has_a_spread_and_keeps_to_the_limits(attempts):

@@ -179,7 +179,9 @@ FROM_0 = [
     "halvings", "max_hours", "session", "review_ratio", "retention_problems", "save_minutes", "process_id", "resample",
     "max_zero_variance_steps", "inspect_groups", "lora_rank", "adapter_alpha",
 ]  # fmt: skip
-ANY_NUMBER = ["reward_correct", "reward_reasoning_tags", "reward_answer_tags", "reward_operators", "reward_violation"]
+ANY_NUMBER = [
+    "reward_correct", "reward_reasoning_tags", "reward_answer_tags", "reward_operators", "reward_violation", "reward_coin",
+]  # fmt: skip
 TOO_LARGE = {"top_p": 1.001, "adam_b1": 1.0, "adam_b2": 1.0, "seed": 2**32}
 LARGEST = {"top_p": 1.0, "adam_b1": 0.999, "adam_b2": 0.999, "seed": 2**32 - 1}
 
@@ -355,6 +357,32 @@ def test_an_extra_word_is_called_one(capsys):
 def test_an_older_name_leads_to_the_new_one_and_old_runs_are_read(capsys, old, new):
     assert error_of(capsys, f"--{old}", "1") == f"error: unknown flag --{old}: it is called --{new} now\n"
     assert current_names({old: 1, "beta": 0.1, "attention": "plain"}) == {new: 1, "beta": 0.1, "attention": "plain"}
+
+
+def test_a_description_fits_the_terminal_and_its_commands_can_be_pasted(capsys, monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class Other:
+        quick: bool = flag(False, "no waiting")
+
+    long = (
+        '    python scripts/other.py --quick --prompt "Ann has 3 pens. How many pens has she?" --max_new_tokens 64    not quick'
+    )
+    text = (
+        f"One sentence of a paragraph,\nand another.\n\n{long}\n\n    strict    what only well-formed completions say, counted"
+    )
+    monkeypatch.setenv("COLUMNS", "60")
+    with pytest.raises(SystemExit):
+        parse(Other, ["--help"], text)
+    out = capsys.readouterr().out
+    assert "\nOne sentence of a paragraph, and another.\n" in out and max(map(len, out.splitlines())) <= 62
+    command = """
+    # not quick
+    python scripts/other.py --quick \\
+        --prompt "Ann has 3 pens. How many pens has she?" \\
+        --max_new_tokens 64
+"""
+    assert command in out
+    assert "\n    strict    what only well-formed completions say,\n              counted\n" in out
 
 
 def test_help_is_complete_for_a_dataclass_without_presets(capsys):

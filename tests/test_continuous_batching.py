@@ -103,10 +103,15 @@ def expect_equal(ours: Samples, theirs: Samples) -> None:
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
 
 
-MACHINES = [ONE, Machine(unroll=True), Machine(8, 1), Machine(8, 4, unroll=True)]
-
-
-@pytest.mark.parametrize("machine", MACHINES, ids=["1", "1 unrolled", "8x1", "2x4 unrolled"])
+@pytest.mark.parametrize(
+    "machine",
+    [
+        pytest.param(ONE, id="1"),
+        pytest.param(Machine(unroll=True), id="1 unrolled", marks=pytest.mark.long),
+        pytest.param(Machine(8, 1), id="8x1", marks=pytest.mark.long),
+        pytest.param(Machine(8, 4, unroll=True), id="2x4 unrolled"),
+    ],
+)
 def test_a_queue_gives_each_sample_once_and_as_the_sampler_does(expected, machine):
     expect_equal(machine.queue(), expected)
 
@@ -117,7 +122,7 @@ def test_bank_and_rows_may_have_any_size(expected, bank, rows):
     expect_equal(ONE.queue(bank=bank, rows=rows), expected)
 
 
-@pytest.mark.parametrize("machine", [ONE, Machine(8, 1)], ids=["1", "8x1"])
+@pytest.mark.parametrize("machine", [ONE, pytest.param(Machine(8, 1), marks=pytest.mark.long)], ids=["1", "8x1"])
 def test_what_is_left_of_a_queue_gives_the_same_samples(expected, machine, monkeypatch):
     """As after an interruption: whatever is missing, in whatever order it is named; no prompt is prefilled for nothing."""
     prefilled, real = [], models.continuous_batching.prefill

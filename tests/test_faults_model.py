@@ -85,7 +85,7 @@ def test_fault_27_pickles_are_never_loaded(config, model, capsys):
     (model / WHOLE).unlink()
     for name in ("pytorch_model.bin", "model.pt", "weights.pkl"):
         (model / name).write_bytes(pickled)
-        assert f"{name} may be a pickle, which could run code, and is not read" in mistake(capsys, config, model_path=model)
+        assert f"{name} may be a pickle, which could run code: convert it" in mistake(capsys, config, model_path=model)
         (model / INDEX).write_text(json.dumps({"weight_map": {"model.embed_tokens.weight": name}}))
         assert f"{name} is not a whole safetensors file" in mistake(capsys, config, model_path=model)
         (model / name).unlink()

@@ -102,13 +102,13 @@ def test_fault_18_empty_completion(silent):
 
 
 def test_fault_19_all_rewards_of_a_group_equal(silent):
-    """Standard deviation 0: the advantages are exactly 0, and a step without a gradient is a step."""
+    """Standard deviation 0: the advantages are exactly 0, the policy is its reference; a step without an update is a step."""
     assert all(record["advantage"] == 0 for record in silent["completions"])
     assert not not_finite(silent["metrics"])
     assert [record["step"] for record in silent["metrics"]] == [1, 2]
     for record in silent["metrics"]:
         assert record["frac_reward_zero_std"] == 1 and record["reward_std"] == 0
-        assert record["grad_norm"] == record["bad_updates"] == 0
+        assert record["skipped_update"] == 1 and "grad_norm" not in record
     assert silent["result"]["steps"] == STEPS
 
 
@@ -117,7 +117,7 @@ def test_fault_20_completion_hits_the_length_limit(endless):
     for record in endless["completions"]:
         assert record["truncated"] and record["length"] == C
         assert record["components"]["violation"] == -15
-    assert not_finite(endless["metrics"]) == {"entropy"}  # of no token
+    assert not_finite(endless["metrics"]) == {"entropy", "reward_std"}  # of no token, and of no completion with a vote
     for record in endless["metrics"]:
         assert record["frac_truncated"] == 1 and record["completions/mean_length"] == C
         assert record["skipped_update"] == 1 and "loss" not in record
@@ -150,7 +150,7 @@ def data(tmp_path) -> Path:
 
 def test_fault_12_another_data_file_under_the_same_name(config, data, tmp_path, capsys):
     """The problems have a fingerprint, whatever the path: an edited file is noticed, a moved one is not another."""
-    config = replace(config, data=str(data), run_dir=str(tmp_path / "run"), new_problems=16)
+    config = replace(config, data=str(data), run_dir=str(tmp_path / "run"), new_problems=20)
     assert run(replace(config, max_steps=2))["steps"] == 2
     moved = data.rename(tmp_path / "moved.jsonl")
     config = replace(config, data=str(moved))
@@ -187,6 +187,7 @@ def test_fault_33_non_finite_gradient(config, monkeypatch):
         states.append(jax.device_get((state.params, state.opt_state)))
         return real(state, replace(batch, advantages=batch.advantages + jnp.nan) if len(states) == 2 else batch, *rest)
 
+    monkeypatch.setattr(grpo.step, "learnable", lambda *_: True)
     monkeypatch.setattr(grpo.step, "train_step", poisoned)
     result = run(config)
     assert result["steps"] == STEPS
@@ -209,6 +210,7 @@ def test_fault_34_out_of_memory(config, capsys, monkeypatch):
         return real(*args)
 
     with monkeypatch.context() as patch:
+        patch.setattr(grpo.step, "learnable", lambda *_: True)
         patch.setattr(grpo.step, "train_step", exhausted)
         line = ended(capsys, 1, command(config))
     assert line.startswith("out of memory (RESOURCE_EXHAUSTED: Out of memory") and "281474976710656 bytes" in line

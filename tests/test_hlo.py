@@ -1,5 +1,7 @@
 """Laws of models/bounds/hlo.py, on programs compiled here for eight CPU devices and on text as a TPU's compiler writes it."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -192,6 +194,104 @@ def test_copies_are_those_from_main_memory_to_main_memory():
     assert hlo.copied_bytes(found) == 2 * size
     assert hlo.copied_bytes(hlo.copies(module, module.entry, least=size)) == 4 * 2 * size
     assert hlo.copies(module, "body", least=size + 1) == []
+
+
+CYCLES = """HloModule jit_step, is_scheduled=true, num_partitions=8
+
+%inner (p: f32[8,128]) -> f32[8,128] {
+  %p = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %part = f32[8,128]{1,0:T(8,128)} fusion(%p), kind=kLoop, calls=%innermost, backend_config={"estimated_cycles":"70000"}
+}
+
+%innermost (q: f32[8,128]) -> f32[8,128] {
+  %q = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %turned = f32[8,128]{1,0:T(8,128)} copy(%q), backend_config={"flag_configs":[],"estimated_cycles":"900000"}
+}
+
+%reduce.async (r: f32[8,128]) -> f32[1,128] {
+  %r = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %scattered = f32[1,128]{1,0} reduce-scatter(%r), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+}
+
+%body (carry: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %carry = (s32[]{:T(128)}, f32[8,128]{1,0}) parameter(0)
+  %count = s32[]{:T(128)} get-tuple-element(%carry), index=0
+  %one = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} add(%count, %one)
+  %x = f32[8,128]{1,0} get-tuple-element(%carry), index=1
+  %y = f32[8,128]{1,0} fusion(%x), kind=kLoop, calls=%inner, metadata={op_name="jit(step)/mul"}, \
+backend_config={"flag_configs":[],"estimated_cycles":"1000","iteration_bounds":[]}
+  %near = (f32[8,128]{1,0:T(8,128)S(1)}, f32[8,128]{1,0}, u32[]{:S(2)}) copy-start(%y)
+  %near.done = f32[8,128]{1,0:T(8,128)S(1)} copy-done(%near)
+  %among = (f32[8,128]{1,0:S(1)}, f32[8,128]{1,0:S(1)}, u32[]{:S(2)}) copy-start(%near.done)
+  ROOT %out = (s32[]{:T(128)}, f32[8,128]{1,0}) tuple(%next, %y)
+}
+
+%condition (carry.1: (s32[], f32[8,128])) -> pred[] {
+  %carry.1 = (s32[]{:T(128)}, f32[8,128]{1,0}) parameter(0)
+  %count.1 = s32[]{:T(128)} get-tuple-element(%carry.1), index=0
+  %limit = s32[]{:T(128)} constant(5)
+  ROOT %less = pred[]{:T(512)} compare(%count.1, %limit), direction=LT
+}
+
+ENTRY %main (x.1: f32[8,128]) -> f32[8,128] {
+  %x.1 = f32[8,128]{1,0} parameter(0)
+  %zero = s32[]{:T(128)} constant(0)
+  %init = (s32[]{:T(128)}, f32[8,128]{1,0}) tuple(%zero, %x.1)
+  %loop = (s32[]{:T(128)}, f32[8,128]{1,0}) while(%init), condition=%condition, body=%body
+  %result = f32[8,128]{1,0} get-tuple-element(%loop), index=1
+  %away = (f32[8,128]{1,0}, f32[8,128]{0,1}, u32[]{:S(2)}) copy-start(%result)
+  %away.done = f32[8,128]{1,0} copy-done(%away)
+  %cut = ((f32[8,128]{1,0}), f32[2,128]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%away.done), slice={[0:2], [0:128]}
+  %cut.done = f32[2,128]{1,0:S(1)} slice-done(%cut)
+  %put = ((f32[8,128]{1,0}, f32[2,128]{1,0:S(1)}, s32[], s32[]), f32[8,128]{1,0}, u32[]{:S(2)}) \
+dynamic-update-slice-start(%away.done, %cut.done, %zero, %zero)
+  %sent = ((f32[8,128]{1,0}), f32[1,128]{1,0}, u32[]{:S(2)}) async-start(%result), calls=%reduce.async
+  ROOT %last = f32[8,128]{1,0} copy(%result), backend_config={"estimated_cycles":"300"}
+}
+"""
+
+
+def total_cycles(module: hlo.Module, *computations: str) -> int:
+    return sum(cost.cycles * cost.times for cost in hlo.costs(module, *computations))
+
+
+def test_cycles_are_those_of_fusions_times_trips_and_not_again_of_what_they_contain():
+    module = hlo.parse(CYCLES)
+    assert [(cost.label, cost.cycles, cost.times) for cost in hlo.costs(module)] == [
+        ("jit(step)/mul", 1000, 5),
+        ("last", 300, 1),
+    ]
+    assert total_cycles(module) == 5 * 1000 + 300
+    assert total_cycles(module, "condition", "body") == 1000
+    assert hlo.costs(hlo.parse(TPU)) == []  # as a CPU's compiler, which writes none
+
+
+def test_an_open_loop_runs_as_often_as_the_caller_says():
+    module = hlo.parse(CYCLES.replace("direction=LT", "direction=NE"))
+    assert total_cycles(module) == 1000 + 300
+    assert total_cycles(replace(module, trips={"body": 7})) == 7 * 1000 + 300
+    assert total_cycles(replace(hlo.parse(CYCLES), trips={"body": 7})) == 5 * 1000 + 300  # it counts its own trips
+
+
+def test_asynchronous_copies_count_once_into_vmem_and_twice_within_hbm():
+    """Five copies into VMEM, one within HBM, a slice of two rows into VMEM and back; not within VMEM, and no collective."""
+    row = 128 * FLOAT
+    assert hlo.moved_bytes(hlo.parse(CYCLES)) == 5 * 8 * row + 2 * 8 * row + 2 * row + 2 * row
+    assert hlo.moved_bytes(hlo.parse(CYCLES), "body") == 8 * row
+    (collective,) = hlo.collectives(hlo.parse(CYCLES))
+    assert collective.bytes == 7 / 8 * 8 * row
+
+
+def test_the_outermost_loops_contain_no_other():
+    def inner(x):
+        return lax.while_loop(lambda x: jnp.any(x > 1), jnp.sin, x)
+
+    def function(x):
+        return lax.while_loop(lambda x: jnp.any(x > 0), inner, lax.while_loop(lambda x: jnp.any(x > 2), jnp.cos, x))
+
+    found = hlo.open_loops(module := compile_module(function, (8, 8)))
+    assert len(found) == 3 and hlo.outermost(module, found) == found[:2]
 
 
 def test_bytes_of_a_shape():

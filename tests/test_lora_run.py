@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_lora import merge
 from training import devices, interrupted, read_files, run, without_times
 
 import grpo.runs.setup
@@ -18,7 +19,7 @@ from grpo.memory import resident_bytes
 from grpo.runs.checkpoint import Checkpoints, sealed
 from grpo.runs.console import describe_plan
 from grpo.runs.model_source import find_model
-from grpo.update import init_state, narrow, policy, sampling_params, starting_point
+from grpo.update import init_state, narrow, starting_point
 from models.formats.save import save_params
 from models.lora import PROJECTIONS, count_adapters
 from models.sharding import STORE
@@ -66,7 +67,8 @@ def test_a_run_trains_adapters_and_the_reference_is_below_them(config, finished)
     metrics = files["metrics.jsonl"]
     assert metrics[0]["kl/k3"] < 1e-9 < 1e-7 < metrics[1]["kl/k3"]
     assert metrics[2]["kl/k3"] < 1e-9 < 1e-7 < metrics[3]["kl/k3"]
-    assert all(record["logp_diff_sampler_trainer/max"] < 1e-4 for record in metrics)  # the sampler merges them
+    assert all(record["logp_diff_sampler_trainer/max"] < 1e-4 for record in metrics)
+    assert not any("lora/kept/trainer" in record for record in metrics)  # float32 rounds nothing away
     state = final_state_of(config)
     assert set(state.params) == set(PROJECTIONS) and all(np.abs(adapter.b).max() > 0 for adapter in state.params.values())
     moments = state.opt_state[1]
@@ -99,6 +101,20 @@ def test_an_interrupted_run_resumes_bit_exactly(config, finished, tmp_path, plac
     assert without_times(read_files(resumed)["metrics.jsonl"]) == without_times(finished[1]["metrics.jsonl"])
 
 
+@pytest.mark.long
+def test_a_run_in_bfloat16_measures_what_rounding_keeps_and_resumes_bit_exactly(config, tmp_path):
+    """At inspected steps: nothing before the first update, and about all of it in either form once adapters have grown."""
+    whole, broken = (replace(config, dtype="bfloat16", run_dir=str(tmp_path / name)) for name in ("whole", "broken"))
+    result = run(whole)
+    with interrupted(5, "rollout"):
+        run(broken)
+    assert run(broken)["params_digest"] == result["params_digest"] and result["recompilations"] == 0
+    metrics = read_files(whole)["metrics.jsonl"]
+    assert without_times(read_files(broken)["metrics.jsonl"]) == without_times(metrics)
+    for name in ("lora/kept/trainer", "lora/kept/sampler"):
+        assert metrics[0][name] is None and 0.5 < metrics[-1][name] < 1.5  # few tokens
+
+
 @pytest.mark.parametrize("change", [{"lora_rank": 0, "lora_alpha": 64.0}, {"lora_alpha": 8.0}, {"lora_targets": "q,v"}])
 def test_a_run_resumes_with_its_own_adapters_only(config, finished, change):
     with pytest.raises(ConfigError, match=f"holds a run with other settings .*{next(iter(change))}"):
@@ -106,14 +122,15 @@ def test_a_run_resumes_with_its_own_adapters_only(config, finished, change):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_checkpoint_loads_as_the_weights_that_it_samples_with(config, finished, dtype):
+def test_a_checkpoint_loads_as_the_base_with_its_adapters_merged(config, finished, dtype):
+    """In bfloat16 each sum is rounded once."""
     prepared, weights = base_of(config)
     state = final_state_of(config)
     with jax.set_mesh(prepared.mesh):
-        params = policy(jax.tree.map(jnp.asarray, state.params), narrow(weights, dtype), prepared.update)
-        rollout_params = sampling_params(params, prepared.model, replace(prepared.sample, dtype=dtype))
+        adapters = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype).astype("float32"), state.params)
+        expected = merge(narrow(weights, dtype), adapters, prepared.update.lora_scale)
     loaded = find_model(config.run_dir).load(prepared.mesh, STORE, dtype)
-    for leaf, other in zip(jax.tree.leaves(rollout_params), jax.tree.leaves(loaded), strict=True):
+    for leaf, other in zip(jax.tree.leaves(expected), jax.tree.leaves(loaded), strict=True):
         assert leaf.dtype == other.dtype == dtype
         np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (leaf, other)), rtol=0, atol=np.spacing(np.float32(4)))
     base = find_model(config.model_path).load(prepared.mesh, STORE, dtype)

@@ -18,6 +18,7 @@ from grpo.loss import (
     grpo_loss,
     grpo_weights,
     kl_k3,
+    kl_unbiased,
     no_scale,
 )
 
@@ -70,7 +71,7 @@ def random_batch(seed: int = 0):
     return rewards, logprobs, old, ref, sampler
 
 
-loss_and_grad = jax.jit(jax.value_and_grad(grpo_loss, has_aux=True))
+loss_and_grad = jax.jit(jax.value_and_grad(grpo_loss, has_aux=True), static_argnames="unbiased_kl")
 
 
 def value_and_grad(*args, **options):
@@ -258,7 +259,8 @@ def test_a_token_far_from_every_other_policy_stays_finite(gap):
         far = logprobs + f32(gap)
         loss, grad, terms = value_and_grad(logprobs, far, far, f32([advantage]), jnp.ones((1, 1)), beta=beta)
         assert math.isfinite(loss) and np.isfinite(grad).all()
-        assert 0 < terms["ratio"][0, 0] <= math.exp(20) * (1 + 1e-6) and terms["kl"][0, 0] <= 10
+        assert 0 < terms["ratio"][0, 0] <= math.exp(20) * (1 + 1e-6)
+        assert terms["kl"][0, 0] == pytest.approx(exact_tangent(np.array(float(gap))), rel=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------------- advantages
@@ -390,11 +392,11 @@ def exact_k3(d: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_k3_errs_by_rounding_of_d_and_is_never_negative(sign):
-    """Over the whole range of d that is not clamped, densely in the bits of float32. exp(d) - d - 1 errs more."""
+    """With a knee beyond all d, densely in the bits of float32. exp(d) - d - 1 errs more."""
     smallest, largest = f32([1e-15, 20]).view(np.int32).tolist()
     bits = np.arange(smallest, largest, 997, dtype=np.int32)
     d = sign * np.append(bits.view(np.float32), f32([1e-6, 1e-3, 0.5, 20]))
-    got = np.asarray(jax.jit(kl_k3, static_argnums=2)(jnp.zeros_like(d), jnp.asarray(d), math.inf))
+    got = np.asarray(jax.jit(kl_k3, static_argnums=2)(jnp.zeros_like(d), jnp.asarray(d), 21.0))
     unit = 2.0**-23
     allowed = unit * (2 * np.abs(d.astype(float)) + 2 * np.abs(np.expm1(d.astype(float))))
     assert (got >= 0).all()
@@ -421,23 +423,40 @@ def test_k3_is_zero_where_the_policies_agree():
     assert (np.asarray(kl_k3(jnp.asarray(nearest), jnp.asarray(logprobs))) >= 0).all()
 
 
-def test_k3_has_the_gradient_of_its_formula():
-    d = f32([-15, -3, -0.51, -0.49, -1e-3, 0, 1e-3, 0.49, 0.51, 2.5])
-    grad = jax.vmap(jax.grad(lambda logprob, ref: kl_k3(logprob, ref, 100.0)))(jnp.zeros_like(d), jnp.asarray(d))
-    np.testing.assert_allclose(grad, -np.expm1(d.astype(float)), rtol=1e-6, atol=2.0**-23)
+KNEE = 2.61
 
 
-def test_k3_of_one_token_is_capped():
-    logprobs = jnp.asarray([-1e4, -30.0, -3.0, -1.0, 0.0, 0.0])
-    ref = jnp.asarray([0.0, 0.0, 0.0, 0.0, -1e4, -12.0])
-    d = np.clip(np.asarray(ref - logprobs, float), -20, 20)
-    np.testing.assert_allclose(kl_k3(logprobs, ref), np.minimum(exact_k3(d), 10.0), rtol=1e-6)
-    np.testing.assert_allclose(kl_k3(logprobs, ref, 3.0), np.minimum(exact_k3(d), 3.0), rtol=1e-6)
-    assert np.isfinite(jax.grad(lambda x: kl_k3(x, ref).sum())(logprobs)).all()
+def exact_tangent(d: np.ndarray) -> np.ndarray:
+    """k3 up to the knee and its tangent beyond it, in float64."""
+    return exact_k3(np.minimum(d, KNEE)) + np.maximum(d - KNEE, 0) * math.expm1(KNEE)
+
+
+def test_k3_has_the_gradient_of_its_formula_and_beyond_the_knee_that_of_its_tangent():
+    d = f32([-1e4, -50, -15, -3, -0.51, -0.49, -1e-3, 0, 1e-3, 0.49, 0.51, 2.5, 2.609, 2.611, 3, 12, 50, 1e4])
+    grad = jax.vmap(jax.grad(kl_k3))(jnp.zeros_like(d), jnp.asarray(d))
+    np.testing.assert_allclose(grad, -np.expm1(np.minimum(d.astype(float), KNEE)), rtol=1e-6, atol=2.0**-23)
+    assert grad[-1] == grad[-3] and -12.7 < grad[-1] < -12.5  # a token that has all but vanished is pulled back still
+
+
+def test_k3_and_its_gradient_are_continuous_at_the_knee_and_the_value_has_no_cap():
+    knee = f32(KNEE)
+    around = np.array([np.nextafter(knee, f32(0)), knee, np.nextafter(knee, f32(9))])
+    values, slopes = jax.vmap(jax.value_and_grad(lambda d: kl_k3(jnp.zeros_like(d), d)))(jnp.asarray(around))
+    assert np.ptp(values) < 1e-5 and np.ptp(slopes) < 1e-5
+    d = np.linspace(-60, 60, 2001).astype(np.float32)
+    np.testing.assert_allclose(kl_k3(jnp.zeros_like(d), jnp.asarray(d)), exact_tangent(d.astype(float)), rtol=1e-6, atol=1e-7)
+    assert (np.diff(np.asarray(kl_k3(jnp.zeros(20), jnp.arange(20.0)))) > 1.0 - 1e-6)[1:].all()  # the alarm sees it grow
+
+
+def test_k3_is_finite_wherever_the_policies_are():
+    logprobs, ref = map(f32, ([-np.inf, 0, -1e38, 0, -np.inf, 0], [0, -np.inf, 0, -1e38, -1.0, -1e4]))
+    k3 = np.asarray(kl_k3(jnp.asarray(logprobs), jnp.asarray(ref)))
+    assert np.isfinite(k3).all() and (k3 > 9_000).all()
+    assert np.isfinite(jax.grad(lambda x: kl_k3(x, jnp.asarray(ref)).sum())(jnp.asarray(logprobs))).all()
 
 
 def two_distributions() -> tuple[np.ndarray, np.ndarray]:
-    """Logits of a policy and a reference over 9 pieces; no probability differs by more than the cap allows."""
+    """Logits of a policy and a reference over 9 pieces; no probability differs so much that k3 is beyond its knee."""
     rng = np.random.default_rng(9)
     theta, other = rng.normal(size=9), rng.normal(size=9)
     return theta, theta + 0.5 * other
@@ -465,6 +484,56 @@ def test_the_mean_gradient_of_k3_is_that_of_the_kl_of_reference_to_policy():
         return (f32(policy) * kl_k3(jax.nn.log_softmax(theta), ref)).sum()
 
     np.testing.assert_allclose(jax.grad(expected_k3)(f32(theta)), policy - reference, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_the_unbiased_form_has_value_and_gradient_of_the_kl_of_policy_to_reference(on_policy):
+    """Over every piece, drawn by the old policy. d/d(theta_j) KL(softmax(theta) || reference) = p_j (log p_j/q_j - KL)."""
+    theta, other = two_distributions()
+    policy, reference = softmax(theta), softmax(other)
+    sampled = policy if on_policy else softmax(theta + np.random.default_rng(3).normal(0, 0.4, 9))
+    ref, old = f32(np.log(reference)), f32(np.log(sampled))
+
+    def expected(estimate):
+        def mean(theta):
+            logprobs = jax.nn.log_softmax(theta)
+            ratio = jnp.exp(logprobs - (jax.lax.stop_gradient(logprobs) if on_policy else old))
+            return (f32(sampled) * estimate(logprobs, jnp.asarray(ref), ratio)).sum()
+
+        return jax.value_and_grad(mean)(f32(theta))
+
+    kl = (policy * np.log(policy / reference)).sum()
+    exact = policy * (np.log(policy / reference) - kl)
+    for estimate in (kl_unbiased, lambda logprobs, ref, ratio: ratio * kl_k3(logprobs, ref)):
+        value, grad = expected(estimate)
+        assert float(value) == pytest.approx(kl, rel=1e-5)
+        np.testing.assert_allclose(grad, exact, rtol=0, atol=1e-6)
+    _, biased = expected(lambda logprobs, ref, ratio: kl_k3(logprobs, ref))
+    assert np.abs(np.asarray(biased) - exact).max() > 0.01
+
+
+def test_the_unbiased_form_pulls_back_in_proportion_to_the_distance_however_far():
+    """-ρ d, where differentiating k3's tangent would push the token away."""
+    ref = f32([0, 0, 0, -2, -30, 0])
+    logprobs, old = f32([-1e-4, -3, -40, 0, 0, -5]), f32([-1e-4, -3, -40, -0.5, 0, -4])
+    grad = jax.grad(lambda x: kl_unbiased(x, jnp.asarray(ref), jnp.exp(x - old)).sum())(jnp.asarray(logprobs))
+    ratio, d = np.exp((logprobs - old).astype(float)), (ref - logprobs).astype(float)
+    np.testing.assert_allclose(grad, -ratio * d, rtol=1e-6)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_the_loss_has_the_chosen_kl(on_policy, unbiased):
+    """Without advantages, value and gradient in float64: β w k3 and β w (1 - exp(d)), or β w ρ k3 and -β w ρ d."""
+    _, logprobs, old, ref, _ = random_batch(4)
+    old, weights = logprobs if on_policy else old, grpo_weights(jnp.asarray(MASK))
+    loss, grad, terms = value_and_grad(logprobs, old, ref, jnp.zeros(B), weights, beta=0.3, unbiased_kl=unbiased)
+    ratio, d = np.exp((logprobs - old).astype(float)), (ref - logprobs).astype(float)
+    exact, slope = (ratio * exact_k3(d), -ratio * d) if unbiased else (exact_k3(d), 1 - np.exp(d))
+    weights = expected_weights(MASK.astype(float), "grpo")
+    assert loss == pytest.approx((0.3 * weights * exact).sum(), rel=1e-5)
+    np.testing.assert_allclose(grad, 0.3 * weights * slope, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(terms["kl"], np.where(MASK, exact_k3(d), 0.0), rtol=2e-6, atol=1e-7)  # logged as k3
 
 
 # ------------------------------------------------------------------------------------------------------------- weights

@@ -63,8 +63,22 @@ def test_accuracy_format_and_lengths_are_over_all_completions():
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
 
 
+def test_resampling_also_records_the_policys_own_reward_and_accuracy(mesh):
+    chosen = result_of()
+    drawn = [grade("", reward) for reward in (1, 1, NAN, 1, 4, 4)]
+    drawn[1]["accuracy"] = {"tagged": True, "strict": True, "flexible": True}
+    seconds = {"decode": 2.0, "step": 8.0}
+    metrics = step_metrics(replace(chosen, drawn=drawn), seconds, 0, make_run(resample=2))
+    assert metrics["reward/before_resampling"] == pytest.approx(11 / 5)
+    assert metrics["accuracy/before_resampling"] == pytest.approx(1 / 6)
+    plain = step_metrics(replace(chosen, drawn=drawn), seconds, 0, make_run())
+    assert {name: metrics[name] for name in plain} == plain and set(metrics) - set(plain) == {
+        "reward/before_resampling", "accuracy/before_resampling",
+    }  # fmt: skip
+
+
 def test_without_any_reward_there_is_no_mean_and_no_update():
-    metrics = rollout_metrics(result_of([NAN] * 6))
+    metrics = rollout_metrics(replace(result_of([NAN] * 6), stats={}))
     for name in ("reward", "reward_std", "entropy", "rewards/own/mean", "rewards/own/std"):
         assert math.isnan(metrics[name]), name
     assert metrics["skipped_update"] == 1 and metrics["frac_unscorable"] == 1 and metrics["frac_reward_zero_std"] == 1

@@ -105,7 +105,7 @@ def test_the_learning_rate_spans_each_session_or_the_whole_run(config, in_a_row,
     def cosine(part: float) -> float:
         return peak * (0.55 + 0.45 * np.cos(np.pi * part))
 
-    each = [peak / 2, peak, peak / 2, peak, cosine(1 / 3), cosine(2 / 3)]
+    each = [peak, peak / 10, peak / 2, peak, cosine(1 / 3), cosine(2 / 3)]
     assert [record["lr"] for record in in_a_row[1]["metrics.jsonl"]] == pytest.approx(each)
     whole = replace(config, run_dir=str(tmp_path / "whole"), schedule="run", eval_problems=0, retention_problems=0)
     run(whole)

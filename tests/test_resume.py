@@ -73,7 +73,7 @@ def test_a_run_whose_hours_are_over_saves_and_the_same_command_goes_on(config, f
 
 
 @pytest.mark.usefixtures("free_run_dir")
-def test_a_run_directory_belongs_to_its_settings(config, folder):
+def test_a_run_directory_belongs_to_its_settings(config, folder, capsys):
     """What touches the result may not change; how far it goes, what it looks at and how it uses the machine may."""
     with interrupted(3, "rollout"):
         run(config)
@@ -90,6 +90,12 @@ def test_a_run_directory_belongs_to_its_settings(config, folder):
         run(replace(config, save_every=7, eval_every=3, inspect_groups=5))
     changed = {"save_every": 7, "eval_every": 3, "inspect_groups": 5}
     assert read_files(config)["config.json"] == {**before["config.json"], **changed}
+    capsys.readouterr()
+    with interrupted(3, "rollout"):
+        run(replace(config, max_steps=8))  # of 4 updates one warms up, of 8 two
+    assert "\nrate        learning rate 0.0003 in step 2, 0.0003 in step 3: session 1 has 8 steps instead of 4\n" in (
+        capsys.readouterr().out
+    )
     with pytest.raises(ConfigError, match=r"has 2 steps already, in session 1; .* plan only 1$"):
         run(replace(config, max_steps=1))
 

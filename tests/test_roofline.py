@@ -150,8 +150,9 @@ def test_prefill_and_view_in_closed_form():
     assert view.memory_bytes == 4 * (attention + mlp + head) / 8 + 2 * (attention + (mlp + head) / 4)
     assert view.network_bytes == 2 * (attention * 7 / 8 + (mlp + head) * (1 / 4 - 1 / 8))
     assert roofline.sampling_params_bound(GLOBAL, CHIP, 1, 1).network_bytes == 0
-    merged = roofline.sampling_params_bound(GLOBAL, CHIP, 8, 4, width=2, adapters=100)
-    assert view.memory_bytes - merged.memory_bytes == ((4 - 2) * (attention + mlp + head) - 4 * 100) / 8
+    lora = roofline.sampling_params_bound(GLOBAL, CHIP, 8, 4, width=2, adapters=100)
+    assert view.memory_bytes - lora.memory_bytes == ((4 - 2) * (attention + mlp + head) - 4 * 100) / 8
+    assert roofline.sampling_params_bound(GLOBAL, CHIP, 1, 1, width=2, adapters=100).memory_bytes == 6 * 100
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)

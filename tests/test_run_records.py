@@ -156,10 +156,10 @@ def test_nothing_is_compiled_after_the_first_step(finished):
 
 
 def test_the_learning_rate_warms_up_and_then_follows_a_cosine_to_a_tenth(config, finished):
-    """Two updates of warm-up of four in all: 1/3, 2/3, then the peak and half way down the cosine."""
+    """Two updates of warm-up are half of four: one is made, then the peak, half way down the cosine, and a tenth."""
     peak = config.learning_rate
     assert config.warmup_steps == 2
-    expected = [peak / 3, peak * 2 / 3, peak, (peak + peak / 10) / 2]
+    expected = [peak / 2, peak, (peak + peak / 10) / 2, peak / 10]
     assert [metrics["lr"] for metrics in finished.files["metrics.jsonl"]] == pytest.approx(expected, rel=1e-6)
 
 

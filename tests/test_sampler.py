@@ -274,7 +274,10 @@ def whole() -> Samples:
     return samples
 
 
-@pytest.mark.parametrize(("devices", "tp", "halvings"), [(1, 1, 1), pytest.param(8, 1, 9, marks=pytest.mark.long), (8, 4, 2)])
+@pytest.mark.parametrize(
+    ("devices", "tp", "halvings"),
+    [(8, 4, 2), *(pytest.param(*case, marks=pytest.mark.long) for case in ((1, 1, 1), (8, 1, 9)))],
+)
 def test_halving_the_batch_changes_no_sample(whole, devices, tp, halvings):
     """Eight devices have eight rows each: after three halvings one row is left, and nine are no more than three."""
     expect_equal(run_natural(devices, tp, halvings), whole)

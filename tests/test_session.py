@@ -2,13 +2,17 @@
 
 import math
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from grpo.config import Config
 from grpo.errors import ConfigError
+from grpo.runs.checkpoint import Restored
+from grpo.runs.resume import rate_change
 from grpo.session import learning_rate, learning_rates, plan_sessions
 
 CONFIG = Config(new_problems=50, sessions=3, prompts_per_step=8, epochs=2, seed=3)
@@ -123,8 +127,30 @@ def test_the_rate_warms_up_in_equal_parts_and_ends_close_to_a_tenth():
     cosine = [8 * (0.1 + 0.9 * (1 + math.cos(math.pi * share)) / 2) for share in (0, 1 / 4, 2 / 4, 3 / 4)]
     assert rates == pytest.approx([2, 4, 6, *cosine], rel=1e-12)
     assert learning_rate(7, 7, 8.0, 3) == pytest.approx(0.8, rel=1e-12)  # where the cosine would arrive next
-    assert [learning_rate(update, 3, 8.0, 9) for update in range(3)] == pytest.approx([8 / 3, 16 / 3, 8])  # of 2, not of 9
-    assert learning_rate(0, 1, 8.0, 9) == 8
+
+
+@pytest.mark.parametrize("mu", [1, 2])
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 10])
+def test_a_short_session_reaches_its_peak_and_its_tenth(steps, mu):
+    """With the default warm-up of 10 updates. Closed form: (n - 1) // 2 of n updates warm up, the last one has a tenth."""
+    config = Config(updates_per_rollout=mu, learning_rate=8.0)
+    session = replace(plan_sessions(CONFIG, 1000)[0], start=4, end=4 + steps)
+    rates = [rate for step in range(5, 5 + steps) for rate in learning_rates(step, session, 99, config)]
+    n = steps * mu
+    warm = (n - 1) // 2
+    rising = [8 * (i + 1) / (warm + 1) for i in range(warm + 1)]
+    falling = [8 * (0.55 + 0.45 * math.cos(math.pi * i / (n - 1 - warm))) for i in range(1, n - warm)]
+    assert rates == pytest.approx([*rising, *falling], rel=1e-12) and len(rates) == n
+    assert max(rates) == 8 and rates.count(8) == 1
+    assert rates[-1] == pytest.approx(8 if n == 1 else 0.8, rel=1e-12)
+    by_hand = {1: [8], 2: [8, 0.8], 3: [4, 8, 0.8], 5: [8 / 3, 16 / 3, 8, 4.4, 0.8]}
+    assert n not in by_hand or rates == pytest.approx(by_hand[n])
+
+
+def test_a_session_of_the_default_run_keeps_its_whole_warm_up():
+    rates = [learning_rate(update, 20, 8.0, 5) for update in range(20)]
+    cosine = [8 * (0.55 + 0.45 * math.cos(math.pi * i / 15)) for i in range(15)]
+    assert rates == pytest.approx([8 * (i + 1) / 6 for i in range(5)] + cosine, rel=1e-12)
 
 
 def test_the_schedule_spans_the_session_or_the_run_in_updates():
@@ -141,3 +167,32 @@ def test_the_schedule_spans_the_session_or_the_run_in_updates():
             assert learning_rates(step, session, 9, replace(config, schedule="run")) == expected
             number += 2
     assert number == 18
+
+
+def resumed(before: Config, now: Config, done: int) -> str:
+    """What `rate_change` says of a run of 1,000 problems that is resumed after step `done`."""
+    run: Any = SimpleNamespace(config=now, problems=range(1000), sessions=plan_sessions(now, 1000))
+    run.steps = run.sessions[-1].end
+    return rate_change(run, Restored(done, None, {"config": asdict(before) | {"max_dead_steps": 7, "unknown": 1}}, []))
+
+
+def test_a_longer_session_says_from_which_rate_to_which_it_jumps():
+    """Of 10 steps the last has a tenth; of 40 with 4 of warm-up, step 11 is 6 of 36 into the cosine."""
+    short = Config(new_problems=0, max_steps=10, learning_rate=1e-3, warmup_steps=4, epochs=9)
+    long = replace(short, max_steps=40)
+    last, next_one = (1e-3 * (0.55 + 0.45 * math.cos(math.pi * share)) for share in (5 / 6, 6 / 36))
+    assert next_one / last > 5
+    assert resumed(short, long, 10) == (
+        f"learning rate {last:.3g} in step 10, {next_one:.3g} in step 11: session 1 has 40 steps instead of 10"
+    )
+    assert "0.00016 in step 10, 0.00094 in step 11" in resumed(short, long, 10)
+    slower = resumed(long, replace(long, learning_rate=5e-4), 20)  # with --allow_change
+    assert slower.endswith(" in step 21: its schedule has changed") and slower.startswith("learning rate 0.000")
+
+
+def test_a_schedule_that_is_as_planned_says_nothing():
+    """The same settings; a run that is over; a session that begins; steps of warm-up, which are the same in both plans."""
+    short = Config(new_problems=200, max_steps=10, learning_rate=1e-3, warmup_steps=4, sessions=2)
+    assert resumed(short, short, 7) == resumed(short, replace(short, save_every=1), 20) == ""
+    assert resumed(short, replace(short, sessions=3), 20) == ""
+    assert resumed(short, replace(short, max_steps=12), 3) == "" != resumed(short, replace(short, max_steps=12), 8)

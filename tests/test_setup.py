@@ -21,8 +21,9 @@ import grpo.update
 from data.datasets import choose_problems
 from data.prompts import encode_prompt, render_prompt
 from data.tokenizer import load_tokenizer
-from grpo.errors import ConfigError
-from grpo.runs.console import describe_plan
+from grpo.config import Config
+from grpo.errors import ConfigError, RunError
+from grpo.runs.console import describe_plan, sampling_bias
 from models import ModelError
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
@@ -79,3 +80,23 @@ def test_a_tokenizer_of_another_size_is_refused(config, tmp_path):
 def test_a_step_needs_as_many_problems_as_prompts(config):
     with devices(1), pytest.raises(ConfigError, match=r"^prompts_per_step 8 must be at most 5"):
         grpo.runs.setup.prepare(replace(config, new_problems=5))
+
+
+def test_a_run_warns_of_them_after_its_plan_and_before_its_weights(config, tmp_path, monkeypatch, capsys):
+    def no_weights(*arguments):
+        raise RunError("far enough")
+
+    monkeypatch.setattr(grpo.runs.trainer, "Trainer", no_weights)
+    for changes, lines in (({"top_k": 5}, 1), ({}, 0)):
+        with devices(1), pytest.raises(RunError, match="far enough"):
+            grpo.runs.trainer.train(replace(config, run_dir=str(tmp_path / "run"), **changes))
+        printed = capsys.readouterr()
+        assert "a step  " in printed.out and printed.err.count("warning: top_k 5 biases the gradient") == lines
+
+
+def test_settings_that_bias_the_gradient_are_named_in_one_line():
+    assert sampling_bias(Config()) == sampling_bias(Config(temperature=0.5, resample=2)) == ""
+    line = sampling_bias(Config(top_k=50))
+    assert line.startswith("top_k 50 biases the gradient: ") and line.endswith("; leave out --top_k") and "\n" not in line
+    both = sampling_bias(Config(top_k=50, top_p=0.9))
+    assert both.startswith("top_k 50 and top_p 0.9 biases") and both.endswith("; leave out --top_k and --top_p")

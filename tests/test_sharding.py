@@ -4,8 +4,10 @@ import re
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from math import prod
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
@@ -16,7 +18,7 @@ from models import ModelError
 from models.formats.convert import load_params, read_config
 from models.gemma import ExecutionConfig, GemmaConfig, Params, axes, forward_group, init_params, linear, token_logprobs
 from models.sampler import Samples, Sampling, decode, prefill, row_keys
-from models.sharding import ROLLOUT, STORE, TRAIN, Rules, check_divides, make_mesh, reshard, spec, specs
+from models.sharding import ROLLOUT, STORE, TRAIN, MeshJit, Rules, check_divides, make_mesh, reshard, spec, specs
 
 NORMS = ("Ld", "LH", "d")
 Q, G, P, C = 8, 2, 10, 8
@@ -163,7 +165,7 @@ def result(devices: int, tp: int, config: GemmaConfig) -> Result:
 MESHES = pytest.mark.parametrize(
     "tp",
     [
-        pytest.param(1, id="8x1"),
+        pytest.param(1, id="8x1", marks=pytest.mark.long),
         pytest.param(2, id="4x2", marks=pytest.mark.long),
         pytest.param(4, id="2x4"),
         pytest.param(8, id="1x8", marks=pytest.mark.long),
@@ -315,3 +317,19 @@ def test_no_weight_moves_while_decoding(config, tp):
     assert (np.asarray(samples.tokens) == result(1, 1, config).samples.tokens).all()
     gathered = {size for kind, size in loop_traffic(program) if kind == "all-gather"}
     assert {pieces["q, o"], pieces["k, v"], pieces["gate, up, down"]} <= gathered
+
+
+def test_the_options_of_a_tpu_are_for_a_mesh_of_tpus(monkeypatch):
+    """And not for the CPU, whose compiler refuses them, nor inside another program, whose options hold."""
+    double = MeshJit(lambda x: x + x)
+    assert double(jnp.ones(3)).tolist() == [2, 2, 2]  # no mesh
+    with jax.set_mesh(make_mesh()):
+        assert double.chosen() is double.plain
+        assert jax.jit(lambda x: double(x) + 1)(jnp.ones(3)).tolist() == [3, 3, 3]
+        assert double.lower(jnp.ones(3)).compile() and double.trace(jnp.ones(3)).jaxpr
+        monkeypatch.setattr(
+            jax.sharding, "get_mesh", lambda: SimpleNamespace(empty=False, devices=np.array([SimpleNamespace(platform="tpu")]))
+        )
+        assert double.chosen() is double.tpu
+        with pytest.raises(jax.errors.JaxRuntimeError, match="xla_jf_spmd_threshold_for_windowed_einsum_mib"):
+            double(jnp.ones(3))

@@ -1,9 +1,11 @@
 """Laws of grpo/step.py: what a step adds to the batch, and when it updates."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_run import MODEL, C, G, Q, completions_of, grade, make_params, make_run, sum_of_ids
@@ -11,10 +13,11 @@ from tiny_run import MODEL, C, G, Q, completions_of, grade, make_params, make_ru
 import grpo.rollout
 import grpo.step
 from grpo.rollout import build_batch
+from grpo.runs.metrics import rollout_metrics
 from grpo.step import add_logprobs, one_step
-from grpo.update import completion_logprobs, init_state
+from grpo.update import completion_logprobs, frozen, init_state, learnable, starting_point
 from models.gemma import Adapted
-from models.lora import Adapter
+from models.lora import Adapter, attach
 
 REWARDS = np.array([[1, 3], [0, 6]], np.float32)
 
@@ -122,13 +125,85 @@ def test_when_no_token_counts_there_is_no_update_and_the_state_is_the_same_objec
     assert not result.mask.any() and len(result.rates) == 1
 
 
-def test_a_step_counts_tokens_even_when_every_advantage_is_zero(params, trained):
-    """Equal rewards pull nowhere, but the KL does."""
+def test_equal_rewards_make_an_update_only_where_the_kl_pulls(params, trained):
+    """Towards another reference; the policy itself does not pull."""
     run = make_run(graded(np.ones((Q, G))))
     state: Any = SimpleNamespace(params=params, updates=0)
-    _, result = one_step(1, run.sessions[0], state, run, reference=params)
+    _, result = one_step(1, run.sessions[0], state, run, reference=make_params(1))
     assert len(trained) == 1 and not result.advantages.any()
     assert trained[0].batch.ref_logprobs is not None
+    after, result = one_step(1, run.sessions[0], state, run, reference=params)
+    assert len(trained) == 1 and after is state and result.stats == result.terms == {} and result.mask.any()
+
+
+def of_dtype(dtype: str, *arguments: Any, **changes: Any):
+    run = make_run(*arguments, **changes)
+    return replace(run, train=replace(run.train, dtype=dtype), sample=replace(run.sample, dtype=dtype))
+
+
+def same(one: Any, other: Any) -> bool:
+    return all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"updates_per_rollout": 2, "weight_decay": 0.1}, {"beta": 0.0, "microbatches": 2}, {"lora_rank": 2, "beta": 0.5},
+     {"unbiased_kl": True, "aggregation": "dapo"}],
+    ids=["default", "mu 2, decay", "no reference, parts", "lora", "unbiased"],
+)  # fmt: skip
+def test_nothing_to_learn_moves_nothing_and_one_group_that_differs_moves_the_policy(params, dtype, changes):
+    """Weights, moments and Adam's count, bit for bit, where moments are there: rounding alone would move every weight."""
+    equal, mixed = np.ones((Q, G)), np.array([[1, 1], [1, 2]])
+    run = of_dtype(dtype, graded(equal), **changes)
+    trained, base = starting_point(jax.tree.map(jnp.array, params), MODEL, dtype, 0, run.update)
+    reference = (base or frozen(trained, dtype)) if run.config.beta else None
+    state = init_state(trained, run.update)
+    moments = jax.tree.map(lambda leaf: leaf + jnp.asarray(1, leaf.dtype), state.opt_state)
+    state = replace(state, opt_state=moments)
+    before = jax.device_get(state)
+    after, result = one_step(1, run.sessions[0], state, run, reference, base)
+    assert same(jax.device_get(after), before) and result.mask.any() and not result.stats
+    after, result = one_step(1, run.sessions[0], after, replace(run, grade=graded(mixed)), reference, base)
+    assert result.stats and not same(after.params, before.params)
+    after_all = jax.device_get(after)
+    after, result = one_step(2, run.sessions[0], after, run, reference, base)  # equal again: now only the KL pulls
+    assert same(jax.device_get(after), after_all) == (reference is None) == (not result.stats)
+
+
+def test_with_adapters_the_reference_is_another_policy_as_soon_as_b_is_not_zero(params, batch):
+    """Or as soon as they are not those of the session's start."""
+    quiet = replace(batch, advantages=0 * batch.advantages)
+
+    def adapted(b: float):
+        return attach(params, {"q": Adapter(jnp.full((1, 8, 2), 0.5), jnp.zeros((1, 2, 8)).at[0, 1, 3].set(b))}, 1.5)
+
+    assert not learnable(quiet, adapted(0.0), params) and learnable(quiet, adapted(1e-9), params)
+    assert not learnable(quiet, adapted(0.25), adapted(0.25)) and learnable(quiet, adapted(0.25), adapted(0.5))
+    assert learnable(batch, adapted(0.0), params) and not learnable(replace(batch, mask=0 * batch.mask), adapted(1.0), params)
+    one = replace(params, final_norm=params.final_norm.at[0].set(1.0))
+    moved = replace(params, final_norm=params.final_norm.at[0].set(1 + 1e-6))
+    assert learnable(quiet, moved, one) and not learnable(quiet, moved, frozen(one, "bfloat16"))  # the same when cast
+    assert not learnable(quiet, params, None)
+
+
+def test_rows_without_a_loss_have_no_vote(params, trained, monkeypatch):
+    """Of group 0 one of two ends: alone, it is neither good nor bad, whatever the truncated one's penalty."""
+    monkeypatch.setattr(grpo.rollout, "sample", lambda *arguments: completions_of([1, C, 2, 3], first=4))
+
+    def grader(texts, problems, cut):
+        return [grade(text, -15.0 if end else reward, end) for text, end, reward in zip(texts, cut, [0, 0, 1, 3], strict=True)]
+
+    state: Any = SimpleNamespace(params=params, updates=0)
+    each, known = 1 / (np.sqrt(2) + 1e-4), 7.5 / (np.sqrt(112.5) + 1e-4)
+    for masked, first in ((True, [0, 0]), (False, [known, -known])):
+        run = make_run(grader, beta=0.0, mask_truncated=masked)
+        _, result = one_step(1, run.sessions[0], state, run)
+        np.testing.assert_allclose(result.advantages, [first, [-each, each]], rtol=1e-6)
+        assert result.mask.sum(axis=1).tolist() == [1, 0 if masked else C, 2, 3]
+        metrics = rollout_metrics(result, masked)
+        assert metrics["frac_reward_zero_std"] == (0.5 if masked else 0) and metrics["reward"] == pytest.approx((-15 + 4) / 4)
+        assert metrics["reward_std"] == pytest.approx(np.sqrt(2) if masked else (np.sqrt(2) + np.sqrt(112.5)) / 2)
 
 
 def test_the_advantages_and_the_mask_of_a_step_are_those_of_its_rewards(params, trained):

@@ -102,7 +102,7 @@ def test_one_that_hangs_holds_nothing_up(tmp_path, monkeypatch, place):
 
 
 def test_two_that_hang_hold_up_no_longer_than_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(grpo.runs.trackers, "ENDING", 0.4)
+    monkeypatch.setattr(grpo.runs.trackers, "ENDING", 1.0)
     free = threading.Event()
     Listener(monkeypatch, lambda where: free.wait() if where == "close" else None)
     monkeypatch.setattr(grpo.runs.trackers, "tensorboard", grpo.runs.trackers.wandb)
@@ -111,7 +111,7 @@ def test_two_that_hang_hold_up_no_longer_than_one(tmp_path, monkeypatch):
     start = time.monotonic()
     trackers.close()
     free.set()
-    assert 0.4 <= time.monotonic() - start < 0.55 and not trackers.trackers
+    assert 1.0 <= time.monotonic() - start < 1.9 and not trackers.trackers
 
 
 def test_one_that_falls_behind_is_left(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ from grpo.update import (
 )
 from models.gemma import ExecutionConfig, axes, forward, prompt_slots, vocab_logits
 from models.lora import Adapter
-from models.sharding import to_devices
+from models.sharding import ROLLOUT, STORE, make_mesh, reshard, spec, to_devices
 
 pytestmark = pytest.mark.usefixtures("mesh")
 
@@ -143,13 +143,18 @@ def exact_loss(logprobs: np.ndarray, old: np.ndarray, ref: np.ndarray, sampler: 
     if config.tis_cap:
         surrogate = surrogate * np.minimum(np.exp(old - sampler), config.tis_cap)
     d = ref - logprobs
-    kl = np.minimum(np.exp(d) - d - 1, 10)
+    kl = np.exp(d) - d - 1
+    pull = ratio * kl if config.unbiased_kl else kl
     low, high = (a < 0) & (ratio < 1 - config.epsilon_low), (a > 0) & (ratio > 1 + config.epsilon_high)
     terms = {"ratio": ratio, "kl": kl, "low": low, "high": high, "weight": weights}
-    return (weights * (config.beta * kl - surrogate)).sum(), terms
+    return (weights * (config.beta * pull - surrogate)).sum(), terms
 
 
-@pytest.mark.parametrize("config", [UPDATE, IN_PARTS, LORA], ids=["grpo", "dapo in two parts", "dr_grpo with lora"])
+@pytest.mark.parametrize(
+    "config",
+    [UPDATE, replace(IN_PARTS, unbiased_kl=True), LORA],
+    ids=["grpo", "dapo in two parts, unbiased kl", "dr_grpo with lora"],
+)
 def test_loss_terms_and_statistics_of_an_update_equal_float64(params, batch, exact, config):
     """Fresh adapters change no log-probability."""
     trained, base = start(params, config)
@@ -390,5 +395,24 @@ def test_the_policy_of_adapters_is_the_base_and_alpha_over_rank_times_their_prod
     got = completion_logprobs(weights, batch, MODEL, EXECUTION, config)
     np.testing.assert_allclose(np.asarray(got)[MASK], exact_logprobs(expected)[MASK], rtol=0, atol=1e-5)
     assert np.abs(exact_logprobs(expected) - exact_logprobs(params)).max() > 0.01
-    merged = grpo.update.sampling_params(weights, MODEL, EXECUTION)
-    np.testing.assert_allclose(merged.layers.q, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_sampling_reads_the_frozen_base_itself_where_nothing_must_move(devices, params):
+    """On one device, without a copy. Adapters are always copied: the update frees the trained ones."""
+    config = replace(UPDATE, lora_rank=2, lora_alpha=3.0, lora_targets="q,down")
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:devices])):
+        stored = reshard(jax.tree.map(np.asarray, params), axes(MODEL), STORE)
+        for dtype in ("bfloat16", "float32"):
+            trained, base = starting_point(copied(stored), MODEL, dtype, 0, config)
+            weights = policy(trained, base, config)
+            found = grpo.update.sampling_params(weights, MODEL, ExecutionConfig(ROLLOUT, dtype))
+            assert jax.tree.structure(found) == jax.tree.structure(weights)
+            assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(dtype)}
+            pairs = [(found.layers.q.base, base.layers.q, devices == 1), (found.embedding, base.embedding, devices == 1)]
+            for new, old, same in [*pairs, (found.layers.q.a, trained["q"].a, False)]:
+                assert (new is old) == same
+                np.testing.assert_array_equal(np.asarray(new), np.asarray(old.astype(dtype)))
+            if devices == 8:
+                assert found.layers.q.base.sharding.spec == spec("LDA", ROLLOUT)
+                assert found.layers.down.a.sharding.spec == spec("LFJ", ROLLOUT)

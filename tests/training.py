@@ -263,7 +263,7 @@ class Bench:
             rewards = grpo.rollout.rewards_of(grades, G)
             advantages = grpo.rollout.advantages_of(rewards, prepared.config)
             mask, batch = grpo.rollout.build_batch(completions, rewards, advantages, prepared)
-        result = StepResult(completions, grades, advantages, mask, batch, [0.0], {}, {}, resampled)
+        result = StepResult(completions, grades, advantages, mask, batch, [0.0], {"loss": jax.numpy.zeros(())}, {}, resampled)
         metrics = rollout_metrics(result) | {"resampled_groups": resampled}
         return jax.device_get(batch), completion_records(1, result), metrics
 

@@ -33,7 +33,7 @@ FLAGS = ("tagged", "strict", "flexible", "reasoning_tags", "answer_tags", "viola
 COMPLETION_KEYS = ("step", "problem", "text")
 PROBLEM_KEYS = ("id", "question", "answer")
 SAMPLE_KEYS = ("model", "problem", "sample", "text", "answer")
-GROUP_KEYS = ("step", "problem", "question", "beta", "epsilon_low", "epsilon_high", "tis_cap")
+GROUP_KEYS = ("step", "problem", "question", "beta", "unbiased_kl", "epsilon_low", "epsilon_high", "tis_cap")
 TOKEN_COLUMNS = ("ids", "logprobs", "sampler_logprobs", "old_logprobs", "ref_logprobs", "ratio", "kl", "clipped", "weight")
 
 

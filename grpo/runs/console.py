@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from data.problems import Problem
+from grpo.config import Config
 from grpo.memory import resident_bytes
 from grpo.runs.run_dir import run_dir
 from grpo.runs.setup import Setup
@@ -71,6 +72,18 @@ def describe_sessions(run: Setup) -> str:
     return f"weights{moments}; the learning rate's schedule spans {spans}; the reference is {reference}"
 
 
+def sampling_bias(config: Config) -> str:
+    """One line about settings of the sampler that bias the gradient; "" without them."""
+    names = [name for name, off in (("top_k", 0), ("top_p", 1.0)) if getattr(config, name) != off]
+    if not names:
+        return ""
+    given, off = (" and ".join(words) for words in ([f"{n} {getattr(config, n):g}" for n in names], [f"--{n}" for n in names]))
+    return (
+        f"{given} biases the gradient: tokens come from a cut distribution, log-probabilities are of the whole one, so every "
+        f"update also sharpens the policy, whatever the reward; leave out {off}"
+    )
+
+
 def describe_trained(run: Setup) -> str:
     config = run.config
     if not config.lora_rank:
@@ -104,6 +117,8 @@ def state_bytes(run: Setup) -> float:
     width = jnp.dtype(run.train.dtype).itemsize
     state = resident_bytes(model, run.train.dtype, run.update) / n
     sampling_weights = sum(leaf.size for leaf in jax.tree.leaves(shapes(model))) * width / run.mesh.shape["tp"]
+    if config.lora_rank and n == 1:
+        sampling_weights = 0  # `sampling_params` does not copy the frozen base
     slots = config.prompts_per_step * config.max_prompt_tokens + config.rows * config.max_new_tokens
     cache = 2 * model.num_layers * model.num_kv_heads * model.head_dim * slots * width / n
     return state + sampling_weights + cache

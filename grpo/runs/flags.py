@@ -9,8 +9,10 @@ import dataclasses
 import difflib
 import re
 import sys
+import textwrap
 import typing
 from collections.abc import Collection
+from itertools import groupby
 from typing import Any, NoReturn, TypeVar
 
 from grpo.config import GROUPS, KINDS
@@ -29,7 +31,8 @@ PEERS = {
     "lr_rate": "learning_rate", "gradient_accumulation_steps": "microbatches",
     "num_train_epochs": "epochs", "num_epochs": "epochs", "total_epochs": "epochs", "epsilon": "epsilon_low",
     "clip_ratio": "epsilon_low", "clip_ratio_low": "epsilon_low", "clip_ratio_high": "epsilon_high", "kl_coef": "beta",
-    "kl_loss_coef": "beta", "scale_rewards": "advantage_scale", "loss_type": "aggregation", "loss_agg_mode": "aggregation",
+    "kl_loss_coef": "beta", "use_bias_correction_kl": "unbiased_kl",
+    "scale_rewards": "advantage_scale", "loss_type": "aggregation", "loss_agg_mode": "aggregation",
     "loss_algo": "aggregation", "vllm_importance_sampling_cap": "tis_cap", "model_name_or_path": "model_path",
     "model": "model_path", "model_name": "model_path", "output_dir": "run_dir", "dataset_name": "data", "dataset": "data",
     "eval_steps": "eval_every", "save_steps": "save_every", "save_total_limit": "keep_checkpoints", "report_to": "track",
@@ -73,7 +76,7 @@ def make_parser(kind: type, description: str, presets: dict[str, Any] | None, wi
     preset = "[PRESET] " if presets else ""
     parser = Parser(
         usage=f"%(prog)s {preset}[--flag value ...]", description=description, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Paragraphs,
     )  # fmt: skip
     if presets:
         parser.add_argument("preset", nargs="?", default=next(iter(presets)), help=f"one of {', '.join(presets)} (the first)")
@@ -137,6 +140,34 @@ def fail(message: str, code: int = 2) -> NoReturn:
     """End the program with one line on stderr. Exit code 2 is a mistake of the user."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)
+
+
+class Paragraphs(argparse.HelpFormatter):
+    """Fills the paragraphs of a description. Indented lines stay: a long command goes on after a backslash, its comment above
+    it; a long definition goes on below its text.
+    """
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines = []
+        for stays, group in groupby(text.splitlines(), lambda line: line[:1].isspace() or not line):
+            block = list(group)
+            lines += [part for line in block for part in fit(line, width)] if stays else textwrap.wrap(" ".join(block), width)
+        return "\n".join(indent + line for line in lines)
+
+
+def fit(line: str, width: int) -> list[str]:
+    """An indented line of a description in lines of at most `width`."""
+    if len(line) <= width:
+        return [line]
+    before, gap, comment = re.fullmatch(r"(\s*.*?)(?:(\s{3,})(\S.*))?", line).groups("")  # type: ignore[union-attr]
+    column = len(before + gap)
+    if gap and column <= width // 3:
+        return textwrap.wrap(line, width, subsequent_indent=" " * column)
+    words = re.sub(r" (?!--)", "\0", before.strip())  # a command breaks before a flag
+    parts = [
+        part.replace("\0", " ") for part in textwrap.wrap(words, width - 10, break_on_hyphens=False, break_long_words=False)
+    ]
+    return [*([f"    # {comment}"] if comment else []), "    " + " \\\n        ".join(parts)]
 
 
 class Parser(argparse.ArgumentParser):

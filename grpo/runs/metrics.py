@@ -22,8 +22,11 @@ def step_metrics(result: StepResult, seconds: dict[str, float], bad_updates_in_a
     sampled = int(result.completions.samples.lengths.sum())
     memory = run.mesh.local_devices[0].memory_stats() or {}
     names = ("prefill", "decode", "reward", "reference", "update", "step")
-    metrics: dict[str, Any] = rollout_metrics(result)
+    metrics: dict[str, Any] = rollout_metrics(result, run.config.mask_truncated)
     metrics |= {"resampled_groups": result.resampled}
+    if run.config.resample and result.drawn:
+        metrics["reward/before_resampling"] = mean_of(g["reward"] for g in result.drawn if not math.isnan(g["reward"]))
+        metrics["accuracy/before_resampling"] = mean_of(g["accuracy"]["tagged"] for g in result.drawn)
     metrics |= {f"time/{name}": seconds.get(name, 0.0) for name in names}
     metrics |= {
         "tokens_per_s/decode": sampled / seconds["decode"],
@@ -35,16 +38,20 @@ def step_metrics(result: StepResult, seconds: dict[str, float], bad_updates_in_a
     return metrics | {name: float(value) for name, value in jax.device_get(result.stats).items()}
 
 
-def rollout_metrics(result: StepResult) -> dict[str, Any]:
+def rollout_metrics(result: StepResult, mask_truncated: bool = False) -> dict[str, Any]:
     """The metrics of a rollout. Those of rewards are over the completions that have one, and NaN if none has.
 
-    `entropy` is the mean of -log π over the sampled tokens that count: an unbiased estimate, in nats.
+    `reward_std` and `frac_reward_zero_std` are over those with a vote: under `mask_truncated` truncated ones have none.
+
+    `entropy` is the mean of -log π over the sampled tokens that count, in nats; an unbiased estimate unless top_k or top_p cut
+    the distribution. With `resample` all are of the groups that were chosen, which have a spread more often than the policy's;
+    `reward/before_resampling` and `accuracy/before_resampling` are of every group's first attempt: those of the policy.
     """
     grades, mask, samples = result.grades, result.mask, result.completions.samples
     lengths, advantages = samples.lengths, result.advantages
     ended = lengths[~samples.truncated]
     scored = [grade for grade in grades if not math.isnan(grade["reward"])]
-    groups = np.array([grade["reward"] for grade in grades]).reshape(advantages.shape)
+    groups = rewards_of(grades, advantages.shape[1], mask_truncated).astype(float)
     spreads = [np.nanstd(group, ddof=1) for group in groups if np.isfinite(group).sum() > 1]
     metrics = {
         "reward": mean_of(grade["reward"] for grade in scored),
@@ -55,9 +62,9 @@ def rollout_metrics(result: StepResult) -> dict[str, Any]:
         "format/strict": mean_of(not grade["format"]["violation"] for grade in grades),
         "format/reasoning": mean_of(grade["format"]["reasoning_tags"] for grade in grades),
         "format/answer": mean_of(grade["format"]["answer_tags"] for grade in grades),
-        "frac_reward_zero_std": mean_of(zero_variance_groups(rewards_of(grades, advantages.shape[1]))),
+        "frac_reward_zero_std": mean_of(zero_variance_groups(groups)),
         "frac_unscorable": 1 - len(scored) / len(grades),
-        "skipped_update": int(not mask.any()),  # no completion has a reward: the optimizer is not called
+        "skipped_update": int(not result.stats),  # nothing could be learned: the optimizer was not called
         "frac_truncated": mean_of(samples.truncated),
         "completions/mean_length": float(lengths.mean()),
         "completions/max_length": float(lengths.max()),

@@ -5,17 +5,18 @@ settings, and the runs that it was relayed from.
 """
 
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from grpo.config import Config, current_names
 from grpo.errors import ConfigError, RunError
 from grpo.runs.checkpoint import Checkpoints, Restored, differing, digest
 from grpo.runs.distributed import is_main_process, print_main
 from grpo.runs.run_dir import check_settings
 from grpo.runs.setup import Setup, data_fingerprint
-from grpo.session import Session
+from grpo.session import Session, learning_rates, plan_sessions
 
 Provenance = list[dict[str, Any]]  # the runs that a run was relayed from: run_dir, step, digest of the parameters
 
@@ -129,6 +130,31 @@ def relay(lineage: Lineage, checkpoints: Checkpoints, abstract_state: Any, refer
     checkpoints.save(found.step, found.state, found.meta, wait=True)
     print_main(f"relayed     from {source}, step {found.step}")
     return found
+
+
+def rate_change(run: Setup, found: Restored) -> str:
+    """Where the schedule of the learning rate is not the planned one any more: the rates before and after; else "".
+
+    Lengthening a session stretches its cosine, so that the rate rises.
+    """
+    done, known = found.step, {field.name for field in fields(Config)}
+    if not 0 < done < run.steps:
+        return ""
+    before = Config(**{name: value for name, value in current_names(found.meta["config"]).items() if name in known})
+    planned = plan_sessions(before, len(run.problems))
+
+    def spans(sessions: list[Session], step: int, config: Config) -> tuple[Session, list[float]]:
+        session = next(session for session in sessions if step <= session.end)
+        return session, learning_rates(step, session, sessions[-1].end, config)
+
+    (old, taken), (new, again), (_, coming) = (
+        spans(planned, done, before), spans(run.sessions, done, run.config), spans(run.sessions, done + 1, run.config)
+    )  # fmt: skip
+    if taken == again:
+        return ""
+    steps, were = new.end - new.start, old.end - old.start
+    why = "its schedule has changed" if steps == were else f"session {new.number} has {steps} steps instead of {were}"
+    return f"learning rate {taken[-1]:.3g} in step {done}, {coming[0]:.3g} in step {done + 1}: {why}"
 
 
 def restore_session_start(lineage: Lineage, checkpoints: Checkpoints, abstract_state: Any, session: Session) -> Any:

@@ -147,7 +147,7 @@ def find_functions(spec: str) -> dict[str, str]:
             raise ConfigError(f"reward {name!r}: file {path!r} does not exist; give FILE.py:FUNCTION")
         if Path(path).suffix != ".py":
             raise ConfigError(f"reward {name!r}: {path!r} is no .py file; give FILE.py:FUNCTION")
-        if function in WEIGHTS or function in files:
+        if function in {*WEIGHTS, "coin", *files}:
             raise ConfigError(f"reward {name!r}: the name {function!r} is taken; give the function another")
         files[function] = path
     return files

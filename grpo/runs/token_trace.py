@@ -59,6 +59,7 @@ def token_records(
             "epsilon_low": config.epsilon_low,
             "epsilon_high": config.epsilon_high,
             "tis_cap": config.tis_cap,
+            "unbiased_kl": config.unbiased_kl,
             "completions": [completion(group, row) for row in range(config.group_size)],
         }
         for group, problem in enumerate(problems)

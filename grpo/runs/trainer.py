@@ -1,5 +1,6 @@
 """A training run: sessions of steps, with evaluations, checkpoints and records around them. A step itself is grpo/step.py."""
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -13,13 +14,13 @@ from grpo.config import Config
 from grpo.errors import RunError
 from grpo.runs.alarms import alarms, diagnose, zero_variance_steps
 from grpo.runs.checkpoint import Checkpoints, digest
-from grpo.runs.console import Progress, closing_table, describe_plan
+from grpo.runs.console import Progress, closing_table, describe_plan, sampling_bias
 from grpo.runs.distributed import broadcast_from_main, is_main_process, join, print_main
 from grpo.runs.evaluate import evaluate
 from grpo.runs.interrupts import Interrupts, Stopped
 from grpo.runs.metrics import CompileCounter, JsonLines, completion_records, step_metrics, write_json
 from grpo.runs.model_source import copy_description
-from grpo.runs.resume import Lineage, find_start, restore_session_start
+from grpo.runs.resume import Lineage, find_start, rate_change, restore_session_start
 from grpo.runs.run_dir import open_run_dir
 from grpo.runs.setup import Setup, prepare
 from grpo.runs.token_trace import groups_due, token_records
@@ -27,7 +28,7 @@ from grpo.runs.trackers import Trackers
 from grpo.session import Session
 from grpo.step import StepResult, one_step
 from grpo.timing import phase_seconds
-from grpo.update import TrainState, frozen, init_state, policy, sampling_params, starting_point
+from grpo.update import TrainState, frozen, init_state, kept_by_rounding, policy, sampling_params, starting_point
 from models.gemma import Params
 from models.sharding import STORE, abstract_like
 
@@ -46,6 +47,8 @@ def train(config: Config, kind: "type[Trainer] | None" = None) -> dict[str, Any]
     run = kind.prepare(config)
     with run.rewards, open_run_dir(config) as folder, jax.set_mesh(run.mesh), Interrupts(config.max_hours) as interrupts:
         print_main(kind.describe_plan(run))
+        if is_main_process() and (caution := sampling_bias(config)):
+            print(f"warning: {caution}", file=sys.stderr, flush=True)
         trainer = None
         try:
             with kind(run, folder, interrupts, compiles) as trainer:
@@ -104,6 +107,8 @@ class Trainer:
         else:
             self.done, self.state, self.provenance = found.step, found.state, found.meta["provenance"]
             print_main(f"resumed     after step {self.done}")
+            if change := rate_change(run, found):
+                print_main(f"rate        {change}")
         del trained
 
         if is_main_process():
@@ -148,9 +153,8 @@ class Trainer:
             for step in range(first, session.end + 1):
                 if self.config.eval_every and self.done > session.start and self.done % self.config.eval_every == 0:
                     self.evaluate()  # measured once: also when a resumed run passes here again
-                compiled = self.compiles.count
-                self.step(step, session)
-                self.recompilations += self.compiles.count - compiled if step > first else 0
+                compiled = self.step(step, session)
+                self.recompilations += compiled if step > first else 0
                 stopping = self.interrupts.due(step)
                 self.save(wait=stopping or step == session.end)
                 if stopping:
@@ -164,20 +168,27 @@ class Trainer:
         if session.number > 1 and self.config.beta and self.config.reference == "session_start":
             self.reference = self.session_start(session)
 
-    def step(self, step: int, session: Session) -> None:
-        """One step, timed and recorded."""
+    def step(self, step: int, session: Session) -> int:
+        """One step, timed and recorded: the number of programs that it compiled."""
         compiled, start = self.compiles.count, time.perf_counter()
+        due = groups_due(step, self.run.sessions[-1].end, self.config)
+        rounds = self.base is not None and self.run.train.dtype != "float32"
+        adapters = frozen(self.state.params, "float32") if due and rounds else None
         with phase_seconds() as seconds:
             self.state, result = self.advance(step, session)
-        self.done = step
-        tokens = self.trace_tokens(step, session, result)
+        self.done, compiled = step, self.compiles.count - compiled
+        tokens = self.trace_tokens(step, session, due, result)
         seconds["step"] = time.perf_counter() - start
         metrics, completions = self.measure(step, result, seconds)
-        metrics["compiles"] = self.compiles.count - compiled
+        metrics["compiles"] = compiled
+        if adapters is not None and result.terms:
+            rest = result.batch, result.terms["old"], self.run.model, self.run.train, self.run.update
+            metrics |= jax.tree.map(float, jax.device_get(kept_by_rounding(adapters, self.base, *rest)))
         self.record({"step": step, "session": session.number, **metrics}, completions, tokens)
         if metrics["bad_updates_in_a_row"] >= self.config.max_bad_updates:
             count = metrics["bad_updates_in_a_row"]
             raise RunError(f"step {step}: {count} non-finite updates in a row; try a lower learning_rate")
+        return compiled
 
     def advance(self, step: int, session: Session) -> tuple[TrainState, StepResult]:
         """The state after a step, and what the step did."""
@@ -187,9 +198,8 @@ class Trainer:
         """The step's record in metrics.jsonl, and those of its completions."""
         return step_metrics(result, seconds, int(self.state.bad_in_a_row), self.run), completion_records(step, result)
 
-    def trace_tokens(self, step: int, session: Session, result: StepResult) -> list[dict[str, Any]]:
-        """Every token of the groups that are due for inspection in this step."""
-        due = groups_due(step, self.run.sessions[-1].end, self.config)
+    def trace_tokens(self, step: int, session: Session, due: int, result: StepResult) -> list[dict[str, Any]]:
+        """Every token of the `due` groups that are inspected in this step."""
         if not due or not result.terms:
             return []
         completions = result.completions

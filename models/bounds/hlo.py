@@ -1,18 +1,21 @@
-"""What a compiled program does: its loops, the traffic between chips, large copies, and which inputs it overwrites.
+"""What a compiled program does: its loops, the traffic between chips, large copies, which inputs it overwrites, its cycles.
 
 Reads the text of an optimized HLO module (`compiled.as_text()`) for a CPU, a GPU or a TPU. All shapes and bytes are those of
 one chip. A chip receives, when n chips take part and an operand has b bytes:
 
     all-gather (n-1) b      reduce-scatter, all-to-all (n-1)/n b      all-reduce 2 (n-1)/n b      collective-permute b
 
-The contents of a loop count once per trip. A loop whose trip count depends on data is "open" and counts as one trip. Not
-covered: time (XLA's estimates count each loop once, whatever its trips) and whether traffic overlaps with arithmetic.
+The contents of a loop count once per trip. A loop whose trip count depends on data is "open" and counts as one trip, unless
+`Module.trips` says otherwise.
+
+A TPU's compiler writes the cycles that it expects behind each fusion (`estimated_cycles`); others write none. This is its
+opinion, not a time. It leaves out asynchronous copies (`moved_bytes`), collectives, custom calls and the launch of a program.
 """
 
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Operations that only move or convert data. A computation of these alone is a copy, whatever indices it calculates.
@@ -20,6 +23,8 @@ MOVES = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy", "transpose", "reshape", "slice", "dynamic-slice",
     "convert",
 }  # fmt: skip
+# Copies that run beside the program; the operands of the last are those of the operation that it wraps.
+ASYNCHRONOUS = ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start", "async-start")
 WIDTHS = {"pred": 1, "token": 0, "opaque": 0}  # bytes per number; the names of other types contain their bits
 
 
@@ -76,6 +81,7 @@ class Module:
     entry: str  # the computation where the program starts
     devices: int
     aliases: dict[tuple[int, ...], int]  # output -> the parameter whose memory it reuses
+    trips: Mapping[str, int] = field(default_factory=dict)  # of open loops by their body, where the caller knows them
 
 
 @dataclass(frozen=True)
@@ -185,12 +191,18 @@ def open_loops(module: Module) -> list[Loop]:
     return [loop for loop in loops(module) if loop.trips is None]
 
 
+def outermost(module: Module, found: list[Loop]) -> list[Loop]:
+    """The loops that no other of them contains."""
+    inside = {inner.body for loop in found for inner in loops(module, loop.body)}
+    return [loop for loop in found if loop.body not in inside]
+
+
 def as_loop(module: Module, computation: str, operation: Operation) -> Loop:
     condition, body = operation.attribute("condition"), operation.attribute("body")
     assert condition and body
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', operation.attributes)
     trips = int(known[1]) if known else count_trips(module, computation, operation, condition, body)
-    return Loop(body, condition, trips)
+    return Loop(body, condition, module.trips.get(body) if trips is None else trips)
 
 
 def count_trips(module: Module, computation: str, operation: Operation, condition: str, body: str) -> int | None:
@@ -292,8 +304,7 @@ def copies(module: Module, computation: str, least: int) -> list[tuple[Operation
     A copy is a copy, transpose or convert operation, or a fusion that does nothing else. Transfers to a TPU's VMEM do not
     count, because every operand must go there.
     """
-    inside = {name for body in module.computations.values() for op in body.values() if op.kind == "fusion" for name in op.calls}
-    found = []
+    found, inside = [], fused(module)
     for operation, where, times in operations(module, computation):
         kind = operation.kind.removesuffix("-start")
         moves = kind in ("copy", "transpose", "convert") or (kind == "fusion" and only_moves(module, operation))
@@ -301,6 +312,11 @@ def copies(module: Module, computation: str, least: int) -> list[tuple[Operation
         if moves and where not in inside and large and all(shape.memory == 0 for shape in large):
             found.append((operation, times))
     return found
+
+
+def fused(module: Module) -> set[str]:
+    """The computations inside fusions."""
+    return {name for body in module.computations.values() for op in body.values() if op.kind == "fusion" for name in op.calls}
 
 
 def only_moves(module: Module, fusion: Operation) -> bool:
@@ -312,3 +328,47 @@ def only_moves(module: Module, fusion: Operation) -> bool:
 def copied_bytes(found: list[tuple[Operation, int]]) -> int:
     """The bytes that copies write. The result of an asynchronous copy contains its operand too; only the larger counts."""
     return sum(max(shape.bytes for shape in operation.shapes) * times for operation, times in found)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the compiler expects of one operation."""
+
+    operation: Operation
+    cycles: int  # per execution
+    times: int
+
+    @property
+    def label(self) -> str:
+        """The path of the source operation; the operation's own name where it has none."""
+        path = re.search(r'op_name="([^"]*)"', self.operation.attributes)
+        return path[1] if path and path[1] else self.operation.name
+
+
+def costs(module: Module, *computations: str) -> list[Cost]:
+    """Every operation of `computations` (default: the whole program) with an estimate; that of a fusion covers its parts."""
+    found, inside = [], fused(module)
+    for start in computations or (module.entry,):
+        for operation, where, times in operations(module, start):
+            estimate = re.search(r'"estimated_cycles":"(\d+)"', operation.attributes)
+            if estimate and where not in inside:
+                found.append(Cost(operation, int(estimate[1]), times))
+    return found
+
+
+def moved_bytes(module: Module, *computations: str) -> int:
+    """HBM traffic of a TPU's asynchronous copies: into VMEM and out of it once; within HBM twice, read and written."""
+    total = 0
+    for start in computations or (module.entry,):
+        for operation, _, times in operations(module, start):
+            arrays = [shape for shape in operation.shapes if shape.dims]  # not indices and the flag that it is done
+            if operation.kind in ASYNCHRONOUS and len(arrays) > 1 and not wraps_collective(module, operation):
+                places = [shape.memory for shape in arrays[:2]]
+                passes = 2 - sum(place != 0 for place in places)
+                total += passes * min(shape.bytes for shape in arrays[:2]) * times
+    return total
+
+
+def wraps_collective(module: Module, operation: Operation) -> bool:
+    """Whether an asynchronous operation runs a collective, which is traffic between chips."""
+    return any(part.kind in COLLECTIVES for name in operation.calls for part in module.computations[name].values())

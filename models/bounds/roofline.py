@@ -39,6 +39,7 @@ class Chip:
     bandwidth: float  # bytes per second to and from memory
     link: float  # bytes per second in one direction over one link to another chip
     links: int  # of the chip with the fewest: a corner of a 2x4 slice has two
+    clock: float | None = None  # cycles per second, where a compiler estimates cycles
     hop: float = 1e-6  # seconds from chip to chip; 1 us is ideal, 2.5 us was measured on v5e (scaling book, "Sharding")
 
     def network(self, received: float, devices: int) -> float:
@@ -48,11 +49,14 @@ class Chip:
 
 # v5e, v6e: cloud.google.com/tpu/docs/v5e and v6e; usable bandwidth of a link in one direction: jax-ml/scaling-book, tpus.md;
 # memory: the compiler's limit. H100 SXM, H200: NVIDIA's data sheets, without sparsity; NVLink has 900 GB/s in both directions.
+# Clock: the peak over the flops of the matrix units in a cycle. v5e: 197e12 / (4 * 128 * 128 * 2).
+# v6e: 918e12 / (4 * 256 * 256 * 2). Its compiler expects 0.46e6 flops a cycle of a product of 4096^3, more than two such units
+# do, and at this clock the same part of the nominal bandwidth as on v5e, 1 / 1.24, of an addition over 1 GiB.
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", 197e12, 15.75 * GIB, 819e9, 45e9, 2),
-        Chip("v6e", 918e12, 31.25 * GIB, 1640e9, 90e9, 2),
+        Chip("v5e", 197e12, 15.75 * GIB, 819e9, 45e9, 2, 1.5e9),
+        Chip("v6e", 918e12, 31.25 * GIB, 1640e9, 90e9, 2, 1.75e9),
         Chip("H100", 989e12, 80e9, 3.35e12, 450e9, 1),
         Chip("H200", 989e12, 141e9, 4.8e12, 450e9, 1),
     )
@@ -161,8 +165,11 @@ def sampling_params_bound(
 ) -> Bound:  # fmt: skip
     """Casting and resharding the weights: attention becomes whole, the rest sharded over `tp`.
 
-    They are read in float32; with LoRA, a base of `width` bytes per number and float32 `adapters` are.
+    They are read in float32; with LoRA, a base of `width` bytes per number and float32 `adapters` are. On one chip the base
+    stays where it is, and the adapters alone are cast.
     """
+    if adapters and devices == 1:
+        return overlapped(chip, devices, 0.0, (4 + width) * adapters, 0.0)
     sharded = mlp_weights(model) + head_weights(model)
     count = attention_weights(model) + sharded
     held = attention_weights(model) + sharded / tp
