@@ -50,8 +50,8 @@ def config(folder, tmp_path_factory) -> Config:
     )  # fmt: skip
 
 
-def run(config: Config):
-    with devices(1):
+def run(config: Config, count: int = 1):
+    with devices(count):
         return grpo.runs.trainer.train(config, SFTTrainer)
 
 
@@ -135,6 +135,14 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(config, finished, tmp_p
     changed = {"seconds": 0, "run_dir": ""}
     assert result | changed == expected | changed
     assert without_times(read_files(other)["metrics.jsonl"]) == without_times(files["metrics.jsonl"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("count", "microbatches"), [(4, 1), (1, 2)])
+def test_devices_and_microbatches_change_nothing(config, finished, tmp_path, count, microbatches):
+    result = run(replace(config, run_dir=str(tmp_path / "other"), microbatches=microbatches), count)
+    for name in ("loss_last", "held_out_loss_after"):
+        assert result[name] == pytest.approx(finished[0][name], rel=1e-4)
 
 
 def test_the_run_is_a_model_for_grpo(config, finished):
