@@ -159,7 +159,7 @@ def test_the_metric_of_what_rounding_keeps_is_the_slope_of_either_form(one_layer
 # ------------------------------------------------------------------------------------------- sampler, trainer, packed rows
 
 
-@pytest.fixture(scope="module", params=["gemma1-mqa", "gemma3-gqa"])
+@pytest.fixture(scope="module", params=[pytest.param("gemma1-mqa", marks=pytest.mark.long), "gemma3-gqa"])
 def reference(request, mesh):
     config = read_config(REFERENCES / request.param)
     return config, load_params(REFERENCES / request.param, config, mesh, STORE, "bfloat16")

@@ -66,7 +66,14 @@ def logprobs_and_gradients(params: Params, batch: Batch, weights: Array, config:
     return logprobs, gradients
 
 
-@pytest.fixture(scope="module", params=[("gemma1-mqa", 1), ("gemma2-gqa", 2), ("everything", 3)], ids=lambda param: param[0])
+CASES = [
+    pytest.param(("gemma1-mqa", 1), id="gemma1-mqa", marks=pytest.mark.long),
+    pytest.param(("gemma2-gqa", 2), id="gemma2-gqa", marks=pytest.mark.long),
+    pytest.param(("everything", 3), id="everything"),
+]
+
+
+@pytest.fixture(scope="module", params=CASES)
 def case(request, mesh) -> Case:
     name, rows = request.param
     folder = REFERENCES / ("gemma3-gqa" if name == "everything" else name)

@@ -115,7 +115,7 @@ def test_the_learning_rate_spans_each_session_or_the_whole_run(config, in_a_row,
         run(replace(whole, sessions=3))
 
 
-@pytest.mark.parametrize("carried", [True, False])
+@pytest.mark.parametrize("carried", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_adams_moments_go_on_or_begin_anew(config, in_a_row, tmp_path, carried):
     ours = config if carried else replace(config, run_dir=str(tmp_path / "anew"), carry_optimizer=False)
     if not carried:
@@ -147,6 +147,7 @@ def test_the_start_of_a_session_is_its_reference_also_after_a_break(config, tmp_
         assert without_times(read_files(again)["metrics.jsonl"]) == without_times(metrics)
 
 
+@pytest.mark.long
 def test_a_session_run_alone_measures_its_problems_for_those_that_follow(config, in_a_row, tmp_path):
     """Nothing was known of a second session when the first one ended."""
     alone = replace(config, run_dir=str(tmp_path / "alone"), sessions=1)
@@ -154,6 +155,7 @@ def test_a_session_run_alone_measures_its_problems_for_those_that_follow(config,
     assert run(replace(alone, session=2))["sessions"] == in_a_row[0]["sessions"]
 
 
+@pytest.mark.long
 def test_evaluations_on_the_way_are_not_lost_when_a_run_stops_there(config, tmp_path, monkeypatch):
     """Every two steps; stopped after step 4, saved but not measured yet."""
     often = replace(config, run_dir=str(tmp_path / "often"), eval_every=2, retention_problems=0)

@@ -284,6 +284,7 @@ def test_inspecting_changes_nothing_and_costs_nothing_where_it_is_not_due(config
     assert without_times(files["metrics.jsonl"]) == without_times(finished.files["metrics.jsonl"])
 
 
+@pytest.mark.long
 def test_without_a_kl_no_reference_is_loaded_and_the_reward_rises(bare, monkeypatch):
     """The mean of the last ten steps lies more than four standard errors above that of the first, untrained one."""
     loads, real_load = [], grpo.runs.model_source.load_params

@@ -86,7 +86,7 @@ def test_a_run_warns_of_them_after_its_plan_and_before_its_weights(config, tmp_p
     def no_weights(*arguments):
         raise RunError("far enough")
 
-    monkeypatch.setattr(grpo.runs.trainer, "Trainer", no_weights)
+    monkeypatch.setattr(grpo.runs.trainer.Trainer, "__init__", no_weights)
     for changes, lines in (({"top_k": 5}, 1), ({}, 0)):
         with devices(1), pytest.raises(RunError, match="far enough"):
             grpo.runs.trainer.train(replace(config, run_dir=str(tmp_path / "run"), **changes))

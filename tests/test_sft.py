@@ -138,7 +138,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(config, finished, tmp_p
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("count", "microbatches"), [(4, 1), (1, 2)])
+@pytest.mark.parametrize(("count", "microbatches"), [(4, 1), pytest.param(1, 2, marks=pytest.mark.long)])
 def test_devices_and_microbatches_change_nothing(config, finished, tmp_path, count, microbatches):
     result = run(replace(config, run_dir=str(tmp_path / "other"), microbatches=microbatches), count)
     for name in ("loss_last", "held_out_loss_after"):
@@ -155,6 +155,7 @@ def test_the_run_is_a_model_for_grpo(config, finished):
     assert all((one != other).any() for one, other in zip(trained, first, strict=True))
 
 
+@pytest.mark.long
 def test_adapters_can_be_tuned_too(config, tmp_path):
     config = replace(config, lora_rank=2, lora_alpha=4.0, run_dir=str(tmp_path / "lora"))
     result = run(config)

@@ -293,7 +293,7 @@ def loop_traffic(program: str) -> list[tuple[str, int]]:
     return moved
 
 
-@pytest.mark.parametrize("tp", [1, 4], ids=["8x1", "2x4"])
+@pytest.mark.parametrize("tp", [pytest.param(1, id="8x1", marks=pytest.mark.long), pytest.param(4, id="2x4")])
 def test_no_weight_moves_while_decoding(config, tp):
     """What moves in the loop is at most the hidden states of the rows that share a copy: less than any piece of a matrix."""
     sizes = config.sizes

@@ -148,10 +148,14 @@ def same(one: Any, other: Any) -> bool:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"updates_per_rollout": 2, "weight_decay": 0.1}, {"beta": 0.0, "microbatches": 2}, {"lora_rank": 2, "beta": 0.5},
-     {"unbiased_kl": True, "aggregation": "dapo"}],
-    ids=["default", "mu 2, decay", "no reference, parts", "lora", "unbiased"],
-)  # fmt: skip
+    [
+        pytest.param({}, id="default"),
+        pytest.param({"updates_per_rollout": 2, "weight_decay": 0.1}, id="mu 2, decay", marks=pytest.mark.long),
+        pytest.param({"beta": 0.0, "microbatches": 2}, id="no reference, parts", marks=pytest.mark.long),
+        pytest.param({"lora_rank": 2, "beta": 0.5}, id="lora"),
+        pytest.param({"unbiased_kl": True, "aggregation": "dapo"}, id="unbiased", marks=pytest.mark.long),
+    ],
+)
 def test_nothing_to_learn_moves_nothing_and_one_group_that_differs_moves_the_policy(params, dtype, changes):
     """Weights, moments and Adam's count, bit for bit, where moments are there: rounding alone would move every weight."""
     equal, mixed = np.ones((Q, G)), np.array([[1, 1], [1, 2]])

@@ -144,7 +144,12 @@ def test_wandb_offline_keeps_the_figures_in_one_run_that_a_resumed_one_goes_on_w
     assert follow(tmp_path, done=3) == []
     runs = list((tmp_path / "wandb").glob(f"offline-run-*-{identity}/run-{identity}.wandb"))
     assert len(runs) >= 1 and (tmp_path / "wandb_id").read_text() == identity
-    assert all(b"completions/clipped_ratio" in run.read_bytes() for run in runs)
+    deadline = time.monotonic() + 20  # another process writes the files
+    while (
+        not (written := all(b"completions/clipped_ratio" in run.read_bytes() for run in runs)) and time.monotonic() < deadline
+    ):
+        time.sleep(0.1)
+    assert written
 
 
 def test_what_cannot_be_tracked_is_said_at_the_door(monkeypatch):

@@ -128,6 +128,7 @@ def test_bad_updates_in_a_row_end_the_run(config, monkeypatch):
     assert [record["bad_updates"] for record in metrics] == [1, 1, 2, 3]
 
 
+@pytest.mark.long
 def test_a_second_update_on_a_rollout_compares_with_the_old_policy(config, tmp_path, monkeypatch):
     seen, real_step = [], grpo.step.train_step
 
@@ -146,6 +147,7 @@ def test_a_second_update_on_a_rollout_compares_with_the_old_policy(config, tmp_p
     assert logged["ratio/max"] == second["ratio/max"]
 
 
+@pytest.mark.long
 def test_with_tis_cap_0_the_samplers_logprobs_do_not_matter(bench, bare, one_update):
     shifted = replace(bench.batch, sampler_logprobs=bench.batch.sampler_logprobs + np.float32(0.5))
     _, with_cap = bench.updates([shifted])
