@@ -21,7 +21,9 @@ SMALL = [
     "--prompts_per_step=8", "--group_size=2", "--max_prompt_tokens=8", "--max_new_tokens=4", "--logprob_chunk=4",
     "--rollout_tp=8", "--remat=full",
 ]  # fmt: skip
-DECODE_MS, UPDATE_MS = 1e9, 1e9
+# The estimate of Gemma 2 2B on v5e:2x4 with nothing overlapped, in ms: of a decode step of 128 rows, mean of half and all slots
+# (6.67 and 2%); of an update at natural lengths, as it was without TPU_OPTIONS: to be lowered once it is compiled with them.
+DECODE_MS, UPDATE_MS = 6.8, 1030.0
 PROGRAMS = ["sampling_params", "prefill", "decode", "reference", "update"]
 
 
@@ -244,12 +246,18 @@ def test_an_update_of_a_whole_step_fits_on_a_tpu(tpu):
     assert tpu["update"]["aliased_inputs"] >= 3 * len(leaves)  # weights and both moments stay where they are
 
 
-def test_no_program_on_a_tpu_is_estimated_worse_than_before(tpu):
-    """The figures of the commit that set them, and 2%. A lower one is a gain: record it here."""
-    decode, update = tpu["decode"], tpu["update"]
+def test_a_decode_step_on_a_tpu_is_estimated_no_slower_than_before(tpu):
+    decode = tpu["decode"]
     assert [loop["steps"] for loop in decode["loops"]][:2] == [384, 384]
-    assert decode["cycles_ms"] < decode["from_ms"] + 1e-9 <= decode["to_ms"] <= DECODE_MS
-    assert update["estimate_ms"][1] <= UPDATE_MS
+    assert decode["cycles_ms"] <= decode["from_ms"] <= decode["to_ms"] <= DECODE_MS
+    assert decode["to_ms"] > tpu["bounds"]["decode"].seconds * 1e3 / 768
+
+
+def test_an_update_on_a_tpu_is_estimated_no_slower_than_before(tpu):
+    made = plan.make_plan(replace(tpu["plan"].config, mean_length=150))
+    with jax.set_mesh(made.mesh):
+        update = plan.examine(plan.programs(made)["update"], made)
+    assert plan.bounds(made)["update"].seconds * 1e3 < update["estimate_ms"][0] < update["estimate_ms"][1] <= UPDATE_MS
 
 
 @pytest.mark.long
