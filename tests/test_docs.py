@@ -129,7 +129,7 @@ def commands(text: str) -> Iterator[tuple[str, list[str]]]:
         rest = words(re.split(" {3,}", line)[0].removeprefix("!"))
         while "python" in rest:
             script, *rest = rest[rest.index("python") + 1 :]
-            end = next((i for i, word in enumerate(rest) if set(word) <= set("();<>|&")), len(rest))
+            end = next((i for i, word in enumerate(rest) if word and set(word) <= set("();<>|&")), len(rest))
             yield script, rest[:end]
             rest = rest[end:]
 
