@@ -173,7 +173,7 @@ def test_faults_1_to_5_kill_9_in_every_phase(launch, whole, async_save):
     rng = random.Random(async_save)
     folder = launch.folder / f"killed-{async_save}"
     argv = "--run_dir", str(folder), "--async_save", async_save
-    kills = ["rollout", "reward", "update", "save", "retention"] * 10
+    kills = ["rollout", "reward", "update", "save", "retention"] * 5
     rng.shuffle(kills)
     for phase, times in [(phase, 2) for phase in kills] + [("evaluation", 1)]:  # the one at the end of session 1
         kill(launch, phase, times, rng.random() * 0.04, *argv)

@@ -136,13 +136,13 @@ def test_a_run_may_change_how_it_uses_the_machine(config, finished):
     """
     with interrupted(2, "rollout"):
         run(config)
-    run(replace(config, packing=2, halvings=1, unroll=True))
+    run(replace(config, packing=4, halvings=1, unroll=True))
     files = read_files(config)
     assert files["completions.jsonl"] == finished.files["completions.jsonl"]
     shapes = []
     for metrics in files["metrics.jsonl"][1:]:
         lengths = np.array([record["length"] for record in files["completions.jsonl"] if record["step"] == metrics["step"]])
-        shape = pack(np.zeros((Q * G, C), int), lengths, np.ones(Q, int), finer=2).tokens.shape
+        shape = pack(np.zeros((Q * G, C), int), lengths, np.ones(Q, int), finer=4).tokens.shape
         assert (metrics["compiles"] > 0) == (shape not in shapes)
         shapes.append(shape)
     assert 1 < len(set(shapes)) < len(shapes)

@@ -81,10 +81,10 @@ def test_the_benchmark_times_every_phase():
     sizes = {"prompts_per_step": 8, "group_size": 2, "max_prompt_tokens": 8, "max_new_tokens": 4, "logprob_chunk": 4}
     figures = load("benchmark")(["--repeats=2", *(f"--{name}={value}" for name, value in sizes.items())])
     phases, most = figures["phases"], 8 * 2 * 4
-    assert phases.keys() == {"view", "sample", "prefill", "decode", "reward", "reference", "update", "step"}
+    assert phases.keys() == {"sampling_params", "sample", "prefill", "decode", "reward", "reference", "update", "step"}
     for name, phase in phases.items():
         assert 0 < phase["ms_min"] <= phase["ms"] <= phase["ms_max"]
-        if name not in ("view", "prefill"):
+        if name not in ("sampling_params", "prefill"):
             assert phase["tokens_per_s"] == pytest.approx(most / phase["ms"] * 1e3)
         if name != "reward":
             assert phase["percent_of_bound"] == pytest.approx(100 * phase["bound_ms"] / phase["ms"]) and phase["bound_ms"] > 0
@@ -113,7 +113,7 @@ def test_transformers_generate_runs_a_model_of_the_same_sizes(family, monkeypatc
         return out
 
     monkeypatch.setattr(torch.nn.Module, "__call__", watch)
-    seconds = benchmark.time_transformers(benchmark.make_run(config, make_mesh(devices=jax.devices()[:1])))
+    seconds = benchmark.time_transformers(benchmark.make_run(config, make_mesh(devices=jax.devices()[:1])), config)
     assert len(seconds) == 2 and min(seconds) > 0
     assert len(seen) == (1 + 2) * 5  # a warm-up and two runs, five tokens each
     ours = sum(leaf.size for leaf in jax.tree.leaves(shapes(small)))
