@@ -306,7 +306,8 @@ def test_the_real_270m_changes_as_much_as_in_float32(gemma270m, mesh):
         for i, row in enumerate(ids):
             rows = np.concatenate([np.tile(row, (4, 1)), tokens[4 * i : 4 * i + 4]], axis=1)
             hidden = plain(params, rows, execution)[:, len(row) - 1 : -1]
-            found.append(pick_logprobs(vocab_logits(hidden, params, config, execution), rows[:, len(row) :], jnp.asarray(1.0)))
+            logits = vocab_logits(hidden, params, config, execution)
+            found.append(pick_logprobs(logits, jnp.asarray(rows[:, len(row) :]), jnp.asarray(1.0)))
         return np.concatenate(found)
 
     gradient = jax.grad(lambda adapters: (trainer(exact, adapters, FLOAT32) * wanted).sum())(fresh)
