@@ -21,6 +21,7 @@ from grpo.reward import score
 from grpo.runs.checkpoint import Checkpoints
 from grpo.runs.console import closing_table
 from grpo.runs.model_source import find_model
+from grpo.runs.setup import data_fingerprint
 from grpo.runs.sft import SFTTrainer, describe_sft, held_out_loss, prepare_sft
 from models.gemma import ExecutionConfig, forward, vocab_logits
 from models.sharding import ROLLOUT, STORE, TRAIN
@@ -184,6 +185,15 @@ def test_answers_of_held_out_problems_are_graded(config, tmp_path):
     changes = {"data": write(tmp_path / "p.jsonl", problems), "run_dir": str(tmp_path / "run"), "max_new_tokens": 64}
     result = run(replace(config, **changes, max_steps=1, eval_problems=2))
     assert result["accuracy_before"]["n"] == 2 and result["accuracy_after"]["sampled"] == 0
+
+
+def test_other_completions_are_other_data(config, tmp_path):
+    """So a run does not go on with them."""
+    setup = prepared(config)
+    other = write(tmp_path / "x.jsonl", [{"prompt": prompt, "completion": text + "!"} for prompt, text in TEXTS])
+    changed = prepared(replace(config, data=other))
+    assert [p.question for p in changed.problems] == [p.question for p in setup.problems]
+    assert data_fingerprint(changed, changed.sessions[0]) != data_fingerprint(setup, setup.sessions[0])
 
 
 BAD_LINES = {
