@@ -366,11 +366,16 @@ def decode_loops(lengths: np.ndarray, devices: int, width: int, halvings: int) -
     return found
 
 
+def shape_text(shapes: tuple[hlo.Shape, ...]) -> str:
+    """`f32[2,4] u32[]`"""
+    return " ".join(f"{shape.dtype}{list(shape.dims)}".replace(" ", "") for shape in shapes)
+
+
 def costliest(module: hlo.Module, chip: Chip, count: int) -> list[dict[str, Any]]:
     """The instructions with the most estimated cycles in a whole program; those of one source and shape are taken together."""
     cycles, times = Counter(), Counter()
     for cost in hlo.costs(module):
-        shape = " ".join(f"{shape.dtype}{list(shape.dims)}".replace(" ", "") for shape in cost.operation.shapes)
+        shape = shape_text(cost.operation.shapes)
         cycles[cost.label, shape] += cost.cycles * cost.times
         times[cost.label, shape] += cost.times
     assert chip.clock
@@ -422,7 +427,7 @@ def grouped(moved: list[hlo.Collective]) -> list[dict[str, Any]]:
     """Collectives of one kind and shape taken together, the heaviest first."""
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     for collective in moved:
-        shape = " ".join(f"{shape.dtype}{list(shape.dims)}".replace(" ", "") for shape in collective.shapes)
+        shape = shape_text(collective.shapes)
         group = groups.setdefault((collective.kind, shape), {"kind": collective.kind, "shape": shape, "times": 0, "bytes": 0.0})
         group["times"] += collective.times
         group["bytes"] += collective.bytes
