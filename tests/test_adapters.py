@@ -309,17 +309,73 @@ def test_peft_folders_of_another_kind_are_refused(base, tmp_path):
     for changes, reason in (
         ({"peft_type": "IA3"}, "peft_type IA3 is not supported; LORA is needed"),
         ({"use_dora": True}, "use_dora True is not supported; False is needed"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is not supported; it must be empty"),
-        ({"r": 8}, "r 8 is not the rank of the weights, 4"),
+        ({"rank_pattern": {"q_proj": 2}}, "r 2 is not the rank of the weights of layers.0.self_attn.q_proj, 4"),
+        ({"r": 8}, "r 8 is not the rank of the weights of layers.0.self_attn.q_proj, 4"),
+        (
+            {"init_lora_weights": "pissa"},
+            "init_lora_weights pissa is not supported; True or False or gaussian or orthogonal is needed",
+        ),
+        ({"init_lora_weights": "olora"}, "init_lora_weights olora is not supported"),
+        ({"corda_config": {"x": 1}}, "corda_config {'x': 1} is not supported; it must be empty"),
+        ({"of_next_year": 7}, "of_next_year 7 is not supported; it must be empty"),
+        ({"lora_bias": True}, "lora_bias True is not supported; it must be empty"),
+        ({"target_modules": ["q_proj"]}, "layers.0.self_attn.k_proj has an adapter, but adapter_config.json does not name it"),
         ({"lora_alpha": None}, "lora_alpha is missing"),
     ):
         (folder / "adapter_config.json").write_text(json.dumps(written | changes))
         expect_error(ModelError, reason, find_model(folder).adapters)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(written))
+    for change, reason in (
+        (lambda t: t.pop(next(iter(t))), "is missing"),
+        (lambda t: t[next(iter(t))].__setitem__((0, 0), np.nan), "holds NaN or an infinity"),
+        (lambda t: t.update({"base_model.model.lm_head.weight": np.ones((64, 16), np.float32)}), "trained beside the adapters"),
+        (
+            lambda t: t.update({next(iter(t)).replace("model.model", "model"): t[next(iter(t))]}),
+            "the same weight, stored twice",
+        ),
+    ):
+        changed = {name: tensor.copy() for name, tensor in tensors.items()}
+        change(changed)
+        save_file(changed, folder / "adapter_model.safetensors")
+        expect_error(ModelError, reason, find_model(folder).adapters)
     (folder / "adapter_config.json").write_text(json.dumps(written | {"base_model_name_or_path": "google/gemma-2-2b"}))
+    assert f"(trained on google/gemma-2-2b) on Hugging Face folder {base}" in find_model(folder, base).line
     expect_error(ConfigError, "give --base_path", find_model, folder)
     (folder / "adapter_model.safetensors").unlink()
     (folder / "adapter_model.bin").touch()
     expect_error(ModelError, "adapter_model.safetensors is missing: adapters are only read", find_model(folder, base).adapters)
+
+
+def test_projections_and_layers_may_have_adapters_of_their_own(base, tmp_path, mesh):
+    """Rank and alpha of one projection, a layer without any, names with `.default`, a folder with a name, the base's own
+    embedding: by the formula W + alpha / rank (B A).
+    """
+    config, tensors = hugging_face(base)
+    numbers, layers = np.random.default_rng(0), range(config["num_hidden_layers"])
+    for layers_of, settings in (
+        ([1], {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]}),
+        ([0], {"target_modules": r".*layers\.0\.(self_attn\.q_proj|mlp\.down_proj)"}),
+        (list(layers), {"target_modules": ["self_attn.q_proj", "mlp.down_proj"], "exclude_modules": ["x_proj"]}),
+    ):
+        saved = {"base_model.model.model.embed_tokens.weight": tensors["embed_tokens.weight"]}
+        expected = dict(tensors)
+        for layer in layers_of:
+            for name, rank, alpha in (("self_attn.q_proj", 2, 5.0), ("mlp.down_proj", RANK, ALPHA)):
+                module = f"layers.{layer}.{name}"
+                rows, columns = tensors[f"{module}.weight"].shape
+                b, a = (numbers.normal(0, 0.1, shape).astype(np.float32) for shape in ((rows, rank), (rank, columns)))
+                saved |= {f"base_model.model.model.{module}.lora_{s}.default.weight": x for s, x in (("A", a), ("B", b))}
+                expected[f"{module}.weight"] = tensors[f"{module}.weight"] + alpha / rank * (b @ a)
+        folder = tmp_path / f"of{len(layers_of)}{layers_of[0]}"
+        (folder / "mine").mkdir(parents=True)
+        save_file(saved, folder / "mine" / "adapter_model.safetensors")
+        patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"self_attn.q_proj": 5}}
+        said = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "init_lora_weights": "gaussian", **patterns, **settings}
+        (folder / "mine" / "adapter_config.json").write_text(json.dumps(said))
+        model = find_model(folder, base)
+        merged = save_merged(tmp_path / f"merged{folder.name}", "gemma2-gqa", expected)
+        expect_close(model.load(mesh, STORE, "float32"), load_params(merged, model.config, mesh, STORE))
 
 
 def test_the_embedded_model_has_no_adapters():

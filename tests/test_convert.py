@@ -150,9 +150,21 @@ def test_the_text_part_of_a_multimodal_folder_loads(folder, mesh, prefix):
     expect_equal(read(folder, mesh), text)
 
 
-def test_a_head_stored_beside_the_embedding_is_ignored(folder, mesh):
+def test_a_head_that_equals_the_embedding_is_passed_over(folder, mesh):
+    """Another one is refused: tests/test_faults_model.py."""
     plain = read(folder, mesh)
-    change_weights(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}))
+    change_weights(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
+    expect_equal(read(folder, mesh), plain)
+
+
+@pytest.mark.parametrize("shards", [True, False])
+def test_a_whole_file_comes_before_the_index_of_an_earlier_save(folder, mesh, shards):
+    """As in transformers, whether the old shards are still there or were removed."""
+    tensors, plain = load_file(folder / "model.safetensors"), read(folder, mesh)
+    old = "model-00001-of-00001.safetensors"
+    if shards:
+        save_file({name: tensor + 1 for name, tensor in tensors.items()}, folder / old)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, old)}))
     expect_equal(read(folder, mesh), plain)
 
 

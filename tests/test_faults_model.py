@@ -106,7 +106,7 @@ def test_fault_27_pickles_are_never_loaded(config, model, capsys):
 )
 @pytest.mark.usefixtures("free_run_dir")
 def test_fault_27_index_that_leaves_the_folder(config, model, capsys, file, reason):
-    shutil.copy(model / WHOLE, model.parent / "other.safetensors")
+    (model / WHOLE).rename(model.parent / "other.safetensors")
     (model / INDEX).write_text(json.dumps({"weight_map": {"model.embed_tokens.weight": file}}))
     assert reason in mistake(capsys, config, model_path=model)
 
@@ -114,6 +114,7 @@ def test_fault_27_index_that_leaves_the_folder(config, model, capsys, file, reas
 @pytest.mark.parametrize("weight_map", [None, [1], "x", 5])
 @pytest.mark.usefixtures("free_run_dir")
 def test_fault_27_index_without_a_map(config, model, capsys, weight_map):
+    (model / WHOLE).unlink()
     (model / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     assert f"{INDEX}: weight_map" in mistake(capsys, config, model_path=model)
 
@@ -278,8 +279,32 @@ def spoil(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], An
     return apply
 
 
-NORM = "model.norm.weight"
+def write_index(folder: Path, shard: str, keep: Callable[[Path], Any] = lambda path: None) -> None:
+    """An index of one weight in place of the whole file, which `keep` may move to the shard."""
+    keep(folder / shard)
+    (folder / WHOLE).unlink(missing_ok=True)
+    (folder / INDEX).write_text(json.dumps({"weight_map": {NORM: shard}}))
+
+
+NORM, TABLE = "model.norm.weight", "model.embed_tokens.weight"
 BAD_WEIGHTS = {
+    "NaN": (spoil(lambda t: t[NORM].__setitem__(3, np.nan)), "weight norm.weight holds NaN or an infinity"),
+    "an infinity in a layer": (
+        spoil(lambda t: t["model.layers.1.mlp.up_proj.weight"].__setitem__((0, 0), np.inf)),
+        "weight layers.1.mlp.up_proj.weight holds NaN or an infinity",
+    ),
+    "another head": (
+        spoil(lambda t: t.update({"lm_head.weight": t[TABLE] * np.float32(1.01)})),
+        "lm_head.weight differs from embed_tokens.weight; a separate vocabulary head is not supported",
+    ),
+    "a head of another size": (
+        spoil(lambda t: t.update({"lm_head.weight": t[TABLE][:8]})),
+        "lm_head.weight differs from embed_tokens.weight",
+    ),
+    "a weight twice": (
+        spoil(lambda t: t.update({"language_model.model.norm.weight": t[NORM]})),
+        "are the same weight, stored twice; one must go",
+    ),
     "a tensor missing": (spoil(lambda t: t.pop(NORM)), "weight norm.weight is missing"),
     "a wrong shape": (spoil(lambda t: t.update({NORM: t[NORM][:8]})), "norm.weight has shape (8,), config.json says (16,)"),
     "integers": (spoil(lambda t: t.update({NORM: t[NORM].astype(np.int8)})), "norm.weight is I8; F32, F16 or BF16 is needed"),
@@ -288,11 +313,11 @@ BAD_WEIGHTS = {
     "a pointer": (lambda d: (d / WHOLE).write_text("version https://git-lfs"), "it is a git-lfs pointer: run git lfs pull"),
     "no file": (lambda d: (d / WHOLE).unlink(), "holds no model.safetensors"),
     "a shard missing": (
-        lambda d: (d / INDEX).write_text(json.dumps({"weight_map": {NORM: "model-00002-of-00002.safetensors"}})),
+        lambda d: write_index(d, "model-00002-of-00002.safetensors"),
         "model-00002-of-00002.safetensors is missing, but model.safetensors.index.json names it",
     ),
     "an index without a tensor": (
-        lambda d: (d / INDEX).write_text(json.dumps({"weight_map": {NORM: WHOLE}})),
+        lambda d: write_index(d, "model-00001-of-00001.safetensors", (d / WHOLE).rename),
         "weight embed_tokens.weight is missing",
     ),
 }

@@ -171,3 +171,14 @@ def test_two_models_in_a_folder_must_be_told_apart(tmp_path, mesh):
     with pytest.raises(ModelError, match="holds several models; name one of 2b, 2b-it"):
         read_config(tmp_path)
     assert OrbaxTree(tmp_path / "2b").names
+
+
+def test_a_chunk_that_is_missing_is_an_error_not_zeros(tmp_path, mesh):
+    """In a tree of directories: a download that left one file out."""
+    path = kaggle(tmp_path, "gemma2-gqa", "directories")
+    config = read_config(path)
+    load_params(path, config, mesh, STORE)
+    chunk = next(file for file in sorted((path / "2b-it").rglob("*")) if "mlp" in str(file) and file.name[0].isdecimal())
+    chunk.unlink()
+    with pytest.raises(ModelError, match="2b-it cannot be read; download it again"):
+        load_params(path, config, mesh, STORE)

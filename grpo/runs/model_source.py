@@ -25,7 +25,7 @@ from grpo.config import HUBS
 from grpo.errors import ConfigError
 from grpo.runs.checkpoint import open_params, read_adapters, read_digest, read_meta, read_params, saved_steps
 from grpo.runs.hub import download
-from models.formats.adapters import SETTINGS, LoadedAdapters, is_peft, is_tunix, read_peft, read_tunix
+from models.formats.adapters import SETTINGS, LoadedAdapters, is_tunix, peft_folder, read_peft, read_tunix
 from models.formats.containers import is_tree, locate, read_json
 from models.formats.convert import Reader, load_params, open_weights, place_params, read_config
 from models.formats.save import config_json, write_json
@@ -93,10 +93,13 @@ def find_model(path: str | Path, base_path: str | Path = "", adapter_alpha: floa
         return find_checkpoint(path / "checkpoints" / str(steps[-1]), path, base_path, adapter_alpha)
     if path.parent.name == "checkpoints" and path.name.isdecimal():
         return find_checkpoint(path, path.parent.parent, base_path, adapter_alpha)
-    if is_peft(path):
-        named = read_json(path / SETTINGS).get("base_model_name_or_path") or ""
+    if folder := peft_folder(path):
+        named = str(read_json(folder / SETTINGS).get("base_model_name_or_path") or "")
         under = find_base(f"PEFT adapters {path}", base_path or (named if Path(named).is_dir() else ""))
-        return with_adapters(asked, f"PEFT adapters {path}", under, partial(read_peft, path, under.config))
+        trained = f" (trained on {named})" if named and Path(named).name != under.path.name else ""
+        return with_adapters(
+            asked, f"PEFT adapters {path}{trained}", under, partial(read_peft, folder, under.config, under.open)
+        )
     if is_tunix(path):
         under = find_base(f"LoRA tree {path}", base_path)
         if not adapter_alpha > 0:

@@ -5,8 +5,9 @@
     PEFT     adapter_model.safetensors: ...layers.3.self_attn.q_proj.lora_A.weight (r, D) and lora_B.weight (N*H, r), and so on;
              adapter_config.json.
 
-Both name projections as their models do, so weight_names.py applies. Not supported: DoRA, biases, ranks or alphas that differ
-between projections, adapters on the embedding.
+Both name projections as their models do, so weight_names.py applies. Projections of one layer or another may have adapters of
+another rank or alpha, or none: they are padded with zeros. Not supported: DoRA, biases, adapters on the embedding, and every
+setting of peft that is not known to leave the rule of application and the base as they are.
 """
 
 import re
@@ -19,14 +20,28 @@ import numpy as np
 
 from models import ModelError
 from models.formats import weight_names
-from models.formats.containers import Container, OrbaxTree, Safetensors, Settings, locate, read_json
-from models.formats.convert import Reader, leaf_names
+from models.formats.containers import Container, OrbaxTree, Safetensors, Settings, by_name, locate, read_json
+from models.formats.convert import Reader, finite, leaf_names, pieces
 from models.formats.save import Tensor, write_json, write_safetensors
 from models.formats.weight_names import HEADS, Place
 from models.gemma import GemmaConfig
 from models.lora import PROJECTIONS, Adapter
 
 ADAPTER_WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+# The settings of peft that are read, those without effect on what adapters compute, and those that must have one of certain
+# values. Any other must be null, false or empty.
+READ = (
+    "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
+    "layers_to_transform", "layers_pattern", "modules_to_save",
+)  # fmt: skip
+WITHOUT_EFFECT = (
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout",
+    "megatron_core", "qalora_group_size", "ensure_weight_tying", "runtime_config",
+)  # fmt: skip
+NEEDED = {
+    "peft_type": ["LORA"], "bias": ["none"], "use_dora": [False], "fan_in_fan_out": [False],
+    "init_lora_weights": [True, False, "gaussian", "orthogonal"],
+}  # fmt: skip
 CACHED = 2**16  # elements of a product that are computed at a time, few enough to stay in the CPU's cache
 
 
@@ -66,9 +81,14 @@ def ordered_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return out
 
 
-def is_peft(path: Path) -> bool:
-    """Whether a folder holds adapters of peft."""
-    return (path / SETTINGS).is_file()
+def peft_folder(path: Path) -> Path | None:
+    """The folder of peft's adapters: `path`, or the one in it, as peft saves a named adapter. ModelError for several."""
+    if (path / SETTINGS).is_file() or not path.is_dir() or (path / "config.json").is_file():
+        return path if (path / SETTINGS).is_file() else None
+    inside = sorted(file.parent for file in path.glob(f"*/{SETTINGS}"))
+    if len(inside) > 1:
+        raise ModelError(f"{path} holds several adapters; name one of {', '.join(folder.name for folder in inside)}")
+    return inside[0] if inside else None
 
 
 def is_tunix(path: Path) -> bool:
@@ -85,30 +105,73 @@ def tree_of(path: Path) -> Path:
 # ------------------------------------------------------------------------------------------------------------------- reading
 
 
-def read_peft(folder: Path, config: GemmaConfig) -> LoadedAdapters:
-    """The adapters in a folder that peft wrote. Raises ModelError."""
+def read_peft(folder: Path, config: GemmaConfig, base: Callable[[], Reader] | None = None) -> LoadedAdapters:
+    """The adapters in a folder that peft wrote. `base` reads the model below them. Raises ModelError."""
     settings = Settings(folder / SETTINGS, read_json(folder / SETTINGS))
     said = settings.values
-    for key, wanted in {"peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False}.items():
-        if said.get(key, wanted) not in (wanted, None):
-            raise ModelError(f"{settings.path}: {key} {said[key]} is not supported; {wanted} is needed")
-    for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication"):
-        if said.get(key):
-            raise ModelError(f"{settings.path}: {key} is not supported; it must be empty")
+    for key, value in said.items():
+        allowed = NEEDED.get(key, [False, "", [], {}])
+        if value is not None and key not in READ + WITHOUT_EFFECT and value not in allowed:
+            wanted = " or ".join(map(str, NEEDED[key])) + " is needed" if key in NEEDED else "it must be empty"
+            raise ModelError(f"{settings.path}: {key} {str(value)[:40]} is not supported; {wanted}")
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ModelError(f"{folder / ADAPTER_WEIGHTS} is missing: adapters are only read from safetensors")
     container = AdapterFile(folder)
+    container.check_saved(base)
+
+    def module(projection: str, layer: int) -> str:
+        return weight_names.hugging_face(f"layers.{projection}", config).of(layer).name.removesuffix(".weight")
+
+    def rank_of(projection: str, layer: int) -> int:
+        name = module(projection, layer)
+        stored, rank = f"{name}.lora_A.weight", matched(said.get("rank_pattern"), name, settings.need("r"))
+        if not is_target(said, name, layer):
+            if stored in container.names:
+                raise ModelError(f"{container.path}: {name} has an adapter, but {SETTINGS} does not name it in target_modules")
+            return 0
+        if stored in container.names and container.shape(stored)[0] != rank:
+            raise ModelError(
+                f"{settings.path}: r {rank} is not the rank of the weights of {name}, {container.shape(stored)[0]}"
+            )
+        return rank
 
     def place(projection: str, side: str) -> Place:
         weight = weight_names.hugging_face(f"layers.{projection}", config)
         letters = f"J{weight.letters[1]}" if side == "a" else f"{weight.letters[0]}J"
         return Place(weight.name.removesuffix(".weight") + f".lora_{side.upper()}.weight", letters)
 
-    weights, rank = read_all(container, config, place)
-    if rank != settings.need("r"):
-        raise ModelError(f"{settings.path}: r {said['r']} is not the rank of the weights, {rank}")
+    weights, rank = read_all(container, config, place, rank_of)
     alpha = settings.need("lora_alpha", float)
-    return LoadedAdapters(weights, rank, alpha / (rank**0.5 if said.get("use_rslora") else rank))
+
+    def scale(name: str) -> float:
+        rank = matched(said.get("rank_pattern"), name, said["r"])
+        return matched(said.get("alpha_pattern"), name, alpha) / (rank**0.5 if said.get("use_rslora") else rank)
+
+    scales = {name: [scale(module(name, layer)) for layer in range(config.num_layers)] for name in weights}
+    largest = max(max(row) for row in scales.values())
+    for name, row in scales.items():
+        weights[name].b[:] *= (np.asarray(row) / largest).astype(np.float32)[:, None, None]  # 1 where all are alike
+    return LoadedAdapters(weights, rank, largest)
+
+
+def matched(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """What peft's `rank_pattern` or `alpha_pattern` says of a module."""
+    found = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", f"model.{module}"))
+    return next(found, default)
+
+
+def is_target(said: dict[str, Any], module: str, layer: int) -> bool:
+    """Whether peft puts an adapter on a module. `target_modules` is a regular expression, or a list of ends of names."""
+    names = [prefix + module for prefix in ("", "model.", "model.language_model.", "language_model.model.")]
+
+    def named(wanted: str | list[str] | None) -> bool:
+        if isinstance(wanted, str):
+            return wanted == "all-linear" or any(re.fullmatch(wanted, name) for name in names)
+        return any(name == one or name.endswith(f".{one}") for one in wanted or [] for name in names)
+
+    layers = said.get("layers_to_transform")
+    chosen = layers is None or layer == layers or (isinstance(layers, list) and (not layers or layer in layers))
+    return chosen and named(said.get("target_modules")) and not named(said.get("exclude_modules"))
 
 
 def read_tunix(path: Path, config: GemmaConfig, alpha: float) -> LoadedAdapters:
@@ -125,7 +188,13 @@ def read_tunix(path: Path, config: GemmaConfig, alpha: float) -> LoadedAdapters:
         letters = HEADS.get(rows, rows) + "J" if side == "a" else "J" + several + HEADS.get(columns, columns)
         return Place(f"{weight.name}/lora_{side}", letters, weight.part)
 
-    weights, rank = read_all(container, config, place)
+    def rank_of(projection: str, layer: int) -> int:
+        first = place(projection, "a")
+        if first.of(0).name not in container.names:
+            return 0
+        return container.shape(first.of(0).name)[first.letters.index("J")]
+
+    weights, rank = read_all(container, config, place, rank_of)
     return LoadedAdapters(weights, rank, alpha / rank)
 
 
@@ -136,36 +205,56 @@ class AdapterFile(Safetensors):
         self.path, self.handles = folder, {}
         file = folder / ADAPTER_WEIGHTS
         self.files = dict.fromkeys(self.opened(file).keys(), file)
-        self.names = {re.sub(r"^(base_model\.)?(model\.)*(language_model\.)?(model\.)?", "", name): name for name in self.files}
+        # an adapter may have a name: lora_A.default.weight
+        self.names = by_name(
+            folder, self.files, r"^(base_model\.)?(model\.)*(language_model\.)?(model\.)?|(?<=\.lora_[AB])\.\w+(?=\.weight)"
+        )
+
+    def check_saved(self, base: Callable[[], Reader] | None) -> None:
+        """Passes over a whole embedding or vocabulary head that equals the base's. Raises ModelError for another one."""
+        for name in {"embed_tokens.weight", "lm_head.weight"} & set(self.names):
+            read = base() if base else None
+            if read is None or any(
+                not np.array_equal(self.read(name, at), read("embedding", 0, at)) for at in pieces(*self.shape(name))
+            ):
+                raise ModelError(f"{self.path}: {name} was trained beside the adapters; only the base's own is supported")
+            del self.names[name]
 
 
-def read_all(container: Container, config: GemmaConfig, place: Callable[[str, str], Place]) -> tuple[dict[str, Adapter], int]:
-    """The adapters of every projection that has them, and their rank. `place(projection, side)` says where "a" or "b" is."""
-    found = [name for name in PROJECTIONS if place(name, "a").of(0).name in container.names]
-    if not found:
+def read_all(
+    container: Container, config: GemmaConfig, place: Callable[[str, str], Place], rank_of: Callable[[str, int], int]
+) -> tuple[dict[str, Adapter], int]:
+    """The adapters of every projection that has them, and their highest rank. `place(projection, side)` is that of "a" or "b".
+
+    `rank_of(projection, layer)` is 0 where there is none. Where a rank is lower, the rest is zeros.
+    """
+    ranks = {name: [rank_of(name, layer) for layer in range(config.num_layers)] for name in PROJECTIONS}
+    highest = max(max(row) for row in ranks.values())
+    if not any(place(name, "a").of(layer).name in container.names for name in ranks for layer in range(config.num_layers)):
         raise ModelError(f"{container.path} holds no adapters of a Gemma, such as {place('q', 'a').of(0).name}")
-    first = place(found[0], "a")
-    rank = container.shape(first.of(0).name)[first.letters.index("J")]
     wanted = set()
 
     def read(projection: str, side: str) -> np.ndarray:
         at = place(projection, side)
         rows, columns = leaf_names(config)[f"layers.{projection}"].removeprefix("L")
         ours = f"{rows}J" if side == "a" else f"J{columns}"
-        index = tuple(slice(0, size) for size in weight_names.array_shape(ours, config, rank))
-        layers = []
-        for layer in range(config.num_layers):
+        layers = np.zeros((config.num_layers, *weight_names.array_shape(ours, config, highest)), np.float32)
+        for layer, rank in enumerate(ranks[projection]):
+            if not rank:
+                continue
             one = at.of(layer)
             container.check(one, config, rank)
             wanted.add(one.name)
-            layers.append(weight_names.to_ours(lambda cut, name=one.name: container.read(name, cut), one, ours, index))
-        return np.stack(layers).astype(np.float32)
+            index = tuple(slice(0, size) for size in weight_names.array_shape(ours, config, rank))
+            found = weight_names.to_ours(lambda cut, name=one.name: container.read(name, cut), one, ours, index)
+            layers[layer][index] = finite(found, container.path, one.name)
+        return layers
 
-    weights = {projection: Adapter(read(projection, "a"), read(projection, "b")) for projection in found}
+    weights = {name: Adapter(read(name, "a"), read(name, "b")) for name, row in ranks.items() if any(row)}
     extra = sorted(set(container.names) - wanted)
     if extra:
         raise ModelError(f"{container.path}: weight {extra[0]} has no place in this model ({len(extra)} such)")
-    return weights, rank
+    return weights, highest
 
 
 # ------------------------------------------------------------------------------------------------------------------- writing

@@ -7,6 +7,7 @@ read, and nothing is unpickled. Not supported: orbax trees with stacked layers, 
 import json
 import math
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ class Container:
     path: Path
     names: dict[str, Any]  # the arrays' names in the words of weight_names.py -> what the subclass needs to find them
     spare_rows = 0  # how many rows of padding an embedding may have
+    head = ""  # what the format calls a vocabulary head of its own, which a Gemma may have beside an equal embedding
 
     def places(self, leaf: str, config: GemmaConfig) -> list[Place]:
         """Where this format may store a leaf."""
@@ -146,21 +148,22 @@ def is_tree(folder: Path) -> bool:
 class Safetensors(Container):
     """`model.safetensors` of a Hugging Face folder, or its shards."""
 
+    head = "lm_head.weight"
+
     def __init__(self, folder: Path):
         self.path = folder
         self.handles: dict[Path, Any] = {}
-        if (folder / INDEX).is_file():
+        if (folder / WHOLE).is_file():  # as transformers does: an index beside it is of an earlier save
+            self.files = dict.fromkeys(self.opened(folder / WHOLE).keys(), folder / WHOLE)
+        elif (folder / INDEX).is_file():
             weight_map = Settings(folder / INDEX, read_json(folder / INDEX)).need("weight_map", dict)
             self.files = {name: self.shard(file) for name, file in weight_map.items()}
-        elif (folder / WHOLE).is_file():
-            self.files = dict.fromkeys(self.opened(folder / WHOLE).keys(), folder / WHOLE)
         else:
             pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
             hint = f"; {pickled[0]} may be a pickle, which could run code: convert it to safetensors" if pickled else ""
             raise ModelError(f"{folder} holds no {WHOLE} and no {INDEX}{hint}")
         # names start with "model.", in multimodal models with "language_model.model." or "model.language_model."
-        short = [name.removeprefix("model.").removeprefix("language_model.").removeprefix("model.") for name in self.files]
-        self.names = dict(zip(short, self.files, strict=True))
+        self.names = by_name(folder, self.files, r"^(model\.)?(language_model\.)?(model\.)?")
 
     def shard(self, file: str) -> Path:
         """The path of a shard that the index names. Raises ModelError."""
@@ -201,7 +204,18 @@ class Safetensors(Container):
         return self.opened(self.files[self.names[name]]).get_slice(self.names[name])[index]
 
     def ignored(self, name: str) -> bool:
-        return name == "lm_head.weight" or name.startswith(("vision_tower", "multi_modal")) or "rotary_emb" in name
+        return name.startswith(("vision_tower", "multi_modal")) or "rotary_emb" in name
+
+
+def by_name(path: Path, stored: Iterable[str], prefix: str) -> dict[str, str]:
+    """The stored names by what is left of them without the regular expression `prefix`. ModelError if two are the same then."""
+    names: dict[str, str] = {}
+    for name in stored:
+        short = re.sub(prefix, "", name)
+        if short in names:
+            raise ModelError(f"{path}: {names[short]} and {name} are the same weight, stored twice; one must go")
+        names[short] = name
+    return names
 
 
 def pointer_hint(file: Path) -> str:
@@ -267,9 +281,8 @@ class OrbaxTree(Container):
         if name not in self.arrays:
             stored = self.names[name]
             try:
-                array = tensorstore.open(
-                    {"driver": self.drivers[stored], "kvstore": self.store(f"{stored}/")}, open=True
-                ).result()
+                spec = {"driver": self.drivers[stored], "kvstore": self.store(f"{stored}/"), "fill_missing_data_reads": False}
+                array = tensorstore.open(spec, open=True).result()  # a chunk that is missing is an error, not zeros
             except Exception as error:
                 raise self.unreadable(error) from None
             if not jnp.issubdtype(array.dtype.numpy_dtype, jnp.floating):
@@ -318,6 +331,7 @@ class Gguf(Container):
     """A GGUF file, as llama.cpp uses. Quantized matrices are read as floats."""
 
     spare_rows = 128
+    head = "output.weight"
 
     def __init__(self, path: Path):
         self.path = path
@@ -339,4 +353,4 @@ class Gguf(Container):
             raise ModelError(f"{self.path}: weight {name} is {tensor.tensor_type.name}, which gguf cannot read") from None
 
     def ignored(self, name: str) -> bool:
-        return name in ("output.weight", "rope_freqs.weight")
+        return name == "rope_freqs.weight"

@@ -4,7 +4,7 @@ weight_names.py maps the names of weights. Each device reads its own slices wher
 host memory besides what the devices hold. Not supported: pickled checkpoints (`.bin`, `.pth`), which could run code.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -166,9 +166,31 @@ def check_weights(container: Container, config: GemmaConfig) -> None:
         for layer in layers_of(letters, config):
             container.check(place.of(layer), config)
             wanted.add(place.of(layer).name)
+    if container.head in container.names:
+        wanted.add(container.head)
+        check_equal(container, container.head, container.place("embedding", config).name)
     extra = sorted(name for name in set(container.names) - wanted if not container.ignored(name))
     if extra:
         raise ModelError(f"{container.path}: weight {extra[0]} has no place in this model ({len(extra)} such)")
+
+
+def check_equal(container: Container, head: str, embedding: str) -> None:
+    """Raises ModelError if a vocabulary head differs from the embedding: a Gemma has one matrix for both."""
+    size, other = container.shape(embedding), container.shape(head)
+    if size != other or any((container.read(head, at) != container.read(embedding, at)).any() for at in pieces(*size)):
+        raise ModelError(f"{container.path}: {head} differs from {embedding}; a separate vocabulary head is not supported")
+
+
+def pieces(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
+    """The indices of a matrix, some rows at a time, so that a large one is not in memory whole."""
+    return ((slice(start, min(start + 2**14, rows)), slice(0, columns)) for start in range(0, rows, 2**14))
+
+
+def finite(weight: np.ndarray, path: Path, name: str) -> np.ndarray:
+    """The weight. Raises ModelError if it holds NaN or an infinity."""
+    if not np.isfinite(weight).all():
+        raise ModelError(f"{path}: weight {name} holds NaN or an infinity; the file, or the training that wrote it, is broken")
+    return weight
 
 
 Reader = Callable[[str, int, Any], np.ndarray]  # (leaf, layer, index) -> the slice `index` of one layer's weight, in our layout
@@ -183,7 +205,7 @@ def open_weights(path: str | Path, config: GemmaConfig) -> Reader:
 
     def read(leaf: str, layer: int, index: Any) -> np.ndarray:
         place, ours = places[leaf].of(layer), letters[leaf].removeprefix("L")
-        return to_ours(lambda at: container.read(place.name, at), place, ours, index)
+        return to_ours(lambda at: finite(container.read(place.name, at), container.path, place.name), place, ours, index)
 
     return read
 
