@@ -25,7 +25,7 @@ LETTER = "A-Za-zÀ-ÖØ-öø-ɏ"  # Latin without × and ÷, which are operators
 # ------------------------------------------------------------------------------------------------ 1. notation
 
 # The separators of 9{,}500, 9\,500, 9,\!500 and a thin space. An ordinary space or an apostrophe may also part two numbers.
-THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|\\,|,\\!|[\u2009\u202f])(?=[0-9]{3}(?![0-9]))")
+THOUSANDS = re.compile(r"(?<=[0-9])(?:(?:\\text)?\{ ?, ?\}|\\[,;:]|,\\!|[\u2009\u202f])(?=[0-9]{3}(?![0-9]))")
 # The power of a unit belongs to its name: 18 cm³, 18 m^2, \text{ ft}^{2}. Of a variable it does not: 18 x^2.
 LENGTH = r"[kcdmµμ]?m|ft|in|yd|mi|s|sec|feet|foot|inch(?:es)?|yards?|miles?|(?:kilo|centi|milli)?met(?:er|re)s?|units?"
 UNIT_POWER = re.compile(rf"(?<![{LETTER}])((?:{LENGTH})[\s}}]{{0,2}})(?:\^ ?(?:[23]|\{{[23]\}})(?![0-9])|[²³])")
@@ -33,12 +33,13 @@ DEGREE = re.compile(r"\^ ?(?:\\circ|\{ ?\\circ ?\})(?![A-Za-z])|\\degree(?![A-Za
 MATH = re.compile(r"(?<!\\)\$((?:[^$\\]|\\.)*+)\$", re.DOTALL)  # $18$: with both delimiters it is no money
 MONEY_COMMAND = re.compile(r"\\(?:\$|(?:textdollar|pounds|euro|yen|cent|textcent|texteuro|rupee)(?![A-Za-z]))")
 SPACING = re.compile(
-    r"\\(?:[()\[\],;:! \\]|(?:left|right|q?quad|thinspace|displaystyle|rm|bf|[Rr]ightarrow|implies|therefore)(?![A-Za-z]))"
+    r"\\(?:[()\[\],;:>/! \\]|(?:left|right|[qQ]?quad|en(?:space|skip)|(?:thin|med|thick|negthin)space|displaystyle|textstyle"
+    r"|rm|bf|bfseries|[lL]arge|[hH]uge|[Rr]ightarrow|implies|therefore)(?![A-Za-z])|hspace\*?\{[^{}]*\})"
     rf"|(?<=[0-9}}%])~(?=[{LETTER}\\])"  # a tie before a unit; before a number ~ means about
 )
 WRAPPER = re.compile(
-    r"\\(?:boxed|fbox|mbox|text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf)|emph|underline|bm|boldsymbol|operatorname)"
-    r"\s*\{([^{}]*)\}|(?<=\{)\{([^{}]*)\}"
+    r"\\(?:boxed|fbox|mbox|text(?:bf|it|rm|sf|tt|up|sc|normal)?|math(?:rm|bf|it|sf|tt)|emph|underline|bm|boldsymbol|operatorname"
+    r"|(?:text)?color\{[A-Za-z]+\}|colorbox\{[A-Za-z]+\})\s*\{([^{}]*)\}|(?<=\{)\{([^{}]*)\}"
 )
 FRACTION = re.compile(r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 MARKUP = re.compile(r"\*\*|####|\\?%")
@@ -51,11 +52,11 @@ CURRENCY = re.compile(
 # ------------------------------------------------------------------------------------------------ 3. a numeral among words
 
 # Pictures, without those that count or calculate: 💯 🔟 ➕ ➖ ✖ ❌ ❶.
-EMOJI = "☀-♿⚐-✔✞-❋❏-❵➘-➿⭐⬛⬜🇦-🇿🌀-💮💰-🔝🔣-🚪🚬-🛿🤀-🫿\ufe0f\u200d"
+EMOJI = "⌚⌛⏩-⏳■-◿☀-♿⚐-✔✞-❋❏-❵➘-➿⭐⬛⬜🆎-🆚🇦-🇿🌀-💮💰-🔝🔣-🚪🚬-🛿🟠-🟫🤀-🫿\ufe0f\u200d"
 QUOTES = "'’‘‚‛\"“”„‟«»‹›「」『』′″`"
 # Words and their punctuation: no digit and no operator, except a joint as in `18-inch` or `km/h`.
 # The possessive ++ and *+ never give text back, so nested repetition stays linear.
-WORDS = rf"(?:[{LETTER}\s.,:;!?()°$&…•→⇒➔℃℉Ωµμ{QUOTES}{EMOJI}]++|(?<=[{LETTER}0-9])[-/·](?=[{LETTER}µ]))*+"
+WORDS = rf"(?:[{LETTER}\s.,:;!?()°$&…•→⇒➔℃℉Ωµμ{QUOTES}{EMOJI}]++|(?<=[{LETTER}0-9$%°)])[-/·](?=[{LETTER}µ]))*+"
 # One numeral among words. Its sign touches it or its currency; no letter, point or comma does: `x18`, `COVID-19`, `.5` fail.
 STATEMENT = re.compile(rf"{WORDS}(?<![{LETTER}.,])([-+]?)(?:\$\s*)?({NUMERAL}){WORDS}")
 EQUALS = re.compile(r"(?<![<>!~])=")
@@ -81,26 +82,20 @@ SURE = r"(?:(?<=[0-9)])\*\*(?=[0-9(])|[+*×÷−⋅·∙∗]|\\(?:times|cdot|div
 UNSURE = r"(?:[-–—‐‑/∕⁄xX^]|(?<=\})\{)"
 DIGITS = "(?:[.,]?[0-9])*+"
 RESULT = rf"{DIGITS}{UNIT}(?:[=≈→]|(?<={SPACE}){VERB}{SPACE}{{1,2}}\$?[0-9])"
-OPERATION = re.compile(rf"[0-9](?! ?[0-9]){UNIT}(?:{SURE}{RIGHT}|{UNSURE}{RIGHT}{RESULT})")
+OPERATION = re.compile(rf"[0-9½¼¾](?! ?[0-9]){UNIT}(?:{SURE}{RIGHT}|{UNSURE}{RIGHT}{RESULT})")
 ALONE = re.compile(rf"\$?({NUMERAL}){UNIT}([-–/x]){SPACE}?\$?({NUMERAL})")  # a whole text: no range, no date, not 24/7
-# A left side of an equation: it ends with a calculation, or with `of` a number, and has no unknown.
-CALCULATED = re.compile(rf"(?:[0-9]{UNIT}(?:{SURE}|{UNSURE})|of{SPACE}){RIGHT}{DIGITS}{UNIT}\s*\Z")
+# A left side of an equation: it ends with a calculation, `2(9)` and `half of 36` included, and has no unknown.
+CALCULATED = re.compile(rf"(?:[0-9½¼¾]{UNIT}(?:{SURE}|{UNSURE})|[0-9)](?=\()|of{SPACE}){RIGHT}{DIGITS}{UNIT}\s*\Z")
 UNKNOWN = re.compile(
     rf"(?<![{LETTER}0-9])[xyzn]\s*[-+*/×÷·]|[-+*/×÷·]\s*[xyzn](?![{LETTER}])"
     rf"|[0-9](?:[yzn](?![{LETTER}])|x(?!\s*[0-9$(.])(?![{LETTER}]))"
-)
-LONE = re.compile(rf"\$?({NUMERAL}){UNIT}([-–/x]){SPACE}?\$?({NUMERAL})")  # a whole text: no range, no date, not 24/7
-# A left side of an equation: it ends with a calculation, or with `of` a number, and has no unknown.
-CALCULATED = re.compile(rf"(?:[0-9]{UNIT}(?:{SURE}|{UNSURE})|of{SPACE}){RIGHT}{DIGITS}{UNIT}\s*\Z")
-UNKNOWN = re.compile(
-    rf"(?<![{LETTER}0-9])[xyzn]\s*[-+*/×÷·]|[-+*/×÷·]\s*[xyzn](?![{LETTER}])|[0-9](?:[yzn](?![{LETTER}])|x(?!\s*[0-9$(.])(?![{LETTER}]))"
 )
 LONE = re.compile(rf"[\s$(]*([-+]?{NUMERAL})[\s$).]*")
 
 # A number anywhere: digits, and what may stand inside one number, so that no part of 9'500 or 1e5 is read as a number.
 LOOSE_NUMBER = re.compile(
     r"-?(?:\$ ?)?(?:[0-9]|(?<![^\s$(=+*/×-])\.[0-9])[0-9]*"
-    r"(?:(?:[.,'’_]|\{,\}|\\[,;:! ]|[\u00a0\u2009\u202f ](?=[0-9]{3}(?![0-9]))|[eE][-+]?)+(?=[0-9])[0-9]+)*"
+    r"(?:(?:[.,'’_]|\{,\}|\\[,;:! ]|[\u00a0\u2009\u202f ~](?=[0-9]{3}(?![0-9]))|[eE][-+]?)+(?=[0-9])[0-9]+)*"
 )
 
 
@@ -113,11 +108,11 @@ def _words(text: str) -> frozenset[str]:
 
 # Case matters: 5 m is metres, 5 M is millions. Of money both are: $5m.
 SCALE_LETTERS = _words("k kk K M MM B b T G Ks Ms Gs")
-MONEY_LETTERS = _words("m t g mm")
+MONEY_LETTERS = _words("m t g l L mm")
 VARIABLES = _words("x y z n i e X Y Z")  # 18x is no number, unlike 18 m
 SCALES = _words(
     """hundred thousand million billion trillion quadrillion quintillion sextillion zillion milliard grand thou lakh lac crore
-    cr mn mln mio mil mille bil bn bln mrd mld md tn trn tsd tausend millionen milliarden millones milliards"""
+    cr mn mln mio mil mill mille bil bn bln mrd mld md tn trn tsd tausend millionen milliarden millones milliards"""
 )
 NUMBERS = _words(
     """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen
@@ -136,16 +131,21 @@ CHANGE_BEFORE = PARTS | _words(
     """twice thrice double triple quadruple times plus less divided multiplied percent fraction multiple point short past
     root square squared cube cubed sqrt log ln sin cos tan abs factorial reciprocal inverse opposite
     about around nearly almost near close some ca over under above below beyond upwards excess
-    than least most within fewer exceed exceeds exceeding"""
+    than least most within fewer exceed exceeds exceeding minimum maximum shy region neighborhood vicinity"""
 )
 FILLERS = _words(
     "of the a an to and by as in out much many equal exactly just only his her its their my our your all these those"
 )
 
 # Behind the numeral: beside it, or in pairs: `18 dollars and fifty cents`, `18 to twenty`, `18 percent of ninety`.
-CHANGE_BESIDE = SCALES | NUMBERS | FRACTIONS | _words("squared cubed factorial plus ish odd something point")
-LINKS = _words("and & plus less times to through over point by of remainder")
-AND_MORE = _words("up more over above counting change under below something some")
+CHANGE_BESIDE = (
+    SCALES
+    | NUMBERS
+    | FRACTIONS
+    | _words("squared cubed factorial plus ish odd something point minimum maximum upwards onwards")
+)
+LINKS = _words("and & plus less times to through thru until over point by of with remainder")
+AND_MORE = _words("up more over above counting change under below something some bit little")
 PAIRS = {("at", "least"), ("at", "most"), ("below", "zero"), ("power", "of")}
 DENIED = _words("not wrong incorrect")
 
@@ -174,7 +174,7 @@ def last_number(text: str) -> Decimal | None:
     `3 * $68 = $204. Total 704.` -> 704; `$9{,}500` -> 9500; `18 m^2` -> 18; `10-12` -> -12
     """
     last_digit = max(map(text.rfind, "0123456789"))  # -1 if none: an empty tail
-    tail = plain(text[max(0, last_digit - MAX_STATEMENT_CHARS) : last_digit + 2])
+    tail = plain(text[max(0, last_digit - MAX_STATEMENT_CHARS) : last_digit + 9])
     numbers = LOOSE_NUMBER.findall(tail)
     if not numbers:
         return None
@@ -273,6 +273,6 @@ def _changed_behind(low: list[str]) -> bool:
             return True
         if (word, following) in PAIRS or (word in ("is", "was") and following in DENIED):
             return True
-        if (word == "and" and following in AND_MORE) or (word == "in" and following.removesuffix("s") in SCALES):
+        if (word == "and" and part in AND_MORE) or (word in ("in", "per") and following.removesuffix("s") in SCALES):
             return True
     return "isn't" in low or "wasn't" in low
