@@ -62,7 +62,7 @@ STATEMENT = re.compile(rf"{WORDS}(?<![{LETTER}.,])([-+]?)(?:\$\s*)?({NUMERAL}){W
 EQUALS = re.compile(r"(?<![<>!~])=")
 INEXACT = re.compile(r"[<>≤≥≠≈≃≅∼~±]")  # x >= 18 does not state a number
 
-WORD = re.compile(rf"[{LETTER}]+(?:[&'’-][{LETTER}]+)*|&")  # `M&M's`, `T-shirts` and `half-gallons` are one word
+WORD = re.compile(rf"[{LETTER}]+(?:[&'’-][{LETTER}]+)*|[&,]")  # `M&M's`, `T-shirts`, `half-gallons` are one word
 CLAUSE_END = re.compile(r"[:;!?\n]|(?<!\bca)\.\s")
 APPLIED = re.compile(rf"[{LETTER}]\([\s$]*[-+]?[\s$]*\Z")  # sqrt(36), f(18)
 BESIDE = re.compile(rf"[^{LETTER}.:;!?&]*[{LETTER}]")  # a word belongs to the numeral before it, in the same clause
@@ -84,8 +84,9 @@ DIGITS = "(?:[.,]?[0-9])*+"
 RESULT = rf"{DIGITS}{UNIT}(?:[=≈→]|(?<={SPACE}){VERB}{SPACE}{{1,2}}\$?[0-9])"
 OPERATION = re.compile(rf"[0-9½¼¾](?! ?[0-9]){UNIT}(?:{SURE}{RIGHT}|{UNSURE}{RIGHT}{RESULT})")
 ALONE = re.compile(rf"\$?({NUMERAL}){UNIT}([-–/x]){SPACE}?\$?({NUMERAL})")  # a whole text: no range, no date, not 24/7
-# A left side of an equation: it ends with a calculation, `2(9)` and `half of 36` included, and has no unknown.
+# A left side of an equation: it ends with a calculation (also `2(9)`, `half of 36`) or `we get x`, and has no other unknown.
 CALCULATED = re.compile(rf"(?:[0-9½¼¾]{UNIT}(?:{SURE}|{UNSURE})|[0-9)](?=\()|of{SPACE}){RIGHT}{DIGITS}{UNIT}\s*\Z")
+LED = re.compile(rf"\b(?:we|you|I) (?:get|find|have|see)(?: that)?(?: [{LETTER}]+){{1,4}}\s*\Z")
 UNKNOWN = re.compile(
     rf"(?<![{LETTER}0-9])[xyzn]\s*[-+*/×÷·]|[-+*/×÷·]\s*[xyzn](?![{LETTER}])"
     rf"|[0-9](?:[yzn](?![{LETTER}])|x(?!\s*[0-9$(.])(?![{LETTER}]))"
@@ -134,7 +135,7 @@ CHANGE_BEFORE = PARTS | _words(
     than least most within fewer exceed exceeds exceeding minimum maximum shy region neighborhood vicinity"""
 )
 FILLERS = _words(
-    "of the a an to and by as in out much many equal exactly just only his her its their my our your all these those"
+    ", & of the a an to and by as in out much many equal exactly just only his her its their my our your all these those"
 )
 
 # Behind the numeral: beside it, or in pairs: `18 dollars and fifty cents`, `18 to twenty`, `18 percent of ninety`.
@@ -144,7 +145,7 @@ CHANGE_BESIDE = (
     | FRACTIONS
     | _words("squared cubed factorial plus ish odd something point minimum maximum upwards onwards")
 )
-LINKS = _words("and & plus less times to through thru until over point by of with remainder")
+LINKS = _words(", & and plus less times to through thru until over point by of with remainder")
 AND_MORE = _words("up more over above counting change under below something some bit little")
 PAIRS = {("at", "least"), ("at", "most"), ("below", "zero"), ("power", "of")}
 DENIED = _words("not wrong incorrect")
@@ -222,10 +223,10 @@ def _has_digit(text: str) -> bool:
 
 def _leads_to(number: Decimal, side: str) -> bool:
     """Whether a side of an equation may stand left of its number: `total`, `5 + 13`, `18.0`; not `x + 5`, `20, y`, `20`."""
+    if LED.search(side) or not (_has_digit(side) or UNKNOWN.search(side)):
+        return True
     if UNKNOWN.search(side):
         return False
-    if not _has_digit(side):
-        return True
     lone = LONE.fullmatch(side)
     return Decimal(lone[1].replace(",", "")) == number if lone else CALCULATED.search(side) is not None
 
@@ -240,7 +241,10 @@ def _is_changed(before: str, behind: str) -> bool:
         or any(word.endswith("s") and word[:-1] in SCALES for word in left)  # in thousands: 18
         or "n't" in before.replace("’", "'")
         or _changed_before(before)
-        or (BESIDE.match(behind) is not None and _changed_beside(right[0], low, "$" in before + behind))
+        or (
+            BESIDE.match(behind) is not None
+            and _changed_beside([word for word in right if word != ","], "$" in before + behind)
+        )
         or _changed_behind(low)
     )
 
@@ -253,26 +257,27 @@ def _changed_before(before: str) -> bool:
     return up_to or APPLIED.search(before) is not None or (bool(near) and near[-1].split("-")[-1] in CHANGE_BEFORE)
 
 
-def _changed_beside(first: str, low: list[str], money: bool) -> bool:
+def _changed_beside(words: list[str], money: bool) -> bool:
     """`18 thousand`, `18k`, `$18m`, `2 thirds`, `18x`; not `18 M&M's`, `18 third graders`, `18 half-gallons`."""
-    if low[0] in ORDINALS and len(low) > 1:
-        return not low[1].startswith("grad")
-    if low[0] in ("th", "st", "nd", "rd"):
-        return low[1:2] == ["of"]  # a 5th of them
-    if first in SCALE_LETTERS | VARIABLES or (money and first in MONEY_LETTERS):
+    if words[0] in SCALE_LETTERS | VARIABLES or (money and words[0] in MONEY_LETTERS):
         return True
-    head, tail = low[0].split("-")[0], low[0].split("-")[-1]
-    return head.removesuffix("s") in SCALES or low[0] in CHANGE_BESIDE or tail in FRACTIONS
+    word, following = words[0].lower(), "".join(words[1:2]).lower()
+    if word in ORDINALS and following:
+        return not following.startswith("grad")
+    if word in ("th", "st", "nd", "rd"):
+        return following == "of"  # a 5th of them
+    parts = word.split("-")
+    return parts[0].removesuffix("s") in SCALES or word in CHANGE_BESIDE or parts[-1] in FRACTIONS
 
 
 def _changed_behind(low: list[str]) -> bool:
     """`18 hours and thirty minutes`, `18 cups and a half`, `18 and up`, `18 at least`, `18 below zero`, `18 (in thousands)`."""
     for word, following, third in zip(low, low[1:], [*low[2:], ""], strict=False):
-        part = third if following in ("a", "an") else following
+        part = third if following in ("a", "an", "the") else following
         if word in LINKS and not PARTS.isdisjoint(part.split("-")):
             return True
-        if (word, following) in PAIRS or (word in ("is", "was") and following in DENIED):
+        if (word, following) in PAIRS or (word in ("is", "was") and part in DENIED):
             return True
-        if (word == "and" and part in AND_MORE) or (word in ("in", "per") and following.removesuffix("s") in SCALES):
+        if (word == "and" and part in AND_MORE) or (word in ("in", "per") and part.removesuffix("s") in SCALES):
             return True
     return "isn't" in low or "wasn't" in low

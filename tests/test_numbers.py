@@ -88,11 +88,12 @@ STATED = {
     "words, sentences, equations and steps": {
         "Answer: 18": "18", "The answer is 18.": "18", "She pays $18, in total.": "18", "So, it's 18!": "18",
         "It adds up to 18": "18", "The cost is increased by 18": "18", "half of 36 = 18": "18", "20% of 90 = 18": "18",
-        "Total = 18": "18", "x = 18": "18", "x=18.": "18", "Total: 5 + 13 = 18": "18", "= 18": "18", "5 + 13 = $18": "18",
-        "5 pens + 13 pens = 18 pens": "18", "36/2 = 18": "18", "6 × 3 = 18": "18", "6 x 3 = 18": "18", "x := 18": "18",
-        "2*5 = 10, 10 + 8 = 18": "18", "5*2 = 10\n10+8 = 18": "18", "$5 + $13 = $18": "18", "20 – 2 = 18": "18",
-        "18 = 18.0": "18", "48/2 = 24 clips in May. 48+24 = 72 clips": "72", "36/2 = 18.0 = 18": "18", "2(9) = 18": "18",
-        "(2)(9) = 18": "18", "½ × 36 = 18": "18", "18, because 5 + 13 = 18": "18", "(5 + 13) = 18": "18",
+        "Total = 18": "18", "x = 18": "18", "x=18.": "18", "Total: 5 + 13 = 18": "18", "= 18": "18",
+        "Dividing both sides by 4, we get j = 18": "18", "5 + 13 = $18": "18", "5 pens + 13 pens = 18 pens": "18",
+        "36/2 = 18": "18", "6 × 3 = 18": "18", "6 x 3 = 18": "18", "x := 18": "18", "2*5 = 10, 10 + 8 = 18": "18",
+        "5*2 = 10\n10+8 = 18": "18", "$5 + $13 = $18": "18", "20 – 2 = 18": "18", "18 = 18.0": "18",
+        "48/2 = 24 clips in May. 48+24 = 72 clips": "72", "36/2 = 18.0 = 18": "18", "2(9) = 18": "18", "(2)(9) = 18": "18",
+        "½ × 36 = 18": "18", "18, because 5 + 13 = 18": "18", "(5 + 13) = 18": "18",
         "First 5 + 13 = 18; then 18 x 2 = 36": "36", "3 * 6 = 9 * 2 = 18": "18",
     },
     "numerals": {
@@ -103,7 +104,8 @@ STATED = {
 
 REFUSED = {
     "scale words and letters, directly behind the numeral": [
-        "2 thousand", "in thousands: 2", "2 💰 million", "$2$ million", r"$\$2m$", r"$2 \text{ million}$",
+        "2 thousand", "2 in the thousands", "18 apples, two pears", "18 is the wrong answer", "2, thousand",
+        "2 💰 thousand", "in thousands: 2", "2 💰 million", "$2$ million", r"$\$2m$", r"$2 \text{ million}$",
         "2 percent of ninety", "2-thousand", "2 (thousand)", "2 Thousands", "2k", "2 K", "2kk", "18 (eighteen)",
         "one in 18", "a dozen and 6", "sqrt(36)", "f(18)", "half past 9", "nine fifteen", "9 thirty", "18 and a dozen",
         "18 remainder two", "two less than 18", "five to 18", "close to 18", "18 to the power of two", "18 cm = 0.18 m",
@@ -352,8 +354,8 @@ def test_columns_of_numbers_are_read_exactly(tmp_path):
 # ------------------------------------------------------------------------------------------------ against math-verify
 
 # Its readings of STATED: the same number, another one, none. Of REFUSED: none, some. docs/one_group.md explains each kind.
-SAME, OTHER, NONE = 238, 9, 32
-NONE_TOO, SOME = 50, 285
+SAME, OTHER, NONE = 239, 9, 32
+NONE_TOO, SOME = 50, 290
 
 
 @pytest.fixture
@@ -396,7 +398,7 @@ STYLES = {
     "backticks": lambda number: f"`{number}`",
     "inline mathematics": lambda number: rf"\( {number} \text{{ km}} \)",
 }
-UNREAD = {"quotes": 7473, "backticks": 7473, "inline mathematics": 7473, "dollars and cents": 3}  # by math-verify; -$7.00
+UNREAD = {"quotes": 7473, "backticks": 7473, "inline mathematics": 7472, "dollars and cents": 3}  # by math-verify
 
 
 def golds() -> list[str]:
