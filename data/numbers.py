@@ -63,6 +63,7 @@ EQUALS = re.compile(r"(?<![<>!~])=")
 INEXACT = re.compile(r"[<>≤≥≠≈≃≅∼~±]")  # x >= 18 does not state a number
 
 WORD = re.compile(rf"[{LETTER}]+(?:[&'’-][{LETTER}]+)*|[&,]")  # `M&M's`, `T-shirts`, `half-gallons` are one word
+CONTRACTED = re.compile("n['’]t(?![A-Za-z])")
 CLAUSE_END = re.compile(r"[:;!?\n]|(?<!\bca)\.\s")
 APPLIED = re.compile(rf"[{LETTER}]\([\s$]*[-+]?[\s$]*\Z")  # sqrt(36), f(18)
 BESIDE = re.compile(rf"[^{LETTER}.:;!?&]*[{LETTER}]")  # a word belongs to the numeral before it, in the same clause
@@ -70,11 +71,11 @@ BESIDE = re.compile(rf"[^{LETTER}.:;!?&]*[{LETTER}]")  # a word belongs to the n
 # ------------------------------------------------------------------------------------------------ calculations
 
 SPACE = "[ \t\u00a0\u2009\u202f]"  # no newline: a numbered list over two lines is not a subtraction
-# Behind a number: percent, currency, brackets, up to four words of its unit: `15% * 4`, `$5/hour * 8`, `5 red pens + 3`.
+# Behind a number: percent, currency, brackets, up to six words of its unit: `15% * 4`, `$5/hour * 8`, `5 red pens + 3`.
 VERB = "(?:is|equals|makes|leaves|gives)"
 UNIT = (
     rf"(?:{SPACE}?[%°¢$€£)}}\]²³]|\\[%$]|\*\*(?![0-9(]))*+"
-    rf"(?:{SPACE}?(?:\\text\{{{SPACE}?|[/(&-])?(?!(?:[xX]|{VERB})(?![{LETTER}]))[{LETTER}]{{1,20}}+[.’')}}]{{0,2}}){{0,4}}+{SPACE}*+"
+    rf"(?:{SPACE}?(?:\\text\{{{SPACE}?|[/(&-])?(?!(?:[xX]|{VERB})(?![{LETTER}]))[{LETTER}]{{1,20}}+[.’')}}]{{0,2}}){{0,6}}+{SPACE}*+"
 )
 RIGHT = rf"{SPACE}*+(?:{SPACE}|\\?[$€£¢]|[(\[{{]|\*\*|[-−](?=[0-9.$(])|\\left)*+\.?[0-9]"
 SURE = r"(?:(?<=[0-9)])\*\*(?=[0-9(])|[+*×÷−⋅·∙∗]|\\(?:times|cdot|div|ast)(?![A-Za-z]))"
@@ -148,7 +149,8 @@ CHANGE_BESIDE = (
 LINKS = _words(", & and plus less times to through thru until over point by of with remainder")
 AND_MORE = _words("up more over above counting change under below something some bit little")
 PAIRS = {("at", "least"), ("at", "most"), ("below", "zero"), ("power", "of")}
-DENIED = _words("not wrong incorrect")
+PAIRS |= {(verb, adjective) for verb in ("is", "was") for adjective in ("wrong", "incorrect")}
+DENIED = _words("right correct true it the")
 
 # ------------------------------------------------------------------------------------------------ reading
 
@@ -233,13 +235,13 @@ def _leads_to(number: Decimal, side: str) -> bool:
 
 def _is_changed(before: str, behind: str) -> bool:
     """Whether words before or behind a numeral give it another value, make it inexact, or state a second one."""
+    before, behind = CONTRACTED.sub(" not", before), CONTRACTED.sub(" not", behind)
     left, right = WORD.findall(before.lower()), WORD.findall(behind)
-    low = [word.lower().replace("’", "'") for word in right]
+    low = [word.lower() for word in right]
     return (
         not CHANGE_ANYWHERE.isdisjoint(left + low)
         or not NEGATIONS.isdisjoint(left)
         or any(word.endswith("s") and word[:-1] in SCALES for word in left)  # in thousands: 18
-        or "n't" in before.replace("’", "'")
         or _changed_before(before)
         or (
             BESIDE.match(behind) is not None
@@ -276,8 +278,8 @@ def _changed_behind(low: list[str]) -> bool:
         part = third if following in ("a", "an", "the") else following
         if word in LINKS and not PARTS.isdisjoint(part.split("-")):
             return True
-        if (word, following) in PAIRS or (word in ("is", "was") and part in DENIED):
+        if (word, part) in PAIRS or (following == "not" and third in DENIED):
             return True
         if (word == "and" and part in AND_MORE) or (word in ("in", "per") and part.removesuffix("s") in SCALES):
             return True
-    return "isn't" in low or "wasn't" in low
+    return False
