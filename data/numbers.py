@@ -14,7 +14,7 @@ evaluated, rounded or rescaled. Percent, dozen and pair are units like any other
 import re
 from decimal import Decimal
 
-MAX_STATEMENT_CHARS = 200  # about a sentence; every regex except OPERATION sees at most this much text
+MAX_ANSWER_CHARS = 200  # about a sentence; every regex except OPERATION sees at most this much text
 MAX_NESTING = 4  # of LaTeX wrappers
 MAX_SIDES = 9  # of an equation
 
@@ -161,7 +161,7 @@ def parse_number(text: str) -> Decimal | None:
     `$1,234.50` -> 1234.50; `5 + 13 = 18 dollars` -> 18; `5 + 13`, `36/2`, `18 or 20`, `18k`, `about 18`, `1e5` -> None
     """
     text = text.strip()
-    if len(text) > MAX_STATEMENT_CHARS or not _has_digit(text) or INEXACT.search(text := plain(MATH.sub(r" \1 ", text))):
+    if len(text) > MAX_ANSWER_CHARS or not _has_digit(text) or INEXACT.search(text := plain(MATH.sub(r" \1 ", text))):
         return None
     *left, right = EQUALS.split(text, MAX_SIDES)  # a further sign stays in the last side, which is then refused
     match = STATEMENT.fullmatch(right)
@@ -177,7 +177,7 @@ def last_number(text: str) -> Decimal | None:
     `3 * $68 = $204. Total 704.` -> 704; `$9{,}500` -> 9500; `18 m^2` -> 18; `10-12` -> -12
     """
     last_digit = max(map(text.rfind, "0123456789"))  # -1 if none: an empty tail
-    tail = plain(text[max(0, last_digit - MAX_STATEMENT_CHARS) : last_digit + 9])
+    tail = plain(text[max(0, last_digit - MAX_ANSWER_CHARS) : last_digit + 9])
     numbers = LOOSE_NUMBER.findall(tail)
     if not numbers:
         return None
@@ -192,7 +192,7 @@ def calculates(text: str) -> bool:
     if OPERATION.search(text):
         return True
     text = text.strip()
-    alone = ALONE.fullmatch(text) if len(text) <= MAX_STATEMENT_CHARS else None
+    alone = ALONE.fullmatch(text) if len(text) <= MAX_ANSWER_CHARS else None
     if alone is None:
         return False
     a, b = (Decimal(alone[group].replace(",", "")) for group in (1, 3))
