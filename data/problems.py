@@ -8,21 +8,23 @@ every reported accuracy. Generated problems are in arithmetic.py, grading in grp
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data import DataError
+from data.numbers import number_text, parse_number
 
 HUB_ID = "openai/gsm8k"
 MAX_LINE_BYTES = 1_000_000  # GSM8K's longest record has 1,700: a longer line means another kind of file
 FAULTS_NAMED = 5
-# Bounded and ASCII only: "1,234" and "-3.5", but not "1_000", "1e9", "1,23" or digits of other alphabets.
-NUMBER = re.compile(r"-?([0-9]{1,15}|[0-9]{1,3}(,[0-9]{3}){1,4})(\.[0-9]{1,15})?")
+PROSE = re.compile(r"[^\W\d_]|=")  # a solution without its number, not a gold answer
 MARKS = re.compile(r"<<[^<>]*>>")  # GSM8K's annotations for a calculator: "48/2 = <<48/2=24>>24"
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can encode half a character ("\ud83d"), which no tokenizer accepts
 
@@ -109,7 +111,16 @@ def _load_parquet(path: Path, parse: Parse) -> list[Problem]:
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        table = pyarrow.parquet.read_table(path)
+        for i, column in enumerate(table.schema):
+            if column.type in (
+                pyarrow.float16(),
+                pyarrow.float32(),
+            ):  # 0.1 is stored as 0.10000000149: its shortest text is meant
+                narrow = column.type.to_pandas_dtype()
+                shortest = [None if value is None else float(str(narrow(value))) for value in table.column(i).to_pylist()]
+                table = table.set_column(i, column.name, pyarrow.array(shortest, pyarrow.float64()))
+        rows = table.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f'"{path}" is not a readable parquet file: {_first_line(error)}') from error
     return _collect(str(path), enumerate(rows, start=1), parse)
@@ -168,15 +179,15 @@ def _parse_record(record: object) -> tuple[str, str, str]:
     question, answer = _text(record, "question").strip(), _text(record, "answer").strip()
     if not question:
         raise ValueError("question is empty")
-    if "####" not in answer and not NUMBER.fullmatch(answer):
+    if "####" not in answer and (PROSE.search(answer) or parse_number(answer) is None):
         raise ValueError('answer has no "#### number"')
     if answer.count("####") > 1:
         raise ValueError(f'answer has {answer.count("####")} "####", must have one')
     solution, _, gold = answer.rpartition("####")
-    gold = gold.strip()
-    if not NUMBER.fullmatch(gold):
-        raise ValueError(f"answer {gold[:40]!r} is not a number")
-    return question, gold.replace(",", ""), solution.strip()
+    number = parse_number(gold)
+    if number is None:
+        raise ValueError(f"answer {gold.strip()[:40]!r} is not a number")
+    return question, format(number, "f"), solution.strip()
 
 
 def _parse_demonstration(record: object) -> tuple[str, str, str]:
@@ -197,8 +208,10 @@ def _text(record: object, key: str) -> str:
     if not isinstance(record, dict) or key not in record:
         raise ValueError(f'no key "{key}"')
     value = record[key]
-    if key == "answer" and type(value) in (int, float):
-        return str(value)
+    if key == "answer" and type(value) in (int, float, Decimal):
+        if math.isfinite(value) and parse_number(number_text(value)) is None:
+            raise ValueError(f"answer {str(value)[:40]} has more than 15 digits before or behind the point")
+        return number_text(value)
     if not isinstance(value, str) or SURROGATE.search(value):
         raise ValueError(f"{key} must be UTF-8 text, not {str(value)[:40]!r}")
     return value

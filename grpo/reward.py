@@ -3,8 +3,8 @@
     reward = sum over components c of  w[c] * 1[c holds]        right and clean 30, wrong and clean 5, empty -15
 
 A completion should read `<reasoning>5 + 13 = 18</reasoning><answer>18</answer>`. The answer is what the complete
-`<answer>` blocks state: exactly one decimal numeral, alone or among words, compared exactly with the gold answer.
-Only a plain numeral is an answer: no expression is evaluated, nothing is rounded or rescaled, number words are not read.
+`<answer>` blocks state: exactly one decimal numeral, alone or among words that keep its value, compared exactly with the gold
+answer, which is read by the same grammar (data/numbers.py). No expression is evaluated, nothing is rounded or rescaled.
 No completion raises an exception, and the time is linear in its length, because a model in training finds whatever is slow
 or generous.
 """
@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterator
 from decimal import Decimal
 from typing import NamedTuple, Protocol
+
+from data.numbers import calculates, last_number, parse_number
 
 WEIGHTS: dict[str, float] = {
     "correct": 25.0,
@@ -24,31 +26,9 @@ WEIGHTS: dict[str, float] = {
 
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")  # each exactly once, in this order
 
-MAX_ANSWER_CHARS = 200  # about a sentence; every regex except OPERATION sees at most this much text
-MAX_ANSWERS = 32  # different wordings in one completion; more count as disagreeing, unread, which bounds the time
-
-# ASCII digits only: \d also matches Arabic and full-width digits. Malformed thousands (1,23) match neither branch.
-NUMERAL = r"(?:[0-9]{1,15}|[1-9][0-9]{0,2}(?:,[0-9]{3}){1,4})(?:\.[0-9]{1,15})?"
-LETTER = "A-Za-zÀ-ÖØ-öø-ÿ"  # Latin-1 without × and ÷, which are operators
-
-# Words and their punctuation: no digit and no operator, except a joint as in `18-inch` or `km/h`.
-# The possessive ++ and *+ never give text back, so nested repetition stays linear.
-WORDS = rf"""(?:[{LETTER}\s.,:;!?'’"()°$]++|(?<=[{LETTER}0-9])[-/](?=[{LETTER}]))*+"""
-
-# One numeral among words. Its sign touches it, and no letter, point or comma does: `x18`, `COVID-19` and `.5` fail.
-STATEMENT = re.compile(rf"{WORDS}(?<![{LETTER}.,])([-+]?)\$?({NUMERAL}){WORDS}")
-
-# Words that change the value of the numeral. Case matters: 5 m is metres. Not "dozen": GSM8K asks for dozens.
-RESCALING = re.compile(
-    rf"(?<![{LETTER}])(?:(?i:k|mn|bn|hundreds?|thousands?|(?:m|b|tr)illions?|half(?!-)|minus|negative)|M|B)(?![{LETTER}])"
-)
-DOLLAR = re.compile(r"EUR|GBP|USD|[€£]|\\\$")  # every currency is read as $, \$ is LaTeX
-BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
-MARKUP = re.compile(r"\*\*|####|\\?%")
-EQUALS = re.compile(r"(?<![<>!~])=")  # x >= 18 does not state a number
-
-OPERATION = re.compile(r"[0-9] *[-+*/x×÷−] *[0-9]")  # spaces only: a numbered list over two lines is not a subtraction
-LOOSE_NUMBER = re.compile(r"-?[$0-9.,]+")  # lm-eval's flexible-extract
+VISIBLE = re.compile(r"[^\s\u00ad\u200b-\u200f\u2060\ufeff]")  # neither a space nor of no width
+MAX_ANSWERS = 8  # different wordings in one completion; more count as disagreeing, unread, which bounds the time
+MAX_REASONING_CHARS = 10_000  # searched for a calculation: one that first comes later earns nothing, which bounds the time
 
 
 class HasAnswer(Protocol):
@@ -108,30 +88,10 @@ def extract_answer(completion: str) -> Decimal | None:
 def flexible_answer(completion: str) -> Decimal | None:
     """The last number anywhere in the text, tags or not, comparable with lm-eval's flexible-extract.
 
-    `That makes 5 + 13 = 18 dollars.` -> 18. Like lm-eval, it takes the hyphen of `10-12` for a sign.
+    `That makes 5 + 13 = 18 dollars.` -> 18. Like lm-eval, it takes the hyphen of `10-12` for a sign, and a text ends where a
+    next `Question:` begins. Unlike lm-eval, it reads a number whole or not at all: `$9{,}500` is 9500, `9'500` and `1e5` none.
     """
-    last_digit = max(map(completion.rfind, "0123456789"))  # -1 if none: an empty tail
-    tail = completion[max(0, last_digit - MAX_ANSWER_CHARS) : last_digit + 1].replace("−", "-")
-    numbers = LOOSE_NUMBER.findall(tail)
-    return parse_number(numbers[-1]) if numbers else None
-
-
-def parse_number(text: str) -> Decimal | None:
-    """The one number that an answer states, or None.
-
-    `$1,234.50` -> 1234.50; `5 + 13 = 18 dollars` -> 18; `5 + 13`, `36/2`, `18 or 20`, `18k`, `1e5` -> None
-    """
-    text = text.strip()
-    if len(text) > MAX_ANSWER_CHARS:
-        return None
-    text = DOLLAR.sub("$", text.replace("−", "-"))  # U+2212
-    text = MARKUP.sub(" ", BOXED.sub(r" \1 ", text))  # a space, lest 2**5 become 25
-    right_side = EQUALS.split(text)[-1]
-    match = STATEMENT.fullmatch(right_side)
-    if match is None or RESCALING.search(right_side):
-        return None
-    sign, numeral = match.groups()
-    return Decimal(sign + numeral.replace(",", ""))
+    return last_number(completion.partition("\nQuestion:")[0])
 
 
 def parse_gold(ground_truth: str) -> Decimal:
@@ -147,17 +107,16 @@ def blocks(text: str, tag: str) -> Iterator[str]:
 
     `list(blocks("<a>1<a>2</a>3</a><a>4", "a")) == ["2"]`
     """
-    opening, closing, start = f"<{tag}>", f"</{tag}>", 0
-    while (end := text.find(closing, start)) >= 0:
-        begin = text.rfind(opening, start, end)
+    opening = f"<{tag}>"
+    for before_closing in text.split(f"</{tag}>")[:-1]:
+        begin = before_closing.rfind(opening)
         if begin >= 0:
-            yield text[begin + len(opening) : end]
-        start = end + len(closing)
+            yield before_closing[begin + len(opening) :]
 
 
 def has_operation(completion: str) -> bool:
-    """Whether a reasoning block calculates: digit, operator, digit, as in `5 + 13`. An equals sign is not an operator."""
-    return any(OPERATION.search(block) for block in blocks(completion, "reasoning"))
+    """Whether the reasoning calculates: number, operator, number, as in `$5 + $13`. An equals sign is not an operator."""
+    return calculates("\n".join(blocks(completion, "reasoning"))[:MAX_REASONING_CHARS])
 
 
 def format_checks(completion: str, truncated: bool = False) -> dict[str, bool]:
@@ -172,7 +131,7 @@ def format_checks(completion: str, truncated: bool = False) -> dict[str, bool]:
 def has_one_block(completion: str, tag: str) -> bool:
     """One opening tag, one closing tag, in this order, with something between them."""
     once = completion.count(f"<{tag}>") == completion.count(f"</{tag}>") == 1
-    return once and any(inside.strip() for inside in blocks(completion, tag))
+    return once and any(VISIBLE.search(inside) for inside in blocks(completion, tag))
 
 
 def violates_format(completion: str, truncated: bool = False) -> bool:
@@ -180,5 +139,5 @@ def violates_format(completion: str, truncated: bool = False) -> bool:
     if truncated or any(completion.count(tag) != 1 for tag in TAGS):
         return True
     positions = [completion.find(tag) for tag in TAGS]
-    text_after = completion[positions[-1] + len(TAGS[-1]) :].strip()
-    return positions != sorted(positions) or text_after != ""
+    text_after = VISIBLE.search(completion, positions[-1] + len(TAGS[-1]))
+    return positions != sorted(positions) or text_after is not None

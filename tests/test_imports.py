@@ -63,7 +63,13 @@ def test_data_imports_no_jax(path):
 
 @pytest.mark.parametrize(
     ("name", "allowed"),
-    [("loss", set()), ("reward", set()), ("errors", set()), ("config", {"grpo.errors"}), ("reports/consensus", set())],
+    [
+        ("loss", set()),
+        ("reward", {"data.numbers"}),
+        ("errors", set()),
+        ("config", {"grpo.errors"}),
+        ("reports/consensus", set()),
+    ],
 )
 def test_the_leaves_of_the_algorithm_import_next_to_nothing(name, allowed):
     path = ROOT / "grpo" / f"{name}.py"
@@ -107,7 +113,7 @@ def closure(path: Path) -> set[Path]:
     ("name", "files", "lines"),
     [
         ("grpo/loss.py", 1, 150), ("grpo/config.py", 2, 400), ("grpo/update.py", 7, 1600), ("grpo/step.py", 15, 2900),
-        ("scripts/report.py", 12, 2500),
+        ("scripts/report.py", 13, 2800),
     ],
 )  # fmt: skip
 def test_what_one_must_read_is_bounded(name, files, lines, record_property):
