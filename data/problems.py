@@ -10,11 +10,9 @@ every reported accuracy. Generated problems are in arithmetic.py, grading in grp
 import json
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from data import DataError
 
@@ -40,6 +38,7 @@ class Problem:
     question: str
     answer: str
     solution: str = ""
+    columns: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
 def completion_of(problem: Problem) -> str:
@@ -82,6 +81,8 @@ def split_problems(problems: list[Problem], held_out: int, seed: int) -> tuple[l
             f"cannot hold out {held_out} of {len(first_by_question)} different questions: "
             "must be at least 0 and leave one to train on"
         )
+    import numpy as np  # here, because a process of reward functions needs the rest of this file only
+
     candidates = sorted(first_by_question.values())
     chosen = {candidates[i] for i in np.random.default_rng(seed).permutation(len(candidates))[:held_out]}
     held_questions = {question_key(problems[i]) for i in chosen}

@@ -94,6 +94,7 @@ class Config:
         10.0, "seconds for one completion in such a function; then it is killed and the row has no reward", "reward",
         above=0, free=True,
     )  # fmt: skip
+    reward_workers: int = flag(1, "processes that run such functions, for functions that wait", "reward", above=0, free=True)
     strict_rewards: bool = flag(
         False, "stop at the first completion for which such a function gives no finite number", "reward", free=True
     )

@@ -57,8 +57,11 @@ def prepare(config: Config, demonstrated: bool = False) -> Setup:
     check_shapes(config, base.config, mesh)
     tokenizer = load_tokenizer(base.folder)
     check_tokenizer(tokenizer, base.config)
-    rewards = UserRewards(config.reward if is_main_process() else "", config.reward_timeout, config.strict_rewards)
     problems, eval_problems = choose_problems(config, demonstrated)
+    rewards = UserRewards(
+        config.reward if is_main_process() else "", config.reward_timeout, config.strict_rewards, config.reward_workers
+    )
+    rewards.check(problems)
     problems, prompt_ids, dropped = drop_long(problems, tokenizer, config.system_prompt, config.max_prompt_tokens)
     eval_ids: list[list[int]] = []
     if eval_problems:
