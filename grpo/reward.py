@@ -3,13 +3,15 @@
     reward = sum over components c of  w[c] * 1[c holds]        right and clean 30, wrong and clean 5, empty -15
 
 A completion should read `<reasoning>5 + 13 = 18</reasoning><answer>18</answer>`. The answer is what the complete
-`<answer>` blocks state: exactly one decimal numeral, alone or among words, compared exactly with the gold answer.
+`<answer>` blocks state. Where the gold answer is a number: exactly one decimal numeral, alone or among words, compared exactly.
+Where it is a choice, a word or a phrase: the same text, whatever its case, spaces, quotes and final point.
 Only a plain numeral is an answer: no expression is evaluated, nothing is rounded or rescaled, number words are not read.
 No completion raises an exception, and the time is linear in its length, because a model in training finds whatever is slow
 or generous.
 """
 
 import re
+import unicodedata
 from collections.abc import Iterator
 from decimal import Decimal
 from typing import NamedTuple, Protocol
@@ -66,11 +68,11 @@ class Score(NamedTuple):
 
 
 def score(completion: str, problem: HasAnswer, truncated: bool = False, weights: dict[str, float] = WEIGHTS) -> Score:
-    """The reward. `truncated`: the length limit cut the completion off. ValueError if the gold is not a number."""
+    """The reward. `truncated`: the length limit cut the completion off. Without a gold answer none is correct."""
     if weights.keys() != WEIGHTS.keys():
         raise ValueError(f"reward weights must name {sorted(WEIGHTS)}, got {sorted(weights)}")
     holds = {
-        "correct": is_correct(completion, problem.answer),
+        "correct": bool(problem.answer) and is_correct(completion, problem.answer),
         "operators": has_operation(completion),
         **format_checks(completion, truncated),
     }
@@ -79,18 +81,25 @@ def score(completion: str, problem: HasAnswer, truncated: bool = False, weights:
 
 
 def accuracies(completion: str, ground_truth: str, truncated: bool = False) -> dict[str, bool]:
-    """Three readings: `tagged`, the headline; `strict`, tagged without a violation; `flexible`, the last number."""
+    """Three readings: `tagged`, the headline; `strict`, tagged without a violation; `flexible`, the last number.
+
+    Of a gold that is no number `flexible` is `tagged`. Without a gold answer there is nothing to read: {}.
+    """
+    if not ground_truth:
+        return {}
     tagged = is_correct(completion, ground_truth)
     return {
         "tagged": tagged,
         "strict": tagged and not violates_format(completion, truncated),
-        "flexible": flexible_answer(completion) == parse_gold(ground_truth),
+        "flexible": flexible_answer(completion) == parse_gold(ground_truth) if is_number(ground_truth) else tagged,
     }
 
 
 def is_correct(completion: str, ground_truth: str) -> bool:
-    """Whether the tagged answer equals the gold one, as decimals: `18.0` is 18, `18.01` is not."""
-    return extract_answer(completion) == parse_gold(ground_truth)
+    """Whether the tagged answer equals the gold one: as decimals, `18.0` is 18, or as texts, `Paris.` is paris."""
+    if is_number(ground_truth):
+        return extract_answer(completion) == parse_gold(ground_truth)
+    return extract_text(completion, ground_truth) == canonical_text(ground_truth, ground_truth) != ""
 
 
 def extract_answer(completion: str) -> Decimal | None:
@@ -132,6 +141,59 @@ def parse_number(text: str) -> Decimal | None:
         return None
     sign, numeral = match.groups()
     return Decimal(sign + numeral.replace(",", ""))
+
+
+# -------------------------------------------------------------------------------------------- answers that are no numbers
+
+ANY_LETTER = re.compile(r"[^\W\d_]")
+WRAPPED = re.compile(r"\\(?:boxed|text|mathrm|textbf)\{([^{}]*)\}")
+ANNOUNCED = re.compile(
+    r"(?:the )?(?:(?:final|correct) )?(?:answer(?: is:? +|: *)|(?:option|choice):? +(?=[(\[]?[a-z](?![a-z])))(?=\S)"
+)
+CHOICE = re.compile(r"[(\[]?([a-z])(?:[)\].:]*|[)\].:]+ +(.*))")  # `B`, `(B)`, `B.`, `B) Paris`
+OTHERS = re.compile(r"(?<!\w)(?:[b-hj-z]|a(?=[).:,]|$)|or|not|wrong|incorrect|false)(?!\w)")  # behind a choice: no clear choice
+
+
+def is_number(ground_truth: str) -> bool:
+    """Whether a gold answer is compared as a number: it is one, without a letter. `18 dollars` is a phrase."""
+    return not ANY_LETTER.search(ground_truth) and parse_number(ground_truth) is not None
+
+
+def extract_text(completion: str, ground_truth: str) -> str | None:
+    """The canonical text in the `<answer>` block; several blocks must agree. None if there is none."""
+    statements = set(blocks(completion, "answer"))
+    if len(statements) > MAX_ANSWERS:
+        return None
+    texts = {canonical_text(statement, ground_truth) for statement in statements}
+    return (texts.pop() or None) if len(texts) == 1 else None
+
+
+def canonical_text(text: str, ground_truth: str) -> str:
+    """What is compared of a text: without case, markup, quotes, announcement and final point; "" if there is nothing.
+
+    `**The answer is: "New  York".**` -> `new york`. Where the gold is a choice, `(B)`, `b.` and `B) Paris` are all `b`, while
+    `B or C` stays what it is. Articles, brackets and all other signs count: `C++` is not C, and `[1, 2)` is not (1, 2).
+    """
+    plain = plain_text(text)
+    gold = CHOICE.fullmatch(plain_text(ground_truth))
+    choice = CHOICE.fullmatch(plain) if gold else None
+    return choice[1] if choice and not (choice[2] and OTHERS.search(choice[2])) else plain
+
+
+def plain_text(text: str) -> str:
+    if len(text) > 2 * MAX_ANSWER_CHARS:
+        return ""
+    text = WRAPPED.sub(r"\1", unicodedata.normalize("NFC", text).replace("**", "").replace("`", ""))
+    text = " ".join(text.split()).casefold().replace("’", "'")
+    text = ANNOUNCED.sub("", text, count=1) if ANNOUNCED.match(text) else text
+    while (shorter := text.strip(" \"'“”„‘$").rstrip(".!;,")) != text:
+        text = shorter
+    return text if len(text) <= MAX_ANSWER_CHARS else ""
+
+
+def stated_answer(completion: str, ground_truth: str) -> Decimal | str | None:
+    """What a completion states, in the form in which it is compared with the gold answer and in which it votes."""
+    return extract_answer(completion) if is_number(ground_truth) else extract_text(completion, ground_truth)
 
 
 def parse_gold(ground_truth: str) -> Decimal:

@@ -34,7 +34,7 @@ SCALES = {"group": group_std, "batch": batch_std, "none": no_scale}
 
 COIN = 2**31  # the random stream of `reward_coin`
 
-Grade = dict[str, Any]  # of one completion: text, reward (NaN: none), components, accuracy, format, truncated
+Grade = dict[str, Any]  # of a completion: text, reward (NaN: none), components, accuracy ({}: no gold), format, truncated
 Grader = Callable[[Sequence[str], Sequence[Any], Iterable[bool]], list[Grade]]  # texts, problems, truncated -> grades
 
 

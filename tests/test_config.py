@@ -171,7 +171,7 @@ def test_a_flag_without_its_value_is_an_error(capsys, name):
 ABOVE_0 = [
     "prompts_per_step", "max_prompt_tokens", "max_new_tokens", "temperature", "epochs", "learning_rate", "max_grad_norm",
     "updates_per_rollout", "microbatches", "logprob_chunk", "save_every", "keep_checkpoints", "max_bad_updates",
-    "top_p", "sessions", "processes", "reward_timeout", "lora_alpha",
+    "top_p", "sessions", "processes", "reward_timeout", "reward_workers", "lora_alpha",
 ]  # fmt: skip
 FROM_0 = [
     "new_problems", "max_steps", "seed", "top_k", "beta", "epsilon_low", "epsilon_high", "tis_cap", "warmup_steps",

@@ -107,7 +107,7 @@ def closure(path: Path) -> set[Path]:
     ("name", "files", "lines"),
     [
         ("grpo/loss.py", 1, 150), ("grpo/config.py", 2, 400), ("grpo/update.py", 7, 1600), ("grpo/step.py", 15, 2900),
-        ("scripts/report.py", 12, 2500),
+        ("scripts/report.py", 12, 2700),
     ],
 )  # fmt: skip
 def test_what_one_must_read_is_bounded(name, files, lines, record_property):

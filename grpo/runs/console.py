@@ -142,11 +142,12 @@ class Progress:
         self.bar.set_postfix_str(self.postfix(metrics))
 
     def postfix(self, metrics: dict[str, float]) -> str:
-        return f"reward {metrics['reward']:.2f} accuracy {metrics['accuracy']:.0%}"
+        return f"reward {metrics['reward']:.2f}" + (f" accuracy {metrics['accuracy']:.0%}" if "accuracy" in metrics else "")
 
     def line(self, step: int, metrics: dict[str, float]) -> str:
+        accuracy = f"accuracy {metrics['accuracy']:5.1%}  " if "accuracy" in metrics else ""
         return (
-            f"step {step}/{self.steps}  reward {metrics['reward']:6.2f}  accuracy {metrics['accuracy']:5.1%}  "
+            f"step {step}/{self.steps}  reward {metrics['reward']:6.2f}  {accuracy}"
             f"length {metrics['completions/mean_length']:5.1f}  kl {metrics.get('kl/k3', 0):.4f}  {metrics['time/step']:.2f} s"
         )
 

@@ -5,7 +5,8 @@
 
 Every worker holds all functions (grpo/runs/reward_process.py, which has their forms). Requests are lines of JSON in one pipe,
 replies in another: [number of the request, row, outcome]. A line that answers no open request is ignored, so what a function
-writes there, a child that it forks or a late reply cannot shift the others. A worker that takes too long is killed and begun anew.
+writes there, a child that it forks or a late reply cannot shift the others. A worker that takes too long is killed, and another
+one started.
 """
 
 import contextlib
