@@ -65,6 +65,11 @@ class Config:
         "regular expression whose first group, or all of it, is the gold in that column; default: what follows ####, else all",
         "data", free=True,
     )  # fmt: skip
+    pass_rates: str = flag(
+        "", "directory of an evaluation of --data by evaluate_consensus.py: leave out what it never or always solved", "data",
+        free=True,
+    )  # fmt: skip
+    pass_rates_keep: float = flag(0.0, "share of such problems that stays; 1: all", "data", least=0, most=1)
     system_prompt: str = flag(SYSTEM, "opens the user's turn; the reward expects its tags", "data")
     seed: int = flag(0, "determines which problems, in what order, and every sample", "data", least=0, below=2**32)
     new_problems: int = flag(500, "problems that a session sees for the first time, drawn from --data; 0: all", "data", least=0)
@@ -234,6 +239,8 @@ class Config:
             raise ConfigError(
                 f"sessions {self.sessions} must be the number of all sessions, with schedule run and session {self.session}"
             )
+        if self.pass_rates_keep and not self.pass_rates:
+            raise ConfigError(f"pass_rates_keep {self.pass_rates_keep} only applies with --pass_rates")
         check_names("track", self.track, TRACKERS)
         check_names("allow_change", self.allow_change, {field.name for field in dataclasses.fields(self)})
         targets = self.lora_targets.split(",")
@@ -308,6 +315,7 @@ SFT_PRESET = Config(
     max_zero_variance_steps=0, retention_problems=0, inspect_groups=0,
 )  # fmt: skip
 GRPO_ONLY = {
+    "pass_rates", "pass_rates_keep",
     "sessions", "session", "review_ratio", "relay_from", "group_size", "temperature", "top_k", "top_p", "resample", "halvings",
     "beta", "reference", "epsilon_low", "epsilon_high", "advantage_scale", "aggregation", "tis_cap", "mask_truncated",
     "schedule", "carry_optimizer", "updates_per_rollout", "max_zero_variance_steps", "retention_problems", "inspect_groups",

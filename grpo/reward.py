@@ -91,13 +91,13 @@ def accuracies(completion: str, ground_truth: str, truncated: bool = False) -> d
     return {
         "tagged": tagged,
         "strict": tagged and not violates_format(completion, truncated),
-        "flexible": flexible_answer(completion) == parse_gold(ground_truth) if is_number(ground_truth) else tagged,
+        "flexible": flexible_answer(completion) == parse_gold(ground_truth) if numeric_gold(ground_truth) else tagged,
     }
 
 
 def is_correct(completion: str, ground_truth: str) -> bool:
     """Whether the tagged answer equals the gold one: as decimals, `18.0` is 18, or as texts, `Paris.` is paris."""
-    if is_number(ground_truth):
+    if numeric_gold(ground_truth):
         return extract_answer(completion) == parse_gold(ground_truth)
     return extract_text(completion, ground_truth) == canonical_text(ground_truth, ground_truth) != ""
 
@@ -154,7 +154,7 @@ CHOICE = re.compile(r"[(\[]?([a-z])(?:[)\].:]*|[)\].:]+ +(.*))")  # `B`, `(B)`, 
 OTHERS = re.compile(r"(?<!\w)(?:[b-hj-z]|a(?=[).:,]|$)|or|not|wrong|incorrect|false)(?!\w)")  # behind a choice: no clear choice
 
 
-def is_number(ground_truth: str) -> bool:
+def numeric_gold(ground_truth: str) -> bool:
     """Whether a gold answer is compared as a number: it is one, without a letter. `18 dollars` is a phrase."""
     return not ANY_LETTER.search(ground_truth) and parse_number(ground_truth) is not None
 
@@ -193,7 +193,7 @@ def plain_text(text: str) -> str:
 
 def stated_answer(completion: str, ground_truth: str) -> Decimal | str | None:
     """What a completion states, in the form in which it is compared with the gold answer and in which it votes."""
-    return extract_answer(completion) if is_number(ground_truth) else extract_text(completion, ground_truth)
+    return extract_answer(completion) if numeric_gold(ground_truth) else extract_text(completion, ground_truth)
 
 
 def parse_gold(ground_truth: str) -> Decimal:

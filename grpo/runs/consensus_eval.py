@@ -29,7 +29,7 @@ from data.tokenizer import load_tokenizer
 from grpo.config import Config
 from grpo.errors import ConfigError
 from grpo.reports.consensus import WAYS, canonical, model_figures, paired
-from grpo.reward import canonical_text, flexible_answer, is_number, parse_gold, stated_answer
+from grpo.reward import canonical_text, flexible_answer, numeric_gold, parse_gold, stated_answer
 from grpo.runs.checkpoint import digest
 from grpo.runs.evaluate import Completion, complete
 from grpo.runs.grading import grade_completions
@@ -148,7 +148,7 @@ def sample_record(
         "length": len(completion.tokens),
         "truncated": completion.truncated,
         "answer": answer,
-        "flexible_answer": canonical(flexible_answer(completion.text)) if is_number(problem.answer) else answer,
+        "flexible_answer": canonical(flexible_answer(completion.text)) if numeric_gold(problem.answer) else answer,
         "accuracy": grade["accuracy"],
         "format": grade["format"],
         "seconds": seconds,
@@ -157,7 +157,7 @@ def sample_record(
 
 def canonical_gold(answer: str) -> str:
     """A gold answer in the form in which samples have theirs."""
-    return str(canonical(parse_gold(answer))) if is_number(answer) else canonical_text(answer, answer)
+    return str(canonical(parse_gold(answer))) if numeric_gold(answer) else canonical_text(answer, answer)
 
 
 def read_settings(path: Path) -> dict[str, Any]:

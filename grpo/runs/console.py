@@ -46,6 +46,9 @@ def plan_lines(run: Setup) -> list[tuple[str, str]]:
          f"at most {config.max_prompt_tokens} + {config.max_new_tokens} tokens"),
         ("plan", f"{run.steps} steps, {mu} update{'s' if mu > 1 else ''} each, at most {tokens / 1e6:.1f}M sampled tokens"),
     ]  # fmt: skip
+    if config.pass_rates:
+        _, never, always, unmeasured = run.chosen
+        lines.append(("left out", f"{never} problems that were never solved, {always} always; {unmeasured} have no pass rate"))
     for session in run.sessions:
         reviewed = f", {len(session.review)} reviewed" if session.number > 1 else ""
         problems = f"{len(session.new)} new problems{reviewed}"
