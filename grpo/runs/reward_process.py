@@ -42,6 +42,7 @@ FORMS = "(completion, problem), (completions, problems), or TRL's (completions, 
 GIVEN = ("prompts", "completions", "id", "question", "answer", "solution")  # what TRL's form gets besides the data's columns
 NO_PROBLEM = {"answer", "answers", "ground_truth", "gold", "label", "reference", "solution", "target"}
 KILL_SECONDS = 5.0
+TO_THREAD = 256  # calls by asyncio.to_thread that wait at the same time; by default they are about as many as cores
 
 Outcome = dict[str, Any]  # {"value": 1.0}; {"kind", "reason", "traceback"}: no value; {"wrong", "must"}: ends the run
 dumps, loads = json.dumps, json.loads  # the user's code may replace them
@@ -281,8 +282,11 @@ def finished(value: Any) -> Any:
 def event_loop() -> "asyncio.AbstractEventLoop":
     """One loop for all calls: what a function keeps, such as an open connection, stays usable."""
     import asyncio
+    from concurrent.futures import ThreadPoolExecutor
 
-    return asyncio.new_event_loop()
+    loop = asyncio.new_event_loop()
+    loop.set_default_executor(ThreadPoolExecutor(TO_THREAD))
+    return loop
 
 
 def describe(error: BaseException) -> str:
