@@ -5,7 +5,7 @@ from typing import Protocol
 from data import DataError
 from data.arithmetic import make_problems, training_problems
 from data.batches import epoch_order
-from data.problems import Problem, load_problems, question_key, split_problems
+from data.problems import Problem, Reading, load_problems, question_key, split_problems
 
 
 class DataSettings(Protocol):
@@ -15,6 +15,14 @@ class DataSettings(Protocol):
     def data(self) -> str: ...  # "arithmetic", a file, or the dataset's name on the hub
     @property
     def eval_data(self) -> str: ...  # the same, or "arithmetic:tune" or "arithmetic:test"; empty: held out from `data`
+    @property
+    def question_key(self) -> str: ...  # these three as in `Reading`
+    @property
+    def answer_key(self) -> str: ...
+    @property
+    def answer_pattern(self) -> str: ...
+    @property
+    def reward(self) -> str: ...  # with one of the user's, a problem needs no answer
     @property
     def eval_problems(self) -> int: ...
     @property
@@ -35,11 +43,15 @@ def choose_problems(settings: DataSettings, demonstrated: bool = False) -> tuple
     """
     if settings.data == "arithmetic":
         return choose_arithmetic(settings)
-    problems = load_problems(settings.data, demonstrated)
+    reading = Reading(settings.question_key, settings.answer_key, settings.answer_pattern, bool(settings.reward))
+    problems = load_problems(settings.data, demonstrated, reading)
     if settings.eval_data:
-        held_out = load_problems(settings.eval_data, demonstrated)[: settings.eval_problems]
+        held_out = load_problems(settings.eval_data, demonstrated, reading)[: settings.eval_problems]
         asked = {question_key(problem) for problem in held_out}
+        count = len(problems)
         problems = [problem for problem in problems if question_key(problem) not in asked]
+        if not problems:
+            raise DataError(f"all {count} problems of data {settings.data!r} are in eval_data too: none is left to train on")
     else:
         problems, held_out = split_problems(problems, settings.eval_problems, seed=0)
     return [problems[i] for i in epoch_order(len(problems), settings.seed, 0, 0)], held_out

@@ -171,6 +171,11 @@ def parse_number(text: str) -> Decimal | None:
     return number if all(_leads_to(number, side) for side in left) else None
 
 
+def gold_number(text: str) -> Decimal | None:
+    """The number that a gold answer is, or None for a text: `$1,234` and `\\boxed{18}` are numbers, `18 dollars` is a text."""
+    return None if re.search(rf"[{LETTER}]|=", plain(text)) else parse_number(text)
+
+
 def last_number(text: str) -> Decimal | None:
     """The last number anywhere in a text, or None if it is malformed: no part of `9'500` or `1e5` is a number.
 

@@ -1,7 +1,8 @@
-"""Word problems with a gold answer: loading them from a file or the Hub, and splitting off held-out questions.
+"""Problems with a gold answer: loading them from a file or the Hub, and splitting off held-out questions.
 
 A record in GSM8K form is {"question": "Natalia sold ...", "answer": "She sold 48/2 = ...\\n#### 72"}. It becomes one
-Problem: the question, the worked solution, and the number after `####`. The answer may also be just a number.
+Problem: the question, the worked solution, and the number after `####`. The answer may also be just a number, a choice ("B"), a
+word or a short phrase. `Reading` says where other people's files have them. Other columns are kept as they are.
 
 Every bad record is an error that names its line, because dropping a problem silently would change the denominator of
 every reported accuracy. Generated problems are in arithmetic.py, grading in grpo/reward.py.
@@ -11,37 +12,60 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from data import DataError
-from data.numbers import number_text, parse_number
+from data.numbers import gold_number, number_text
 
 HUB_ID = "openai/gsm8k"
 MAX_LINE_BYTES = 1_000_000  # GSM8K's longest record has 1,700: a longer line means another kind of file
 FAULTS_NAMED = 5
-PROSE = re.compile(r"[^\W\d_]|=")  # a solution without its number, not a gold answer
 MARKS = re.compile(r"<<[^<>]*>>")  # GSM8K's annotations for a calculator: "48/2 = <<48/2=24>>24"
+NUMERAL_LIKE = re.compile(r"[-+−$€£\s]*\d[\d.,_\s]*(?:[eE][-+]?\d+)?[%€£$\s]*")  # meant as a number, whatever it is
+PLACEHOLDERS = {"x", "?", "n/a", "nan", "null", "todo", "tbd"}  # what files have where there is no answer
+MAX_GOLD_CHARS = 200  # of an answer that is no number; a reward reads no longer one (grpo.reward.MAX_ANSWER_CHARS)
+FORMATS = (".jsonl", ".json", ".parquet")
+HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)((?::[\w.+-]+){0,2})")
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can encode half a character ("\ud83d"), which no tokenizer accepts
 
-Parse = Callable[[Any], tuple[str, str, str]]  # record -> question, answer, solution; ValueError with the reason
+Parsed = tuple[str, str, str, dict[str, Any]]  # question, answer, solution, columns
+Parse = Callable[[Any], Parsed]  # of a record; ValueError with the reason
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Where records have their question and answer, and whether some may have no answer.
+
+    `answer_pattern` is a regular expression that finds the gold in the answer: its first group, or all of it. Without one, the
+    gold is what stands behind `####`, or the whole answer.
+    """
+
+    question_key: str = "question"
+    answer_key: str = "answer"
+    answer_pattern: str = ""
+    optional: bool = False
+
+
+DEFAULT = Reading()
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A question and its gold number as text, without commas ("1234"). The solution may be empty.
+    """A question and its gold answer as text, a number without commas ("1234"); empty: it has none. The solution may be empty.
 
-    Of a line with `prompt` and `completion` these are question and solution, and the answer is empty.
+    Of a line with `prompt` and `completion` these are question and solution, and the answer is empty. `columns` are the others
+    of the record, for rewards.
     """
 
     id: str
     question: str
     answer: str
     solution: str = ""
+    columns: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
 def completion_of(problem: Problem) -> str:
@@ -54,22 +78,30 @@ def completion_of(problem: Problem) -> str:
     return f"<reasoning>{MARKS.sub('', problem.solution)}</reasoning><answer>{problem.answer}</answer>"
 
 
-def load_problems(source: str, demonstrated: bool = False) -> list[Problem]:
-    """The problems of a local `.jsonl` or `.parquet` file, or of `openai/gsm8k` (`:train` by default, or `:test`).
+def load_problems(source: str, demonstrated: bool = False, reading: Reading = DEFAULT) -> list[Problem]:
+    """The problems of a local `.jsonl`, `.json` or `.parquet` file, or of a hub dataset, `OWNER/NAME[:CONFIG][:SPLIT]`.
 
-    Ids are "file name:line", with lines counted from 1. Raises DataError for a source that cannot be read, and for bad
-    records: the first five are named by line and reason. `demonstrated`: each must have something to imitate, a solution, or it
-    is a line with `prompt` and `completion`.
+    Ids are "file name:line", with lines, or records, counted from 1. The split is `train` by default. Raises DataError for a
+    source that cannot be read, and for bad records: the first five are named by line and reason. `demonstrated`: each must have
+    something to imitate, a solution, or it is a line with `prompt` and `completion`.
     """
-    parse = _parse_demonstration if demonstrated else _parse_record
-    if source == HUB_ID or source.startswith(HUB_ID + ":"):
-        return _load_hub(source, parse)
+    parse = partial(_parse_demonstration if demonstrated else _parse_record, reading=reading)
+    try:
+        re.compile(reading.answer_pattern)
+    except re.error as error:
+        raise DataError(f"answer_pattern {reading.answer_pattern!r} is no regular expression: {error}") from None
     path = Path(source)
-    if path.suffix not in (".jsonl", ".parquet"):
-        raise DataError(f'data "{source}" must be a .jsonl file, a .parquet file or {HUB_ID}[:train|:test]')
+    hub = HUB_NAME.fullmatch(source)
+    if path.suffix not in FORMATS and hub and not path.parent.is_dir():
+        return _load_hub(hub[1], hub[2].split(":")[1:], parse)
+    if path.suffix not in FORMATS:
+        raise DataError(
+            f'data "{source}" must be a .jsonl file, a .json file, a .parquet file, or a dataset of the hub, '
+            f"OWNER/NAME[:CONFIG][:SPLIT], such as {HUB_ID}:test"
+        )
     if not path.is_file():
         raise DataError(f'data file "{source}" does not exist')
-    return _load_jsonl(path, parse) if path.suffix == ".jsonl" else _load_parquet(path, parse)
+    return {".jsonl": _load_jsonl, ".json": _load_json, ".parquet": _load_parquet}[path.suffix](path, parse)
 
 
 def split_problems(problems: list[Problem], held_out: int, seed: int) -> tuple[list[Problem], list[Problem]]:
@@ -82,8 +114,10 @@ def split_problems(problems: list[Problem], held_out: int, seed: int) -> tuple[l
     if not 0 <= held_out < len(first_by_question):
         raise DataError(
             f"cannot hold out {held_out} of {len(first_by_question)} different questions: "
-            "must be at least 0 and leave one to train on"
+            "eval_problems must be at least 0 and leave one to train on"
         )
+    import numpy as np  # here, because a process of reward functions needs the rest of this file only
+
     candidates = sorted(first_by_question.values())
     chosen = {candidates[i] for i in np.random.default_rng(seed).permutation(len(candidates))[:held_out]}
     held_questions = {question_key(problems[i]) for i in chosen}
@@ -106,6 +140,28 @@ def _load_jsonl(path: Path, parse: Parse) -> list[Problem]:
         raise DataError(f'data file "{path}" cannot be read: {error.strerror}') from error
 
 
+def _load_json(path: Path, parse: Parse) -> list[Problem]:
+    """A list of records, also as the only list in an object. Some files of that name have a record a line."""
+    try:
+        content = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and error.lineno > 1:
+            return _load_jsonl(path, parse)
+        raise DataError(f'"{path}" is not JSON at line {error.lineno}, column {error.colno}: {error.msg}') from None
+    except UnicodeDecodeError as error:
+        raise DataError(f'"{path}" is not UTF-8 text at byte {error.start}') from None
+    except RecursionError:
+        raise DataError(f'"{path}" is nested too deep') from None
+    except OSError as error:
+        raise DataError(f'data file "{path}" cannot be read: {error.strerror}') from error
+    if isinstance(content, dict):
+        lists = [value for value in content.values() if isinstance(value, list)]
+        content = lists[0] if len(lists) == 1 else [content]
+    if not isinstance(content, list):
+        raise DataError(f'"{path}" must hold a list of records')
+    return _collect(str(path), enumerate(content, start=1), parse)
+
+
 def _load_parquet(path: Path, parse: Parse) -> list[Problem]:
     import pyarrow
     import pyarrow.parquet
@@ -113,10 +169,8 @@ def _load_parquet(path: Path, parse: Parse) -> list[Problem]:
     try:
         table = pyarrow.parquet.read_table(path)
         for i, column in enumerate(table.schema):
-            if column.type in (
-                pyarrow.float16(),
-                pyarrow.float32(),
-            ):  # 0.1 is stored as 0.10000000149: its shortest text is meant
+            # A narrow float is meant as its shortest text: 0.1, which is stored as 0.10000000149.
+            if column.type in (pyarrow.float16(), pyarrow.float32()):
                 narrow = column.type.to_pandas_dtype()
                 shortest = [None if value is None else float(str(narrow(value))) for value in table.column(i).to_pylist()]
                 table = table.set_column(i, column.name, pyarrow.array(shortest, pyarrow.float64()))
@@ -126,31 +180,32 @@ def _load_parquet(path: Path, parse: Parse) -> list[Problem]:
     return _collect(str(path), enumerate(rows, start=1), parse)
 
 
-def _load_hub(source: str, parse: Parse) -> list[Problem]:
-    split = source.removeprefix(HUB_ID).removeprefix(":") or "train"
-    if split not in ("train", "test"):
+def _load_hub(name: str, parts: list[str], parse: Parse) -> list[Problem]:
+    """`parts`: a split, or a configuration and a split."""
+    split, configs = parts[-1] if parts else "train", parts[:-1] or (["main"] if name == HUB_ID else [])
+    if name == HUB_ID and split not in ("train", "test"):
         raise DataError(f'{HUB_ID} has no split "{split}": must be train or test')
     try:
         from datasets import load_dataset
 
-        rows = load_dataset(HUB_ID, "main", split=split)
+        rows = load_dataset(name, *configs, split=split)
     except Exception as error:  # many types: network, cache, proxy, disk, the Hub itself
         raise DataError(
-            f"cannot get {HUB_ID} from the hub ({_first_line(error)}): "
+            f"cannot get {name} from the hub ({_first_line(error)}): "
             "check the network, or give a local .jsonl or .parquet file with --data"
         ) from error
-    return _collect(f"{HUB_ID}:{split}", enumerate(rows, start=1), parse)
+    return _collect(":".join([name, *parts[:-1], split]), enumerate(rows, start=1), parse)
 
 
 def _collect(name: str, rows: Iterable[tuple[int, Any]], parse: Parse) -> list[Problem]:
     problems, faults = [], []
     for number, row in rows:
         try:
-            question, answer, solution = parse(row)
+            parsed = parse(row)
         except ValueError as error:
             faults.append(f"{name}:{number}: {error}")
         else:
-            problems.append(Problem(f"{Path(name).name}:{number}", question, answer, solution))
+            problems.append(Problem(f"{Path(name).name}:{number}", *parsed))
     if faults:
         more = len(faults) - FAULTS_NAMED
         raise DataError("; ".join(faults[:FAULTS_NAMED]) + (f"; and {more} more bad records" if more > 0 else ""))
@@ -174,26 +229,61 @@ def _parse_line(line: bytes) -> object:
         raise ValueError("JSON is nested too deep") from error
 
 
-def _parse_record(record: object) -> tuple[str, str, str]:
-    """(question, gold number without commas, worked solution) of a GSM8K record. Raises ValueError with the reason."""
-    question, answer = _text(record, "question").strip(), _text(record, "answer").strip()
+def _parse_record(record: object, reading: Reading) -> Parsed:
+    """What a Problem has of a record. Raises ValueError with the reason."""
+    question = _text(record, reading.question_key, "question_key").strip()
     if not question:
-        raise ValueError("question is empty")
-    if "####" not in answer and (PROSE.search(answer) or parse_number(answer) is None):
-        raise ValueError('answer has no "#### number"')
+        raise ValueError(f"{reading.question_key} is empty")
+    assert isinstance(record, dict)
+    columns = _columns(record)
+    key = reading.answer_key
+    if reading.optional and (record.get(key) in (None, "") and (key in record or key == Reading.answer_key)):
+        return question, "", "", columns
+    answer = _text(record, key, "answer_key").strip()
+    if reading.answer_pattern:
+        found = list(re.finditer(reading.answer_pattern, answer))
+        golds = {match[1 if match.re.groups else 0] or "" for match in found}
+        if len(golds) != 1:
+            what = f"{len(golds)} different texts" if golds else "nothing"
+            raise ValueError(f"answer_pattern {reading.answer_pattern!r} finds {what} in {key} {answer[:40]!r}")
+        return question, _gold(golds.pop(), key), answer[: found[0].start()].strip(), columns
     if answer.count("####") > 1:
         raise ValueError(f'answer has {answer.count("####")} "####", must have one')
     solution, _, gold = answer.rpartition("####")
-    number = parse_number(gold)
-    if number is None:
-        raise ValueError(f"answer {gold.strip()[:40]!r} is not a number")
-    return question, format(number, "f"), solution.strip()
+    return question, _gold(gold, key), solution.strip(), columns
 
 
-def _parse_demonstration(record: object) -> tuple[str, str, str]:
-    """(prompt, "", completion), or what `_parse_record` gives. Raises ValueError with the reason."""
+def _gold(text: str, key: str) -> str:
+    """A gold answer as it is compared: a number without commas, or a short text."""
+    gold = text.strip()
+    number = gold_number(gold)
+    if number is not None:
+        return format(number, "f")
+    if NUMERAL_LIKE.fullmatch(gold):
+        raise ValueError(f"{key} {gold[:40]!r} is not a number")
+    if not any(map(str.isalnum, gold)) or gold.casefold() in PLACEHOLDERS:
+        raise ValueError(f"{key} {gold[:40]!r} is not an answer")
+    if "\n" in gold or len(gold) > MAX_GOLD_CHARS:
+        raise ValueError(
+            f'{key} {gold[:40]!r}... is no short text of one line, and has no "#### " before a final answer: '
+            "--answer_pattern REGEX says where one is"
+        )
+    return gold
+
+
+def _columns(record: dict[Any, Any]) -> dict[str, Any]:
+    """All columns but question and answer, as JSON has them: what it has not, such as a date, as text."""
+    columns = {str(key): value for key, value in record.items() if key not in (Reading.question_key, Reading.answer_key)}
+    content = json.dumps(columns, ensure_ascii=False, default=str) if columns else "{}"
+    if SURROGATE.search(content):
+        raise ValueError("a column has half a character: all text must be UTF-8")
+    return json.loads(content)
+
+
+def _parse_demonstration(record: object, reading: Reading) -> Parsed:
+    """(prompt, "", completion, columns), or what `_parse_record` gives. Raises ValueError with the reason."""
     if not isinstance(record, dict) or not {"prompt", "completion"} & set(record):
-        parsed = _parse_record(record)
+        parsed = _parse_record(record, reading)
         if not parsed[2]:
             raise ValueError("answer is only a number: there is no solution to imitate")
         return parsed
@@ -201,16 +291,19 @@ def _parse_demonstration(record: object) -> tuple[str, str, str]:
     for name, text in (("prompt", prompt), ("completion", completion)):
         if not text.strip():
             raise ValueError(f"{name} is empty")
-    return prompt, "", completion
+    return prompt, "", completion, {}
 
 
-def _text(record: object, key: str) -> str:
+def _text(record: object, key: str, setting: str = "") -> str:
     if not isinstance(record, dict) or key not in record:
-        raise ValueError(f'no key "{key}"')
+        there = f"; there are {', '.join(map(str, record))[:200]}" if isinstance(record, dict) and record else ""
+        raise ValueError(f'no key "{key}"{there}' + (f"; give --{setting}" if there and setting else ""))
     value = record[key]
-    if key == "answer" and type(value) in (int, float, Decimal):
-        if math.isfinite(value) and parse_number(number_text(value)) is None:
-            raise ValueError(f"answer {str(value)[:40]} has more than 15 digits before or behind the point")
+    if setting == "answer_key" and type(value) in (int, float, Decimal):
+        if not math.isfinite(value):
+            raise ValueError(f"{key} {value} is not a number")
+        if gold_number(number_text(value)) is None:
+            raise ValueError(f"{key} {str(value)[:40]} is not a number of at most 15 digits before and behind the point")
         return number_text(value)
     if not isinstance(value, str) or SURROGATE.search(value):
         raise ValueError(f"{key} must be UTF-8 text, not {str(value)[:40]!r}")

@@ -19,9 +19,9 @@ class Batch:
     prompts: Array  # QP, right-padded
     lengths: Array  # Q
     packed: Packed  # the completions without their padding
-    mask: Array  # BC, 1 where a completion token counts, the stop token included
+    mask: Any  # BC, 1 where a completion token counts, the stop token included; None before the rewards are there
     sampler_logprobs: Array  # BC
-    advantages: Array  # B
+    advantages: Any  # B; None before the rewards are there
     old_logprobs: Any = None  # BC, when a rollout is used for more than one update
     ref_logprobs: Any = None  # BC, when beta > 0
 
@@ -37,7 +37,7 @@ def loss_mask(lengths: np.ndarray, truncated: np.ndarray, rewards: np.ndarray, w
 
 def make_batch(
     prompts: np.ndarray, prompt_lengths: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, logprobs: np.ndarray,
-    mask: np.ndarray, advantages: np.ndarray, packing: int,
+    mask: np.ndarray | None, advantages: np.ndarray | None, packing: int,
 ) -> Batch:  # fmt: skip
     """Host arrays QP, Q, BC, B, BC, BC, B -> the batch, on the devices."""
     packed = pack(tokens, lengths, prompt_lengths, packing)
@@ -45,9 +45,9 @@ def make_batch(
         prompts=to_devices(prompts, "QP"),
         lengths=to_devices(prompt_lengths, "Q"),
         packed=Packed(*(to_devices(x, "BC") for x in packed)),
-        mask=to_devices(mask.astype(np.float32), "BC"),
+        mask=None if mask is None else to_devices(mask.astype(np.float32), "BC"),
         sampler_logprobs=to_devices(logprobs, "BC"),
-        advantages=to_devices(advantages, "B"),
+        advantages=None if advantages is None else to_devices(advantages, "B"),
     )
 
 

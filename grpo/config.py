@@ -52,7 +52,24 @@ class Config:
     )
     base_path: str = flag("", "the model that the adapters at model_path belong to", "data", free=True)
     adapter_alpha: float = flag(0.0, "alpha of the adapters at model_path, if they do not store it", "data", least=0)
-    data: str = flag("openai/gsm8k", "arithmetic, a .jsonl or .parquet file in GSM8K form, or openai/gsm8k", "data", free=True)
+    data: str = flag(
+        "openai/gsm8k", "arithmetic, a .jsonl, .json or .parquet file, or a hub dataset OWNER/NAME[:CONFIG][:SPLIT]", "data",
+        free=True,
+    )  # fmt: skip
+    question_key: str = flag("question", "the column of --data and --eval_data that has the question", "data", free=True)
+    answer_key: str = flag(
+        "answer", "the column that has the gold answer: a number, or a choice, word or phrase", "data", free=True
+    )
+    answer_pattern: str = flag(
+        "",
+        "regular expression whose first group, or all of it, is the gold in that column; default: what follows ####, else all",
+        "data", free=True,
+    )  # fmt: skip
+    pass_rates: str = flag(
+        "", "directory of an evaluation of --data by evaluate_consensus.py: leave out what it never or always solved", "data",
+        free=True,
+    )  # fmt: skip
+    pass_rates_keep: float = flag(0.0, "share of such problems that stays; 1: all", "data", least=0, most=1)
     system_prompt: str = flag(SYSTEM, "opens the user's turn; the reward expects its tags", "data")
     seed: int = flag(0, "determines which problems, in what order, and every sample", "data", least=0, below=2**32)
     new_problems: int = flag(500, "problems that a session sees for the first time, drawn from --data; 0: all", "data", least=0)
@@ -79,7 +96,7 @@ class Config:
         3, "times that the sampling batch may be compacted to half its size as completions end", "rollout", least=0, free=True
     )
     # reward
-    reward_correct: float = flag(25.0, "the number in <answer> equals the gold answer", "reward")
+    reward_correct: float = flag(25.0, "the number or text in <answer> equals the gold answer", "reward")
     reward_reasoning_tags: float = flag(2.0, "exactly one <reasoning> block, not empty", "reward")
     reward_answer_tags: float = flag(2.0, "exactly one <answer> block, not empty", "reward")
     reward_operators: float = flag(1.0, "the reasoning calculates: digit, operator, digit", "reward")
@@ -89,11 +106,16 @@ class Config:
     reward_coin: float = flag(
         0.0, "a fair coin for each completion, whatever it says: a control, from which there is nothing to learn", "reward"
     )
-    reward: str = flag("", "more rewards, FILE.py:FUNCTION[,...]: functions (completion, problem) -> float, added up", "reward")
+    reward: str = flag(
+        "",
+        "more rewards, FILE.py:FUNCTION[,...]: (completion, problem) -> float, or (completions, problems) -> list; added up",
+        "reward",
+    )
     reward_timeout: float = flag(
         10.0, "seconds for one completion in such a function; then it is killed and the row has no reward", "reward",
         above=0, free=True,
     )  # fmt: skip
+    reward_workers: int = flag(1, "processes that run such functions, for functions that wait", "reward", above=0, free=True)
     strict_rewards: bool = flag(
         False, "stop at the first completion for which such a function gives no finite number", "reward", free=True
     )
@@ -217,6 +239,8 @@ class Config:
             raise ConfigError(
                 f"sessions {self.sessions} must be the number of all sessions, with schedule run and session {self.session}"
             )
+        if self.pass_rates_keep and not self.pass_rates:
+            raise ConfigError(f"pass_rates_keep {self.pass_rates_keep} only applies with --pass_rates")
         check_names("track", self.track, TRACKERS)
         check_names("allow_change", self.allow_change, {field.name for field in dataclasses.fields(self)})
         targets = self.lora_targets.split(",")
@@ -291,6 +315,7 @@ SFT_PRESET = Config(
     max_zero_variance_steps=0, retention_problems=0, inspect_groups=0,
 )  # fmt: skip
 GRPO_ONLY = {
+    "pass_rates", "pass_rates_keep",
     "sessions", "session", "review_ratio", "relay_from", "group_size", "temperature", "top_k", "top_p", "resample", "halvings",
     "beta", "reference", "epsilon_low", "epsilon_high", "advantage_scale", "aggregation", "tis_cap", "mask_truncated",
     "schedule", "carry_optimizer", "updates_per_rollout", "max_zero_variance_steps", "retention_problems", "inspect_groups",

@@ -3,18 +3,20 @@
     reward = sum over components c of  w[c] * 1[c holds]        right and clean 30, wrong and clean 5, empty -15
 
 A completion should read `<reasoning>5 + 13 = 18</reasoning><answer>18</answer>`. The answer is what the complete
-`<answer>` blocks state: exactly one decimal numeral, alone or among words that keep its value, compared exactly with the gold
-answer, which is read by the same grammar (data/numbers.py). No expression is evaluated, nothing is rounded or rescaled.
+`<answer>` blocks state. Where the gold answer is a number: exactly one decimal numeral, alone or among words that keep its
+value, compared exactly. No expression is evaluated, nothing is rescaled, and one grammar reads both (data/numbers.py).
+Where it is a choice, a word or a phrase: the same text, whatever its case, spaces, quotes and final point.
 No completion raises an exception, and the time is linear in its length, because a model in training finds whatever is slow
 or generous.
 """
 
 import re
+import unicodedata
 from collections.abc import Iterator
 from decimal import Decimal
 from typing import NamedTuple, Protocol
 
-from data.numbers import calculates, last_number, parse_number
+from data.numbers import MAX_ANSWER_CHARS, calculates, gold_number, last_number, parse_number
 
 WEIGHTS: dict[str, float] = {
     "correct": 25.0,
@@ -46,11 +48,11 @@ class Score(NamedTuple):
 
 
 def score(completion: str, problem: HasAnswer, truncated: bool = False, weights: dict[str, float] = WEIGHTS) -> Score:
-    """The reward. `truncated`: the length limit cut the completion off. ValueError if the gold is not a number."""
+    """The reward. `truncated`: the length limit cut the completion off. Without a gold answer none is correct."""
     if weights.keys() != WEIGHTS.keys():
         raise ValueError(f"reward weights must name {sorted(WEIGHTS)}, got {sorted(weights)}")
     holds = {
-        "correct": is_correct(completion, problem.answer),
+        "correct": bool(problem.answer) and is_correct(completion, problem.answer),
         "operators": has_operation(completion),
         **format_checks(completion, truncated),
     }
@@ -59,18 +61,25 @@ def score(completion: str, problem: HasAnswer, truncated: bool = False, weights:
 
 
 def accuracies(completion: str, ground_truth: str, truncated: bool = False) -> dict[str, bool]:
-    """Three readings: `tagged`, the headline; `strict`, tagged without a violation; `flexible`, the last number."""
+    """Three readings: `tagged`, the headline; `strict`, tagged without a violation; `flexible`, the last number.
+
+    Of a gold that is no number `flexible` is `tagged`. Without a gold answer there is nothing to read: {}.
+    """
+    if not ground_truth:
+        return {}
     tagged = is_correct(completion, ground_truth)
     return {
         "tagged": tagged,
         "strict": tagged and not violates_format(completion, truncated),
-        "flexible": flexible_answer(completion) == parse_gold(ground_truth),
+        "flexible": flexible_answer(completion) == parse_gold(ground_truth) if numeric_gold(ground_truth) else tagged,
     }
 
 
 def is_correct(completion: str, ground_truth: str) -> bool:
-    """Whether the tagged answer equals the gold one, as decimals: `18.0` is 18, `18.01` is not."""
-    return extract_answer(completion) == parse_gold(ground_truth)
+    """Whether the tagged answer equals the gold one: as decimals, `18.0` is 18, or as texts, `Paris.` is paris."""
+    if numeric_gold(ground_truth):
+        return extract_answer(completion) == parse_gold(ground_truth)
+    return extract_text(completion, ground_truth) == canonical_text(ground_truth, ground_truth) != ""
 
 
 def extract_answer(completion: str) -> Decimal | None:
@@ -92,6 +101,58 @@ def flexible_answer(completion: str) -> Decimal | None:
     next `Question:` begins. Unlike lm-eval, it reads a number whole or not at all: `$9{,}500` is 9500, `9'500` and `1e5` none.
     """
     return last_number(completion.partition("\nQuestion:")[0])
+
+
+# -------------------------------------------------------------------------------------------- answers that are no numbers
+
+WRAPPED = re.compile(r"\\(?:boxed|text|mathrm|textbf)\{([^{}]*)\}")
+ANNOUNCED = re.compile(
+    r"(?:the )?(?:(?:final|correct) )?(?:answer(?: is:? +|: *)|(?:option|choice):? +(?=[(\[]?[a-z](?![a-z])))(?=\S)"
+)
+CHOICE = re.compile(r"[(\[]?([a-z])(?:[)\].:]*|[)\].:]+ +(.*))")  # `B`, `(B)`, `B.`, `B) Paris`
+OTHERS = re.compile(r"(?<!\w)(?:[b-hj-z]|a(?=[).:,]|$)|or|not|wrong|incorrect|false)(?!\w)")  # behind a choice: no clear choice
+
+
+def numeric_gold(ground_truth: str) -> bool:
+    """Whether a gold answer is compared as a number: it is one, without a word. `18 dollars` is a phrase."""
+    return gold_number(ground_truth) is not None
+
+
+def extract_text(completion: str, ground_truth: str) -> str | None:
+    """The canonical text in the `<answer>` block; several blocks must agree. None if there is none."""
+    statements = set(blocks(completion, "answer"))
+    if len(statements) > MAX_ANSWERS:
+        return None
+    texts = {canonical_text(statement, ground_truth) for statement in statements}
+    return (texts.pop() or None) if len(texts) == 1 else None
+
+
+def canonical_text(text: str, ground_truth: str) -> str:
+    """What is compared of a text: without case, markup, quotes, announcement and final point; "" if there is nothing.
+
+    `**The answer is: "New  York".**` -> `new york`. Where the gold is a choice, `(B)`, `b.` and `B) Paris` are all `b`, while
+    `B or C` stays what it is. Articles, brackets and all other signs count: `C++` is not C, and `[1, 2)` is not (1, 2).
+    """
+    plain = plain_text(text)
+    gold = CHOICE.fullmatch(plain_text(ground_truth))
+    choice = CHOICE.fullmatch(plain) if gold else None
+    return choice[1] if choice and not (choice[2] and OTHERS.search(choice[2])) else plain
+
+
+def plain_text(text: str) -> str:
+    if len(text) > 2 * MAX_ANSWER_CHARS:
+        return ""
+    text = WRAPPED.sub(r"\1", unicodedata.normalize("NFC", text).replace("**", "").replace("`", ""))
+    text = " ".join(text.split()).casefold().replace("’", "'")
+    text = ANNOUNCED.sub("", text, count=1) if ANNOUNCED.match(text) else text
+    while (shorter := text.strip(" \"'“”„‘$").rstrip(".!;,")) != text:
+        text = shorter
+    return text if len(text) <= MAX_ANSWER_CHARS else ""
+
+
+def stated_answer(completion: str, ground_truth: str) -> Decimal | str | None:
+    """What a completion states, in the form in which it is compared with the gold answer and in which it votes."""
+    return extract_answer(completion) if numeric_gold(ground_truth) else extract_text(completion, ground_truth)
 
 
 def parse_gold(ground_truth: str) -> Decimal:

@@ -1,8 +1,9 @@
 """The rollout of a step: prompts -> completions -> grades -> rewards -> batch. The only place where tokens become text.
 
     completions = sample(weights, indices, step, run)         tokens and logprobs BC, texts B
+    batch       = pack_batch(completions, run)                  on the devices, before there are rewards
     grades      = grade(completions, run)                       plain Python over text and problem
-    mask, batch = build_batch(completions, rewards, advantages, run)
+    mask, batch = weigh(batch, completions, rewards, advantages, run)
 
 Every function takes the run (`grpo.step.Run`) for its settings. Resampling, off by default, is at the end.
 """
@@ -33,7 +34,7 @@ SCALES = {"group": group_std, "batch": batch_std, "none": no_scale}
 
 COIN = 2**31  # the random stream of `reward_coin`
 
-Grade = dict[str, Any]  # of one completion: text, reward (NaN: none), components, accuracy, format, truncated
+Grade = dict[str, Any]  # of a completion: text, reward (NaN: none), components, accuracy ({}: no gold), format, truncated
 Grader = Callable[[Sequence[str], Sequence[Any], Iterable[bool]], list[Grade]]  # texts, problems, truncated -> grades
 
 
@@ -151,23 +152,36 @@ def rewards_of(grades: list[Grade], group_size: int, mask_truncated: bool = Fals
     return np.array(votes, np.float32).reshape(-1, group_size)
 
 
+@phase("reference")  # it waits for the devices: what the rewards have left of that phase
 def advantages_of(rewards: np.ndarray, config: Config) -> np.ndarray:
     """`grpo.loss.group_advantages` with the run's scale, on the host.  QG -> QG"""
     return np.asarray(group_advantages(rewards, SCALES[config.advantage_scale]))
 
 
+def pack_batch(completions: Completions, run: "Run") -> Batch:
+    """The batch without what depends on rewards, and without log-probabilities of old policy and reference."""
+    samples: Any = completions.samples  # numpy arrays: they are on the host
+    return make_batch(
+        completions.prompts, completions.prompt_lengths, samples.tokens, samples.lengths, samples.logprobs, None, None,
+        run.config.packing,
+    )  # fmt: skip
+
+
+def weigh(
+    batch: Batch, completions: Completions, rewards: np.ndarray, advantages: np.ndarray, run: "Run"
+) -> tuple[np.ndarray, Batch]:  # fmt: skip
+    """(the tokens that count, BC on the host; the batch with them and with the advantages).  rewards, advantages QG"""
+    samples: Any = completions.samples
+    mask = loss_mask(samples.lengths, samples.truncated, rewards, run.config.max_new_tokens, run.config.mask_truncated)
+    weights, advantages = mask.astype(np.float32), advantages.reshape(-1)
+    return mask, replace(batch, mask=to_devices(weights, "BC"), advantages=to_devices(advantages, "B"))
+
+
 def build_batch(
     completions: Completions, rewards: np.ndarray, advantages: np.ndarray, run: "Run"
 ) -> tuple[np.ndarray, Batch]:  # fmt: skip
-    """(the tokens that count, BC on the host; the batch, still without log-probabilities of old policy and reference)."""
-    samples: Any = completions.samples  # numpy arrays: they are on the host
-    config = run.config
-    mask = loss_mask(samples.lengths, samples.truncated, rewards, config.max_new_tokens, config.mask_truncated)
-    batch = make_batch(
-        completions.prompts, completions.prompt_lengths, samples.tokens, samples.lengths, samples.logprobs, mask,
-        advantages.reshape(-1), config.packing,
-    )  # fmt: skip
-    return mask, batch
+    """`pack_batch` and `weigh` in one, where the rewards are there."""
+    return weigh(pack_batch(completions, run), completions, rewards, advantages, run)
 
 
 # ------------------------------------------------------------------------------------------------------------ resampling

@@ -65,28 +65,28 @@ def one_step(
     indices = session.problems_of(step)  # Q
     weights = policy(state.params, base, run.update)
     completions = rollout.sample(weights, indices, step, run, limits)  # tokens BC, logprobs BC, texts B
+    batch = rollout.pack_batch(completions, run)  # packed rows, on the devices
+    if not run.config.resample:  # only begins: the devices work while the host grades
+        batch = add_logprobs(batch, weights, reference, run)
     drawn = grades = rollout.grade(completions, run, step)  # plain Python over text: reward, components
     if resampled := run.config.resample:
         completions, grades, resampled = rollout.resample(completions, drawn, weights, indices, step, run, limits)
+        batch = add_logprobs(rollout.pack_batch(completions, run), weights, reference, run)
     rewards = rollout.rewards_of(grades, run.config.group_size, run.config.mask_truncated)  # QG
     advantages = rollout.advantages_of(rewards, run.config)  # QG: (reward - mean) / std of each group
-    mask, batch = rollout.build_batch(completions, rewards, advantages, run)  # packed rows, on the devices
-    batch = add_logprobs(batch, weights, reference, run)
+    mask, batch = rollout.weigh(batch, completions, rewards, advantages, run)
     rates, stats, terms = learning_rates(step, session, run.sessions[-1].end, run.config), {}, {}
     if learnable(batch, weights, reference):  # else the optimizer is not called
         state, stats, terms = update(state, batch, rates, run, base)
     return state, StepResult(completions, grades, advantages, mask, batch, rates, stats, terms, resampled, drawn)
 
 
-@phase("reference")
+@phase("reference", wait=False)
 def add_logprobs(batch: Batch, weights: Params, reference: Params | None, run: Run) -> Batch:
     """Adds log-probabilities of the reference and, when mu > 1, of the old policy (with mu = 1 that is the policy itself)."""
-    added = {}
-    if reference is not None:
-        added["ref_logprobs"] = completion_logprobs(reference, batch, run.model, run.train, run.update)
-    if run.config.updates_per_rollout > 1:
-        added["old_logprobs"] = completion_logprobs(weights, batch, run.model, run.train, run.update)
-    return replace(batch, **added)
+    old = weights if run.config.updates_per_rollout > 1 else None
+    needed, rest = {"ref_logprobs": reference, "old_logprobs": old}, (batch, run.model, run.train, run.update)
+    return replace(batch, **{name: completion_logprobs(of, *rest) for name, of in needed.items() if of is not None})
 
 
 @phase("update")

@@ -7,7 +7,8 @@
         one_step(...)
     seconds["decode"]
 
-Inside the context a phase waits for its result (`jax.block_until_ready`) before its clock stops; outside it costs nothing.
+Inside the context a phase waits for its result (`jax.block_until_ready`) before its clock stops; outside it costs nothing. One
+that only begins work on the devices, `phase(name, wait=False)`, does not wait.
 """
 
 import time
@@ -26,7 +27,7 @@ R = TypeVar("R")
 clocks: ContextVar[dict[str, float] | None] = ContextVar("clocks", default=None)
 
 
-def phase(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def phase(name: str, wait: bool = True) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """A decorator that adds the seconds of each call to the entry `name` of the open `phase_seconds`, if there is one."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -36,7 +37,9 @@ def phase(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             if seconds is None:
                 return function(*args, **kwargs)
             start = time.perf_counter()
-            result = jax.block_until_ready(function(*args, **kwargs))
+            result = function(*args, **kwargs)
+            if wait:
+                jax.block_until_ready(result)
             seconds[name] += time.perf_counter() - start
             return result
 

@@ -8,7 +8,7 @@
 The single pass is greedy. The vote is over --samples completions at each of --temperatures. All completions of a problem share
 one prefill of its prompt. Answers are read in three ways:
 
-    tagged      the number in the answer tags
+    tagged      the number or text in the answer tags
     strict      the same, but only of well-formed completions: others are wrong and do not vote
     flexible    the last number of the text
 
@@ -32,7 +32,7 @@ import jax
 from tqdm import tqdm
 
 from data.datasets import choose_problems
-from data.problems import Problem, load_problems
+from data.problems import Problem, Reading, load_problems
 from grpo.config import Config, check_fields, current_names, flag
 from grpo.errors import ConfigError
 from grpo.runs.cli import run_script
@@ -58,8 +58,12 @@ class ConsensusConfig:
     )
     adapter_alpha: float = flag(0.0, "alpha of adapters that do not store it", least=0)
     data: str = flag(
-        "", "a .jsonl or .parquet file or openai/gsm8k[:test]; default: the run's held-out problems, else openai/gsm8k:test"
+        "",
+        "a .jsonl, .json or .parquet file or OWNER/NAME[:CONFIG][:SPLIT]; default: those held out by the run, or GSM8K's test",
     )
+    question_key: str = flag("", "the column of --data that has the question; default: as in the run")
+    answer_key: str = flag("", "the column that has the gold answer; default: as in the run")
+    answer_pattern: str = flag("", "regular expression that finds the gold in that column; default: as in the run")
     limit: int = flag(0, "evaluate the first N problems; 0: all", least=0)
     temperatures: str = flag("0.2,0.4,0.6,0.8,1.0", "temperatures of the completions that vote")
     samples: int = flag(1, "completions at each temperature", least=1)
@@ -120,7 +124,14 @@ def training_config(model: Model) -> Config:
 def evaluation_problems(config: ConsensusConfig, run: Config, model: Model) -> list[Problem]:
     """The problems to evaluate on, in order. Raises DataError or ConfigError."""
     of_run = model.meta and not config.data
-    problems = choose_problems(run)[1] if of_run else load_problems(config.data or "openai/gsm8k:test")
+    names = ("question_key", "answer_key", "answer_pattern")
+    reading = Reading(*(getattr(config, name) or getattr(run, name) for name in names))
+    problems = choose_problems(run)[1] if of_run else load_problems(config.data or "openai/gsm8k:test", reading=reading)
+    without = [problem.id for problem in problems if not problem.answer]
+    if without:
+        raise ConfigError(
+            f"{len(without)} problems have no answer that votes are compared with, such as {without[0]}; give --data"
+        )
     if not problems:
         raise ConfigError(f"the run {model.run_dir} holds out no problems; give --data")
     return problems[: config.limit or None]

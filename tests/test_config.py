@@ -16,7 +16,11 @@ OTHER_VALUES = {
     "allow_change": "beta", "track": "wandb", "top_p": 0.5, "microbatches": 4, "adam_b1": 0.5, "adam_b2": 0.5,
     "preset": "gemma3-1b", "lora_targets": "q,v",
 }  # fmt: skip
-BESIDE = {"lora_alpha": {"lora_rank": 4}, "lora_targets": {"lora_rank": 4}}  # what a field is of no use without
+BESIDE = {
+    "lora_alpha": {"lora_rank": 4},
+    "lora_targets": {"lora_rank": 4},
+    "pass_rates_keep": {"pass_rates": "there"},
+}  # what a field is of no use without
 
 
 def parsed(*argv: str) -> Config:
@@ -171,19 +175,19 @@ def test_a_flag_without_its_value_is_an_error(capsys, name):
 ABOVE_0 = [
     "prompts_per_step", "max_prompt_tokens", "max_new_tokens", "temperature", "epochs", "learning_rate", "max_grad_norm",
     "updates_per_rollout", "microbatches", "logprob_chunk", "save_every", "keep_checkpoints", "max_bad_updates",
-    "top_p", "sessions", "processes", "reward_timeout", "lora_alpha",
+    "top_p", "sessions", "processes", "reward_timeout", "reward_workers", "lora_alpha",
 ]  # fmt: skip
 FROM_0 = [
     "new_problems", "max_steps", "seed", "top_k", "beta", "epsilon_low", "epsilon_high", "tis_cap", "warmup_steps",
     "weight_decay", "eval_problems", "eval_every", "adam_b1", "adam_b2", "rollout_tp", "packing",
     "halvings", "max_hours", "session", "review_ratio", "retention_problems", "save_minutes", "process_id", "resample",
-    "max_zero_variance_steps", "inspect_groups", "lora_rank", "adapter_alpha",
+    "max_zero_variance_steps", "inspect_groups", "lora_rank", "adapter_alpha", "pass_rates_keep",
 ]  # fmt: skip
 ANY_NUMBER = [
     "reward_correct", "reward_reasoning_tags", "reward_answer_tags", "reward_operators", "reward_violation", "reward_coin",
 ]  # fmt: skip
-TOO_LARGE = {"top_p": 1.001, "adam_b1": 1.0, "adam_b2": 1.0, "seed": 2**32}
-LARGEST = {"top_p": 1.0, "adam_b1": 0.999, "adam_b2": 0.999, "seed": 2**32 - 1}
+TOO_LARGE = {"top_p": 1.001, "pass_rates_keep": 1.001, "adam_b1": 1.0, "adam_b2": 1.0, "seed": 2**32}
+LARGEST = {"top_p": 1.0, "pass_rates_keep": 1.0, "adam_b1": 0.999, "adam_b2": 0.999, "seed": 2**32 - 1}
 
 
 def test_every_number_has_its_range_checked_here():
@@ -211,7 +215,7 @@ def test_what_may_be_0_is_not_negative(name):
 def test_what_has_a_largest_value_keeps_it(name):
     with pytest.raises(ConfigError, match=f"^{name} {TOO_LARGE[name]} must be "):
         config_with(**{name: TOO_LARGE[name]})
-    assert getattr(config_with(**{name: LARGEST[name]}), name) == LARGEST[name]
+    assert getattr(config_with(**{name: LARGEST[name]} | BESIDE.get(name, {})), name) == LARGEST[name]
 
 
 @pytest.mark.parametrize("value", [1, 0, -8])
@@ -241,6 +245,11 @@ def test_a_lora_target_is_a_projection_named_once(targets):
     wrong = {"q,k,w": "w", "q,v,q": "q", "q, v": " v"}.get(targets, "")
     with pytest.raises(ConfigError, match=f"^lora_targets '{wrong}' must be one of q,k,v,o,gate,up,down, named once$"):
         config_with(lora_rank=4, lora_targets=targets)
+
+
+def test_a_share_to_keep_wants_pass_rates():
+    with pytest.raises(ConfigError, match=r"^pass_rates_keep 0\.5 only applies with --pass_rates$"):
+        config_with(pass_rates_keep=0.5)
 
 
 @pytest.mark.parametrize(("name", "value"), [("lora_alpha", 16.0), ("lora_targets", "q,v")])

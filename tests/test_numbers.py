@@ -317,7 +317,7 @@ def test_a_number_of_a_file_is_written_as_a_person_writes_it():
     ("answer", "gold"),
     [
         ("7", "7"), ("7.5", "7.5"), ("7.0", "7"), ("1e-05", "0.00001"), ("-0.25", "-0.25"), ("100000000000000", "1" + "0" * 14),
-        ('"$1,234.00"', "1234.00"), ('"#### $18"', "18"), ('"#### \\\\boxed{18}"', "18"), ('"#### 72 pens"', "72"),
+        ('"$1,234.00"', "1234.00"), ('"#### $18"', "18"), ('"#### \\\\boxed{18}"', "18"), ('"#### EUR 72"', "72"),
         ('"−3"', "-3"),
     ],
 )  # fmt: skip
@@ -327,9 +327,7 @@ def test_a_gold_is_read_by_the_grammar_of_answers(tmp_path, answer: str, gold: s
     assert [problem.answer for problem in load_problems(str(path))] == [gold]
 
 
-@pytest.mark.parametrize(
-    "answer", ['"#### 0,125"', '"0,125"', '"#### 1,23"', '"#### 18 or 20"', '"#### about 18"', '"#### 18k"']
-)
+@pytest.mark.parametrize("answer", ['"#### 0,125"', '"0,125"', '"#### 1,23"', '"1.2.3"', "1e16", "0.30000000000000004"])
 def test_a_gold_that_no_answer_could_state_is_refused(tmp_path, answer: str):
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"question": "Q?", "answer": {answer}}}', encoding="utf-8")

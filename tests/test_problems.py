@@ -1,6 +1,7 @@
 """Laws of data/problems.py: good records come through whole, bad ones are named by their line."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from data import DataError
-from data.problems import Problem, load_problems, split_problems
+from data.problems import Problem, Reading, load_problems, split_problems
 
 TRAIN = Path(__file__).parents[2] / "shared/data/gsm8k_train.jsonl"
 GOOD = '{"question": "How many?", "answer": "48+24 = 72\\n#### 72"}'
@@ -53,6 +54,69 @@ def test_the_gold_number_loses_only_its_commas(tmp_path, answer, gold):
     assert problem.answer == gold
 
 
+@pytest.mark.parametrize("gold", ["B", "Paris", "New York", "World War 2", "18 dollars", "12:30", "2024-01-02", "C++", "да"])
+def test_a_gold_may_be_a_choice_a_word_or_a_short_phrase(tmp_path, gold):
+    for answer, solution in ((gold, ""), (f"because\n#### {gold}", "because")):
+        (problem,) = load_problems(write(tmp_path / "x.jsonl", record(f" {answer} ")))
+        assert (problem.answer, problem.solution) == (gold, solution)
+
+
+def test_other_columns_stay_as_they_are(tmp_path):
+    line = {"question": "Q?", "answer": "B", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "level": 3, "none": None}
+    (problem,) = load_problems(write(tmp_path / "x.jsonl", json.dumps(line)))
+    assert problem.columns == {name: line[name] for name in ("choices", "level", "none")}
+    message = fault(tmp_path, '{"question": "Q?", "answer": "B", "note": "\\ud83d"}')
+    assert "half a character" in message
+
+
+def test_keys_and_a_pattern_read_other_files(tmp_path):
+    lines = [{"problem": "Q?", "target": "We add. \\boxed{7}"}, {"problem": "P?", "target": "So \\boxed{New York}."}]
+    path = write(tmp_path / "x.jsonl", *map(json.dumps, lines))
+    reading = Reading("problem", "target", r"\\boxed\{([^{}]*)\}")
+    found = load_problems(path, reading=reading)
+    assert [(p.question, p.answer, p.solution) for p in found] == [("Q?", "7", "We add."), ("P?", "New York", "So")]
+    assert found[0].columns == lines[0]
+    for pattern, answer, reason in (
+        ("[0-9]+", "none", "finds nothing in answer 'none'"),
+        ("[0-9]", "1 or 2", "finds 2 different texts in answer '1 or 2'"),
+    ):
+        path = write(tmp_path / "x.jsonl", record(answer))
+        with pytest.raises(DataError, match=re.escape(reason)):
+            load_problems(path, reading=Reading(answer_pattern=pattern))
+    assert (
+        load_problems(write(tmp_path / "x.jsonl", record("1 is 1")), reading=Reading(answer_pattern="[0-9]"))[0].answer == "1"
+    )
+    with pytest.raises(DataError, match="is no regular expression: missing"):
+        load_problems(path, reading=Reading(answer_pattern="("))
+
+
+def test_answers_may_be_missing_where_the_reader_says_so(tmp_path):
+    lines = ['{"question": "Q?"}', '{"question": "Q?", "answer": null}', '{"question": "Q?", "answer": " "}', GOOD]
+    path = write(tmp_path / "x.jsonl", *lines[:2], record(""), GOOD)
+    assert [p.answer for p in load_problems(path, reading=Reading(optional=True))] == ["", "", "", "72"]
+    with pytest.raises(DataError, match=r'x\.jsonl:1: no key "target"; there are question; give --answer_key'):
+        load_problems(path, reading=Reading(answer_key="target", optional=True))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [f"[{GOOD}, {GOOD}]", f'{{"version": 1, "data": [{GOOD}, {GOOD}]}}', f"{GOOD}\n{GOOD}\n", f"\ufeff[\n{GOOD},{GOOD}]"],
+    ids=["list", "list in an object", "lines", "byte order mark"],
+)
+def test_a_json_file_is_a_list_of_records_or_has_one_a_line(tmp_path, text):
+    found = load_problems(write(tmp_path / "x.json", text))
+    assert [p.answer for p in found] == ["72", "72"] and found[1].id == "x.json:2"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("[{]", "is not JSON at line 1, column 3"), ("3", "must hold a list of records"), ("[3]", "no key")]
+)
+def test_a_bad_json_file_is_one_line(tmp_path, text, reason):
+    with pytest.raises(DataError, match=reason) as error:
+        load_problems(write(tmp_path / "x.json", text))
+    assert "\n" not in str(error.value)
+
+
 def test_byte_order_mark_crlf_and_blank_lines_change_nothing(tmp_path):
     text = b"\xef\xbb\xbf" + GOOD.encode() + b"\r\n\r\n\n" + GOOD.encode()
     first, second = load_problems(write(tmp_path / "x.jsonl", text))
@@ -73,24 +137,29 @@ def test_a_unicode_line_separator_inside_a_question_does_not_end_the_line(tmp_pa
         (b'{"question": "\xff", "answer": "1"}', "not UTF-8"),
         ('{"question": "\\ud83d", "answer": "1"}', "must be UTF-8 text"),
         ('["How many?", "#### 1"]', 'no key "question"'),
-        ('{"answer": "#### 1"}', 'no key "question"'),
-        ('{"question": "How many?"}', 'no key "answer"'),
+        ('{"answer": "#### 1", "id": 3}', 'no key "question"; there are answer, id; give --question_key'),
+        ('{"question": "How many?"}', 'no key "answer"; there are question; give --answer_key'),
         (record("#### 1", question="  "), "question is empty"),
         (record("#### 1", question=7), "must be UTF-8 text"),
         (record(None), "must be UTF-8 text"),
         (record(True), "must be UTF-8 text"),
-        (record("it is 72"), 'no "#### number"'),
-        (record(""), 'no "#### number"'),
+        (record("so it is 18.\nIt is 18."), "no short text of one line"),
+        (record("It is " + "very " * 50), "no short text of one line"),
+        (record(""), "is not an answer"),
+        (record("..."), "is not an answer"),
+        (record("nan"), "is not an answer"),
+        (record("#### x"), "is not an answer"),
+        (record("$1,23"), "is not a number"),
+        (record("0x10 = 16\n#### 1 000"), "is not a number"),
         (record("#### 1\n#### 1"), '2 "####"'),
-        (record("#### "), "is not a number"),
-        (record("#### many"), "is not a number"),
+        (record("#### "), "is not an answer"),
         (record("#### 1,23"), "is not a number"),
         (record("#### 1_000"), "is not a number"),
         (record("#### ٣"), "is not a number"),
         (record("#### 1e9"), "is not a number"),
         (record("#### " + "9" * 1000), "is not a number"),
-        (record("#### 72\nor so"), "is not a number"),
-        ('{"question": "How many?", "answer": NaN}', 'no "#### number"'),
+        (record("#### 72\nor so"), "no short text of one line"),
+        ('{"question": "How many?", "answer": NaN}', "is not a number"),
         (record("#### 1", question="x" * 10_000_000), "at most 1000000"),
     ],
     ids=lambda value: str(value)[:30],
@@ -151,6 +220,23 @@ def test_the_hub_id_asks_for_the_main_config_and_the_named_split(monkeypatch):
     assert (train.id, test.id, test.answer) == ("gsm8k:train:1", "gsm8k:test:1", "72")
     with pytest.raises(DataError, match='no split "dev"'):
         load_problems("openai/gsm8k:dev")
+
+
+def test_another_dataset_of_the_hub_has_a_configuration_and_a_split(monkeypatch):
+    asked = []
+
+    def load_dataset(*names, split):
+        asked.append((*names, split))
+        return [{"question": "Q?", "answerKey": "B", "choices": ["x", "y"]}]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    reading = Reading(answer_key="answerKey")
+    (problem,) = load_problems("allenai/ai2_arc:ARC-Easy:validation", reading=reading)
+    assert (problem.id, problem.answer) == ("ai2_arc:ARC-Easy:validation:1", "B")
+    load_problems("owner/name:test", reading=reading), load_problems("owner/name", reading=reading)
+    assert asked == [
+        ("allenai/ai2_arc", "ARC-Easy", "validation"), ("owner/name", "test"), ("owner/name", "train"),
+    ]  # fmt: skip
 
 
 def test_without_the_hub_one_line_says_what_to_do(monkeypatch):

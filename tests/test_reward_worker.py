@@ -114,7 +114,7 @@ def test_every_function_scores_every_completion(file):
 
 def test_without_functions_there_is_no_worker():
     with UserRewards("") as rewards:
-        assert rewards.score(["a"], [PROBLEM]) == {} and rewards.stop is None
+        assert rewards.score(["a"], [PROBLEM]) == {} and not rewards.workers
 
 
 def test_the_worker_imports_no_jax(file):
@@ -145,10 +145,10 @@ def test_fault_15_a_value_that_is_not_finite_is_no_score(file, value, capfd):
 def test_fault_16_what_a_function_raises_is_printed_once_a_kind_and_counted(file, capfd):
     texts = ["raise", "four", "raise", "raise another", "sys.exit", "raise", "four"]
     with UserRewards(f"{file}:obeys") as rewards:
-        pid = rewards.process.pid
+        pid = rewards.workers[0].process.pid
         assert score(rewards, *texts) == pytest.approx([math.nan, 4, *[math.nan] * 4, 4], nan_ok=True)
         assert score(rewards, "raise") == pytest.approx([math.nan], nan_ok=True)
-        assert rewards.process.pid == pid  # nothing had to be killed
+        assert rewards.workers[0].process.pid == pid  # nothing had to be killed
     assert rewards.faults == {("obeys", "ValueError"): 4, ("obeys", "IndexError"): 1, ("obeys", "SystemExit"): 1}
     err = capfd.readouterr().err
     assert err.count("Traceback") == err.count("warning: ") == 3
@@ -168,10 +168,10 @@ def test_fault_16_a_value_that_is_no_number_ends_the_run(file, value):
 @pytest.mark.parametrize("hang", ["loop", "sleep", "C call"])
 def test_fault_17_a_function_that_hangs_is_killed_and_the_rest_goes_on(file, hang, capfd):
     with UserRewards(f"{file}:obeys", timeout=1.0) as rewards:
-        first, start = rewards.process.pid, time.monotonic()
+        first, start = rewards.workers[0].process.pid, time.monotonic()
         assert score(rewards, "four", hang, "three") == pytest.approx([4, math.nan, 5], nan_ok=True)
         assert 1.0 < time.monotonic() - start < 10
-        assert rewards.process.pid != first and not running(first)
+        assert rewards.workers[0].process.pid != first and not running(first)
     assert rewards.faults == {("obeys", "timeout"): 1}
     assert "warning: reward obeys took over 1.0 s for problem p1; such rows are left out\n" in capfd.readouterr().err
 
@@ -185,7 +185,7 @@ def test_a_function_that_ends_its_process_is_as_one_that_hangs(file, death, reas
 
 def test_a_worker_that_dies_between_two_calls_costs_one_row(file, capfd):
     with UserRewards(f"{file}:obeys") as rewards:
-        os.kill(rewards.process.pid, signal.SIGKILL)
+        os.kill(rewards.workers[0].process.pid, signal.SIGKILL)
         assert score(rewards, "four", "three") == pytest.approx([math.nan, 5], nan_ok=True)
     assert "died of SIGKILL" in capfd.readouterr().err
 
@@ -195,7 +195,7 @@ def test_after_three_kills_the_rest_of_the_call_has_no_score(file, capfd):
         values = rewards.score(["exit", "four", "exit", "exit", "four", "four"], [PROBLEM] * 6)
         assert values["obeys"] == pytest.approx([math.nan, 4, *[math.nan] * 4], nan_ok=True)
         assert values["length"] == pytest.approx([4, 4, 4, *[math.nan] * 3], nan_ok=True)
-        assert "the other 2 rows are unscorable" in capfd.readouterr().err
+        assert "3 rewards killed; 3 more rows are unscorable" in capfd.readouterr().err
         assert rewards.score(["four"], [PROBLEM]) == {"obeys": [4], "length": [4]}  # the next call has its own three
 
 
@@ -281,7 +281,7 @@ def test_a_worker_and_what_it_started_end_with_their_owner(file, how):
 @linux
 @pytest.mark.parametrize("doing", ["nothing", "loop", "C call"])
 def test_fault_2_a_worker_dies_with_a_parent_that_is_killed(file, doing):
-    with parent(file, f"print(rewards.process.pid, flush=True); score({doing!r}); time.sleep(1000)") as process:
+    with parent(file, f"print(rewards.workers[0].process.pid, flush=True); score({doing!r}); time.sleep(1000)") as process:
         assert process.stdout
         pid = int(process.stdout.readline())
         time.sleep(0.5)  # the call is under way
@@ -294,10 +294,10 @@ def test_ctrl_c_does_not_reach_the_worker(file):
     """A terminal sends it to the whole process group; this parent goes on, as one that finishes its step does."""
     code = """
         signal.signal(signal.SIGINT, lambda *_: None)
-        first = rewards.process.pid
+        first = rewards.workers[0].process.pid
         os.killpg(0, signal.SIGINT)
         time.sleep(0.3)
-        print(score("four"), rewards.process.pid == first, flush=True)
+        print(score("four"), rewards.workers[0].process.pid == first, flush=True)
     """
     with parent(file, code) as process:
         assert process.communicate(timeout=60)[0] == "{'obeys': [4.0]} True\n"
@@ -317,3 +317,253 @@ def parent(file: Path, code: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", source], stdout=subprocess.PIPE, text=True, env=env, start_new_session=True
     )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ forms of a function
+
+FORMS = '''
+import asyncio, os, threading, time
+
+async def waits(completion, problem):
+    await asyncio.sleep(10 if completion == "late" else 0.3)
+    if completion == "raise":
+        raise ValueError("no")
+    return len(completion)
+
+async def blocks(completion, problem):
+    if completion == "late":
+        time.sleep(100)
+    return len(completion)
+
+def ranks(completions, problems):
+    """The longest of the batch gets 1."""
+    return [float(len(text) == max(map(len, completions))) for text in completions]
+
+async def waits_for_all(completions, problems):
+    await asyncio.sleep(0.01)
+    return [len(text) for text in completions]
+
+def short(completions, problems):
+    return [1.0]
+
+def no_list(completions, problems):
+    return 1.0
+
+def texts(completions, problems):
+    return ["1"] * len(completions)
+
+def some(completions, problems):
+    return [None if text == "none" else 1e39 if text == "huge" else 1.0 for text in completions]
+
+def raises(completions, problems):
+    return [1 / len(text) for text in completions]
+
+def naps(completion, problem):
+    time.sleep(0.3)
+    return len(completion)
+
+def place(completion, problem):
+    time.sleep(0.05)
+    return os.getpid()
+
+def trl(completions, **kwargs):
+    return [float(len(text)) for text in completions]
+
+def matches(prompts, completions, answer, level, **kwargs):
+    return [float(p == "how many?" and a == "18" and lv == 3) for p, a, lv in zip(prompts, answer, level)]
+
+async def speaks(completions, **kwargs):
+    return [float(len(turns[0]["content"])) for turns in completions]
+
+def asks_for_more(completions, ground_truth):
+    return [0.0] * len(completions)
+
+def fails(completions, **kwargs):
+    return [text["content"] for text in completions]
+'''
+
+
+@pytest.fixture
+def forms(tmp_path) -> Path:
+    (tmp_path / "forms.py").write_text(FORMS)
+    return tmp_path / "forms.py"
+
+
+def test_rows_of_an_asynchronous_function_wait_together_and_fail_alone(forms):
+    with UserRewards(f"{forms}:waits", timeout=1.5) as rewards:
+        first, start = rewards.workers[0].process.pid, time.monotonic()
+        assert score(rewards, *["four"] * 40) == [4] * 40
+        assert time.monotonic() - start < 1.5  # one after another they would take 12 s
+        assert score(rewards, "four", "late", "raise", "three") == pytest.approx([4, math.nan, math.nan, 5], nan_ok=True)
+        assert rewards.workers[0].process.pid == first
+    assert rewards.faults == {("waits", "timeout"): 1, ("waits", "ValueError"): 1}
+
+
+def test_an_asynchronous_function_that_blocks_is_killed(forms, monkeypatch):
+    monkeypatch.setattr("grpo.runs.reward_worker.GRACE", 0.2)
+    with UserRewards(f"{forms}:blocks", timeout=0.5) as rewards:
+        assert score(rewards, "four", "late", "three") == pytest.approx([4, math.nan, math.nan], nan_ok=True)
+        assert score(rewards, "four") == [4]
+
+
+def test_a_batch_function_sees_all_completions_in_one_call(forms):
+    with UserRewards(f"{forms}:ranks,{forms}:waits_for_all,{forms}:trl", workers=2) as rewards:
+        values = rewards.score(["a", "four", "abc", "five"], [PROBLEM] * 4)
+    assert values == {"ranks": [0, 1, 0, 1], "waits_for_all": [1, 4, 3, 4], "trl": [1, 4, 3, 4]}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("short", "gave a list of 1: must be a list of 2 numbers"),
+        ("no_list", "gave 1.0: must be a list of 2 numbers"),
+        ("texts", "gave '1': must be a number"),
+    ],
+)
+def test_a_batch_function_must_give_a_number_for_each_completion(forms, name, message):
+    with UserRewards(f"{forms}:{name}") as rewards, pytest.raises(RunError, match=f"^reward {name} {message}$"):
+        score(rewards, "a", "b")
+
+
+def test_a_batch_function_may_leave_rows_out_and_fails_for_all(forms, capfd):
+    with UserRewards(f"{forms}:some,{forms}:raises") as rewards:
+        values = rewards.score(["none", "four", "huge"], [PROBLEM] * 3)
+        assert values["some"] == pytest.approx([math.nan, 1, math.nan], nan_ok=True)
+        assert values["raises"] == [1 / 4] * 3
+        assert rewards.score(["", "four"], [PROBLEM] * 2)["raises"] == pytest.approx([math.nan] * 2, nan_ok=True)
+    assert "gave nan" in (err := capfd.readouterr().err) and "gave 1e+39, beyond 1e+15" not in err  # one line a kind
+    assert rewards.faults == {("some", "value"): 2, ("raises", "ZeroDivisionError"): 2}
+
+
+def test_workers_share_the_rows_and_wait_at_the_same_time(forms):
+    with UserRewards(f"{forms}:naps", workers=4) as rewards:
+        start = time.monotonic()
+        assert score(rewards, *map("x".__mul__, range(16))) == list(range(16))
+        assert time.monotonic() - start < 2.5  # 4.8 s one after another
+    with UserRewards(f"{forms}:place", workers=3) as rewards:
+        assert len(set(score(rewards, *["x"] * 12))) == 3
+
+
+# -------------------------------------------------------------------------------------------------------- TRL's signature
+
+LEVEL = Problem("p1", "how many?", "18", "10 + 8", {"level": 3})
+
+
+def test_a_function_of_trl_gets_columns_by_name_and_conversations_where_it_expects_them(forms):
+    with UserRewards(f"{forms}:matches,{forms}:speaks,{forms}:trl") as rewards:
+        rewards.check([LEVEL])
+        values = rewards.score(["four", "abc"], [LEVEL, Problem("p2", "how many?", "18")])
+    assert values == {"matches": [1, 0], "speaks": [4, 3], "trl": [4, 3]}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("asks_for_more", "takes ground_truth, no column of the data; there are prompts, completions, id, question, answer, "
+         "solution, level"),
+        ("fails", "fails when it is tried: it raised TypeError: string indices must be integers"),
+        ("short_trl", "fails when it is tried: it gave a list of 1"),
+    ],
+)  # fmt: skip
+def test_a_function_of_trl_that_cannot_work_is_refused_before_the_run(forms, name, message):
+    with forms.open("a") as file:
+        file.write("\ndef short_trl(completions, **kwargs):\n    return [1.0]\n")
+    with UserRewards(f"{forms}:{name}") as rewards, pytest.raises(ConfigError) as error:
+        rewards.check([LEVEL])
+    assert str(error.value).startswith(f"reward '{forms}:{name}': {message}") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    ["data_source, solution_str, ground_truth, extra_info=None", "completion", "solution_str, ground_truth", "*, text",
+     "prompts, responses", "completions, answer, /"],
+)  # fmt: skip
+def test_another_signature_is_refused_by_one_line(tmp_path, parameters):
+    (tmp_path / "other.py").write_text(f"def f({parameters}):\n    return 1.0\n")
+    with pytest.raises(ConfigError, match=r"^reward '.*other\.py:f': takes \(.*\)") as error:
+        UserRewards(f"{tmp_path / 'other.py'}:f")
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------- nothing shifts
+
+INTRUDERS = '''
+import ctypes, multiprocessing, os, subprocess, sys, threading, time
+
+def forks(completion, problem):
+    os.fork()
+    return len(completion)
+
+def forks_past_python(completion, problem):
+    ctypes.CDLL(None).fork()  # no hook of Python's runs
+    return len(completion)
+
+def pool(completion, problem):
+    with multiprocessing.get_context("fork").Pool(2) as workers:
+        return sum(workers.map(len, [completion, completion]))
+
+def floods(completion, problem):
+    for fd in range(3, 30):
+        try:
+            os.write(fd, b'garbage [1, 0, {"value": 9}]\\n[7')
+        except OSError:
+            pass
+    return len(completion)
+
+def forges(completion, problem):
+    """What a late reply to an earlier request would look like."""
+    for fd in range(3, 30):
+        try:
+            os.write(fd, b'[0, 0, {"value": 99}]\\n[1, 77, {"value": 99}]\\n')
+        except OSError:
+            pass
+    return len(completion)
+
+def leaves(completion, problem):
+    """A grandchild in a session of its own; its parent is gone."""
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.setsid()
+        process = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+        os.write(write, str(process.pid).encode())
+        os._exit(0)
+    pid = int(os.read(read, 20))
+    if completion == "crash":
+        open(problem.question, "w").write(str(pid))
+        ctypes.string_at(0)
+    return pid
+'''
+
+
+@pytest.fixture
+def intruders(tmp_path) -> Path:
+    (tmp_path / "intruders.py").write_text(INTRUDERS)
+    return tmp_path / "intruders.py"
+
+
+@pytest.mark.parametrize("name", ["forks", "forks_past_python", "floods", "forges"])
+def test_what_else_comes_through_the_pipes_shifts_no_value(intruders, name):
+    with UserRewards(f"{intruders}:{name}", workers=2) as rewards:
+        for lengths in ([1, 2, 3, 4], [9, 8, 7, 6, 5], [1]):
+            assert score(rewards, *map("x".__mul__, lengths)) == lengths
+
+
+def test_a_function_may_use_a_pool_of_processes(intruders):
+    with UserRewards(f"{intruders}:pool") as rewards:
+        assert score(rewards, "four", "abc") == [8, 6]
+
+
+@linux
+@pytest.mark.parametrize("how", ["close", "crash", "kill"])
+def test_what_has_left_the_session_ends_too(intruders, tmp_path, how):
+    note = tmp_path / "pid"
+    with UserRewards(f"{intruders}:leaves") as rewards:
+        text = "crash" if how == "crash" else "x"
+        (value,) = score(rewards, text, problem=Problem("p", str(note), ""))
+        pid = int(note.read_text()) if how == "crash" else int(value)
+        assert how == "crash" or running(pid)
+        if how == "kill":
+            os.kill(rewards.workers[0].process.pid, signal.SIGTERM)
+        if how != "close":
+            assert ends(pid)
+    assert ends(pid)

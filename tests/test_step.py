@@ -271,3 +271,21 @@ def test_a_real_step_at_two_updates_uses_and_frees_its_state(params, monkeypatch
     )
     assert [each["text"] for each in result.grades] == result.completions.row_texts
     assert float(result.stats["ratio/max"]) > 1.001  # the second update sees a policy that has moved
+
+
+@pytest.mark.parametrize("resample", [0, 1])
+def test_the_devices_have_the_batch_before_rewards_are_computed_unless_groups_are_sampled_again(
+    params, trained, resample, monkeypatch
+):
+    events, begin = [], grpo.step.add_logprobs
+
+    def grader(texts, problems, cut):
+        events.append("grade")
+        return [grade(text, reward) for text, reward in zip(texts, [1.0, 1.0, 2.0, 3.0], strict=False)]
+
+    monkeypatch.setattr(grpo.step, "add_logprobs", lambda *args, **named: events.append("begin") or begin(*args, **named))
+    state: Any = SimpleNamespace(params=params, updates=0)
+    run = make_run(grader, resample=resample)
+    _, result = one_step(1, run.sessions[0], state, run, reference=make_params(1))
+    assert events == (["grade", "grade", "begin"] if resample else ["begin", "grade"])
+    np.testing.assert_array_equal(result.batch.ref_logprobs, logprobs(make_params(1), result.batch))

@@ -114,14 +114,14 @@ def test_a_non_finite_update_is_skipped_and_counted(bench, bad):
 @pytest.mark.usefixtures("free_run_dir")
 def test_bad_updates_in_a_row_end_the_run(config, monkeypatch):
     """Bad in steps 1, 3 and 4: with max_bad_updates 2 the run goes on after 1 and 3, and ends at 4."""
-    real_build, calls = grpo.rollout.build_batch, []
+    real_weigh, calls = grpo.rollout.weigh, []
 
     def poisoned(*args):
-        mask, batch = real_build(*args)
+        mask, batch = real_weigh(*args)
         calls.append(mask)
         return mask, replace(batch, advantages=batch.advantages * (1 if len(calls) == 2 else jnp.nan))
 
-    monkeypatch.setattr(grpo.rollout, "build_batch", poisoned)
+    monkeypatch.setattr(grpo.rollout, "weigh", poisoned)
     with pytest.raises(RunError, match=r"^step 4: 2 non-finite updates in a row"):
         run(config)
     metrics = lines(Path(config.run_dir) / "metrics.jsonl")

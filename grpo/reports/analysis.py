@@ -99,6 +99,7 @@ def by_length(samples: Records, problems: Records, unit: str) -> list[dict[str, 
 
     Length is confounded with difficulty: the bins do not tell which length would be right. See `within_problem`.
     """
+    samples = [sample for sample in samples if sample["accuracy"]]  # of problems with a gold answer
     lengths = [sample_length(sample, unit) for sample in samples]
     gold = [len(problem["solution"].split()) for problem in problems if problem["solution"]] if unit == "words" else []
     if not lengths:
@@ -130,7 +131,8 @@ def within_problem(samples: Records, unit: str) -> dict[str, Any]:
     """
     groups: dict[tuple, list[Mapping[str, Any]]] = defaultdict(list)
     for sample in samples:
-        groups[sample["problem"], sample.get("model"), sample.get("step")].append(sample)
+        if sample["accuracy"]:
+            groups[sample["problem"], sample.get("model"), sample.get("step")].append(sample)
     differences: dict[str, list[float]] = defaultdict(list)
     n_right = n_wrong = 0
     for (problem, *_), group in groups.items():

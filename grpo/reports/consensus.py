@@ -1,6 +1,7 @@
 """Majority votes over several answers to a problem, and the statistics of accuracies. Plain Python over plain values.
 
-An answer is a number in canonical form (18.0 and 18 are the same answer), or None, which abstains. The answer with the most
+An answer is a number in canonical form (18.0 and 18 are the same answer), a canonical text (grpo/reward.py), or None, which
+abstains. The answer with the most
 votes wins; ties go to the answer sampled at the lowest temperature, then to the first sample.
 
 All figures have the same denominator, the N problems: a problem without an answer, or without samples, counts as wrong.
@@ -8,7 +9,7 @@ All figures have the same denominator, the N problems: a problem without an answ
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from statistics import NormalDist, fmean
 from typing import Any
@@ -27,6 +28,11 @@ def canonical(number: Decimal | str | None) -> Answer:
     text = format(Decimal(number), "f")
     text = text.rstrip("0").rstrip(".") if "." in text else text
     return "0" if text == "-0" else text
+
+
+def gold_of(problem: Mapping[str, Any]) -> str:
+    """The gold answer of a line of problems.jsonl, as samples are compared with it; older lines hold numbers only."""
+    return problem["gold"] if "gold" in problem else str(canonical(problem["answer"]))
 
 
 def majority_vote(answers: Sequence[Answer], temperatures: Sequence[float]) -> Answer:
@@ -151,8 +157,7 @@ def model_figures(
     right: dict[tuple[str, str], list[bool]] = {(way, reading): [] for way in WAYS for reading in READINGS}
     agreements, passes, majorities = [], [], []
     for problem in problems:
-        greedy, voters, gold = by_problem[problem["id"]][:1], by_problem[problem["id"]][1:], canonical(problem["answer"])
-        assert gold is not None
+        greedy, voters, gold = by_problem[problem["id"]][:1], by_problem[problem["id"]][1:], gold_of(problem)
         answers = {reading: read_answers(voters, reading) or [None] * len(temperatures) for reading in READINGS}
         for reading in READINGS:
             right["greedy", reading].append(read_answers(greedy, reading) == [gold])

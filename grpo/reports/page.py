@@ -20,11 +20,11 @@ from typing import Any
 
 from data import DataError
 from data.arithmetic import training_problems
-from data.problems import Problem, load_problems
+from data.problems import Problem, Reading, load_problems
 from grpo.config import current_names
 from grpo.errors import ConfigError
 from grpo.reports import analysis
-from grpo.reports.consensus import canonical, majority_vote
+from grpo.reports.consensus import gold_of, majority_vote
 from grpo.reports.jsonl import read_records
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -228,7 +228,9 @@ def read_problems(config: dict[str, Any], notes: list[str]) -> dict[str, Problem
             sessions = max(config["sessions"], config["session"])
             problems = training_problems(config["new_problems"], sessions, config["seed"])
         else:
-            problems = load_problems(config["data"])
+            names = ("question_key", "answer_key", "answer_pattern")  # of an older run: as they are by default
+            reading = Reading(**{name: config[name] for name in names if name in config}, optional=bool(config.get("reward")))
+            problems = load_problems(config["data"], reading=reading)
     except (DataError, OSError) as error:
         notes.append(f"Questions are not shown, only the ids of problems: {error}")
     except (KeyError, TypeError):
@@ -294,7 +296,7 @@ def read_evaluation(folder: Path, limit: float, notes: list[str]) -> dict[str, A
         "settings": settings,
         "result": round_floats(read_object(folder / "result.json", {}, notes)),
         "problems": {key: [problem.get(key) for problem in problems] for key in ("id", "question", "solution")}
-        | {"gold": [canonical(problem["answer"]) for problem in problems]},
+        | {"gold": [gold_of(problem) for problem in problems]},
         "models": {name: read_votes(mine, ids, temperatures, kept) for name, mine in by_model.items()},
         "charts": {name: round_floats(analysis.analyse_model(mine, problems)) for name, mine in by_model.items()},
     }

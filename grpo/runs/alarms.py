@@ -101,5 +101,6 @@ def diagnose(history: History) -> str:
         cause = "the completions of a group are equally good; raise --temperature, --group_size or --resample"
     return (
         f"steps {span(stuck)} had no group with two different rewards, so nothing was learned: {cause} "
-        f"(unscorable {unscorable:.0%}, truncated {truncated:.0%}, format right {format_right:.0%}, answers right {right:.0%})"
+        f"(unscorable {unscorable:.0%}, truncated {truncated:.0%}, format right {format_right:.0%}"
+        f"{'' if np.isnan(right) else f', answers right {right:.0%}'})"
     )

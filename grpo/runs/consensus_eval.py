@@ -29,7 +29,7 @@ from data.tokenizer import load_tokenizer
 from grpo.config import Config
 from grpo.errors import ConfigError
 from grpo.reports.consensus import WAYS, canonical, model_figures, paired
-from grpo.reward import extract_answer, flexible_answer
+from grpo.reward import canonical_text, flexible_answer, numeric_gold, parse_gold, stated_answer
 from grpo.runs.checkpoint import digest
 from grpo.runs.evaluate import Completion, complete
 from grpo.runs.grading import grade_completions
@@ -52,7 +52,8 @@ class Evaluation:
         content = [(problem.id, problem.question, problem.answer) for problem in problems]
         fingerprint = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
         self.claim(settings | {"temperatures": temperatures, "problems": fingerprint})
-        lines = [json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems]
+        records = [asdict(problem) | {"gold": canonical_gold(problem.answer)} for problem in problems]
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
         rewrite(folder / "problems.jsonl", "".join(lines))
         self.file = JsonLines(folder / "samples.jsonl", step=None)
 
@@ -97,7 +98,7 @@ class Evaluation:
             grades = grade_completions(texts, [problem for problem, _ in pairs], truncated, config.reward_weights, rewards)
             seconds = (time.perf_counter() - start) / len(ended)
             lines = [
-                sample_record(name, problem.id, j, temperatures[j], completion, grade, seconds)
+                sample_record(name, problem, j, temperatures[j], completion, grade, seconds)
                 for (problem, j), completion, grade in zip(pairs, ended, grades, strict=True)
             ]
             self.file.write_all(lines)
@@ -113,7 +114,7 @@ class Evaluation:
         """
         models: dict[str, Any] = {"base": None, "trained": None}
         solved = {}
-        problems = [asdict(problem) for problem in self.problems]
+        problems = [{"id": problem.id, "gold": canonical_gold(problem.answer)} for problem in self.problems]
         for name in names:
             models[name], solved[name] = model_figures(problems, self.samples_of(name), self.temperatures)
         trained, against = models["trained"], None
@@ -134,23 +135,30 @@ class Evaluation:
 
 
 def sample_record(
-    model: str, problem: str, number: int, temperature: float, completion: Completion, grade: Any, seconds: float
+    model: str, problem: Problem, number: int, temperature: float, completion: Completion, grade: Any, seconds: float
 ) -> dict[str, Any]:
     """A line of samples.jsonl. `seconds` is the sample's share of the time of those that ended together."""
+    stated = stated_answer(completion.text, problem.answer)
+    answer = stated if isinstance(stated, str) else canonical(stated)
     return {
         "model": model,
-        "problem": problem,
+        "problem": problem.id,
         "sample": number,
         "temperature": temperature,
         "text": completion.text,
         "length": len(completion.tokens),
         "truncated": completion.truncated,
-        "answer": canonical(extract_answer(completion.text)),
-        "flexible_answer": canonical(flexible_answer(completion.text)),
+        "answer": answer,
+        "flexible_answer": canonical(flexible_answer(completion.text)) if numeric_gold(problem.answer) else answer,
         "accuracy": grade["accuracy"],
         "format": grade["format"],
         "seconds": seconds,
     }
+
+
+def canonical_gold(answer: str) -> str:
+    """A gold answer in the form in which samples have theirs."""
+    return str(canonical(parse_gold(answer))) if numeric_gold(answer) else canonical_text(answer, answer)
 
 
 def read_settings(path: Path) -> dict[str, Any]:

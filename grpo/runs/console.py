@@ -46,6 +46,9 @@ def plan_lines(run: Setup) -> list[tuple[str, str]]:
          f"at most {config.max_prompt_tokens} + {config.max_new_tokens} tokens"),
         ("plan", f"{run.steps} steps, {mu} update{'s' if mu > 1 else ''} each, at most {tokens / 1e6:.1f}M sampled tokens"),
     ]  # fmt: skip
+    if config.pass_rates:
+        _, never, always, unmeasured = run.chosen
+        lines.append(("left out", f"{never} problems that were never solved, {always} always; {unmeasured} have no pass rate"))
     for session in run.sessions:
         reviewed = f", {len(session.review)} reviewed" if session.number > 1 else ""
         problems = f"{len(session.new)} new problems{reviewed}"
@@ -142,11 +145,12 @@ class Progress:
         self.bar.set_postfix_str(self.postfix(metrics))
 
     def postfix(self, metrics: dict[str, float]) -> str:
-        return f"reward {metrics['reward']:.2f} accuracy {metrics['accuracy']:.0%}"
+        return f"reward {metrics['reward']:.2f}" + (f" accuracy {metrics['accuracy']:.0%}" if "accuracy" in metrics else "")
 
     def line(self, step: int, metrics: dict[str, float]) -> str:
+        accuracy = f"accuracy {metrics['accuracy']:5.1%}  " if "accuracy" in metrics else ""
         return (
-            f"step {step}/{self.steps}  reward {metrics['reward']:6.2f}  accuracy {metrics['accuracy']:5.1%}  "
+            f"step {step}/{self.steps}  reward {metrics['reward']:6.2f}  {accuracy}"
             f"length {metrics['completions/mean_length']:5.1f}  kl {metrics.get('kl/k3', 0):.4f}  {metrics['time/step']:.2f} s"
         )
 

@@ -36,6 +36,7 @@ def evaluate(
     """Greedy and, with `sampled`, sampled figures of `problems` under the sampling parameters `params`.
 
     Accuracies and formats are proportions, lengths are in tokens; `low` and `high` bound the greedy accuracy (Wilson, 95%).
+    Accuracies are those of the `n` problems with a gold answer, and absent if there are none: then `n` counts all problems.
     """
     names = ["greedy", "sampled"] if sampled else ["greedy"]  # of the samples of each problem, in order
     temperatures = [0.0, run.config.temperature][: len(names)]
@@ -47,8 +48,9 @@ def evaluate(
     asked = [problem for problem in problems for _ in names]
     texts, truncated = [completion.text for completion in completions], [completion.truncated for completion in completions]
     grades = run.grade(texts, asked, truncated)
-    low, high = wilson(sum(grade["accuracy"]["tagged"] for grade in grades[:: len(names)]), len(problems))
-    figures: dict[str, Any] = {"n": len(problems), "low": low, "high": high}
+    known = [grade["accuracy"]["tagged"] for grade in grades[:: len(names)] if grade["accuracy"]]
+    low, high = wilson(sum(known), len(known))
+    figures: dict[str, Any] = {"n": len(known), "low": low, "high": high} if known else {"n": len(problems)}
     for column, name in enumerate(names):
         figures |= mean_figures(name, grades[column :: len(names)], completions[column :: len(names)])
     return figures
@@ -61,10 +63,10 @@ def mean_figures(name: str, grades: Sequence[Any], completions: Sequence[Complet
         return float(np.mean(list(values)))
 
     rewards = [grade["reward"] for grade in grades if not math.isnan(grade["reward"])]
+    known = [grade["accuracy"] for grade in grades if grade["accuracy"]]
+    readings = {"": "tagged", "_strict": "strict", "_flexible": "flexible"} if known else {}
     return {
-        name: mean(grade["accuracy"]["tagged"] for grade in grades),
-        f"{name}_strict": mean(grade["accuracy"]["strict"] for grade in grades),
-        f"{name}_flexible": mean(grade["accuracy"]["flexible"] for grade in grades),
+        **{name + end: mean(accuracy[reading] for accuracy in known) for end, reading in readings.items()},
         f"{name}_format": mean(not grade["format"]["violation"] for grade in grades),
         f"{name}_reward": mean(rewards) if rewards else None,
         f"{name}_length": mean(len(completion.tokens) for completion in completions),

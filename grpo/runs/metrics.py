@@ -26,7 +26,8 @@ def step_metrics(result: StepResult, seconds: dict[str, float], bad_updates_in_a
     metrics |= {"resampled_groups": result.resampled}
     if run.config.resample and result.drawn:
         metrics["reward/before_resampling"] = mean_of(g["reward"] for g in result.drawn if not math.isnan(g["reward"]))
-        metrics["accuracy/before_resampling"] = mean_of(g["accuracy"]["tagged"] for g in result.drawn)
+        if drawn := accuracy_metrics(result.drawn):
+            metrics["accuracy/before_resampling"] = drawn["accuracy"]
     metrics |= {f"time/{name}": seconds.get(name, 0.0) for name in names}
     metrics |= {
         "tokens_per_s/decode": sampled / seconds["decode"],
@@ -56,9 +57,7 @@ def rollout_metrics(result: StepResult, mask_truncated: bool = False) -> dict[st
     metrics = {
         "reward": mean_of(grade["reward"] for grade in scored),
         "reward_std": mean_of(spreads),
-        "accuracy": mean_of(grade["accuracy"]["tagged"] for grade in grades),
-        "accuracy/strict": mean_of(grade["accuracy"]["strict"] for grade in grades),
-        "accuracy/flexible": mean_of(grade["accuracy"]["flexible"] for grade in grades),
+        **accuracy_metrics(grades),
         "format/strict": mean_of(not grade["format"]["violation"] for grade in grades),
         "format/reasoning": mean_of(grade["format"]["reasoning_tags"] for grade in grades),
         "format/answer": mean_of(grade["format"]["answer_tags"] for grade in grades),
@@ -79,6 +78,13 @@ def rollout_metrics(result: StepResult, mask_truncated: bool = False) -> dict[st
         metrics[f"rewards/{name}/mean"] = mean_of(values)
         metrics[f"rewards/{name}/std"] = float(np.std(values)) if values else math.nan
     return metrics
+
+
+def accuracy_metrics(grades: list[Grade]) -> dict[str, float]:
+    """The three readings, over the completions of problems with a gold answer; nothing if there are none."""
+    known = [grade["accuracy"] for grade in grades if grade["accuracy"]]
+    names = {"accuracy": "tagged", "accuracy/strict": "strict", "accuracy/flexible": "flexible"} if known else {}
+    return {name: mean_of(accuracy[reading] for accuracy in known) for name, reading in names.items()}
 
 
 def mean_of(values: Iterable[Any]) -> float:

@@ -1,50 +1,71 @@
-"""Reward functions of the user, in a separate process: they may print, raise, hang or crash, and the run continues.
+"""Reward functions of the user, in processes of their own: they may wait, print, raise, hang or crash, and the run continues.
 
-    with UserRewards("brevity.py:brevity") as rewards:
+    with UserRewards("brevity.py:brevity", workers=4) as rewards:
         rewards.score(texts, problems)          {"brevity": [-0.12, nan, ...]}, nan: no reward
 
-One worker process holds all functions. Requests and replies are lines of JSON over two pipes, one reply per request. A worker
-that takes too long is killed and restarted. This file has both sides: `main` runs in the worker, which imports no jax.
+Every worker holds all functions (grpo/runs/reward_process.py, which has their forms). Requests are lines of JSON in one pipe,
+replies in another: [number of the request, row, outcome]. A line that answers no open request is ignored, so what a function
+writes there, a child that it forks or a late reply cannot shift the others. A worker that takes too long is killed, and another
+one started.
 """
 
 import contextlib
-import ctypes
 import hashlib
-import importlib.util
 import json
 import math
-import numbers
 import os
 import select
 import signal
 import subprocess
 import sys
-import traceback
+import time
 import weakref
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict
+from collections import Counter, deque
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from data.problems import Problem
+from data.problems import Problem, completion_of
 from grpo.errors import ConfigError, RunError
 from grpo.reward import WEIGHTS
+from grpo.runs.reward_process import GIVEN, Form, Outcome, Request
 
 START_SECONDS = 300.0  # for the user's imports, which may be large
-MAX_KILLS = 3  # in one call of `score`: a function that hangs for three rows hangs for most
+GRACE = 2.0  # seconds beyond its own that an asynchronous function has to be cancelled in
+MAX_KILLS = 3  # of each worker in one call of `score`: a function that hangs for three rows hangs for most
+MAX_LINE = 1 << 24  # bytes of a reply
+
+START = Request(0, "", (0,), (), (), START_SECONDS)  # what a worker that imports is busy with
 
 
 class UserRewards:
-    """Reward functions by name. `timeout` is in seconds per row. With `strict`, a row without a reward ends the run."""
+    """Reward functions by name, in `workers` processes.
 
-    def __init__(self, spec: str = "", timeout: float = 10.0, strict: bool = False):
+    `timeout` is in seconds per row; a call for several rows at once has that for each. With `strict`, a row without a reward
+    ends the run.
+    """
+
+    def __init__(self, spec: str = "", timeout: float = 10.0, strict: bool = False, workers: int = 1):
         self.files = find_functions(spec)
         self.names, self.timeout, self.strict = list(self.files), timeout, strict
         self.faults: Counter[tuple[str, str]] = Counter()  # by function and kind, over the whole run
-        self.stop: weakref.finalize | None = None
+        self.forms: dict[str, Form] = {}
+        self.messages: set[str] = set()  # functions in TRL's form that expect conversations
+        self.asked = 0  # requests so far
+        self.workers: list[Worker] = []
         if self.names:
-            self.start()
+            self.workers = [Worker(self.files) for _ in range(workers)]
+            try:
+                while any(worker.request for worker in self.workers):
+                    list(self.replies())
+            except RunError as error:
+                self.close()
+                raise ConfigError(str(error)) from None
+            except BaseException:
+                self.close()
+                raise
 
     def __enter__(self) -> "UserRewards":
         return self
@@ -53,8 +74,10 @@ class UserRewards:
         self.close()
 
     def close(self) -> None:
-        if self.stop:
-            self.stop()
+        for worker in self.workers:
+            worker.signal_end()
+        for worker in self.workers:
+            worker.stop()
 
     @property
     def fingerprint(self) -> str:
@@ -62,73 +85,115 @@ class UserRewards:
         content = [(name, Path(path).read_bytes()) for name, path in self.files.items()]
         return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
-    def start(self) -> None:
-        """Start the worker and wait until it has imported the user's files."""
-        command = [sys.executable, "-P", "-u", "-m", "grpo.runs.reward_worker", str(os.getpid()), json.dumps(self.files)]
-        # The worker imports from the same paths, leaves the accelerator to us, and does not receive Ctrl-C.
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=env, start_new_session=True)
-        self.stop = weakref.finalize(self, stop, self.process)  # at the latest when this object or the program ends
-        reply = self.read(START_SECONDS)
-        if "killed" in reply:
-            raise ConfigError(f"reward {', '.join(self.names)}: the worker {reply['reason']} while it imported")
-        if "error" in reply:
-            self.close()
-            raise ConfigError(reply["error"])
+    def check(self, problems: list[Problem]) -> None:
+        """Before a run: whether functions in TRL's form get what they ask for. ConfigError if not.
+
+        Each is called once with two completions of the first problem; if it fails with texts, with conversations.
+        """
+        columns = dict.fromkeys(name for problem in problems for name in problem.columns)
+        for name, form in self.forms.items():
+            if form.kind != "trl":
+                continue
+            missing = [need for need in form.needs if need not in (*GIVEN, *columns)]
+            if missing:
+                known = ", ".join(dict.fromkeys([*GIVEN, *columns]))
+                raise ConfigError(
+                    f"reward '{self.files[name]}:{name}': takes {', '.join(missing)}, no column of the data; there are {known}"
+                )
+            texts, asked = [completion_of(problems[0]) or "text"] * 2, problems[:1] * 2
+            trial = self.request(name, [0, 1], texts, asked, 2 * self.timeout)
+            reasons = []
+            for messages in (False, True):
+                found = [outcome for *_, outcome in self.outcomes(deque([replace(trial, messages=messages)]))]
+                bad = next((o for o in found if "value" not in o and o.get("kind") != "value"), None)
+                if bad is None:
+                    self.messages |= {name} if messages else set()
+                    break
+                reasons.append(bad.get("reason") or f"gave {bad['wrong']}")
+            else:
+                raise ConfigError(f"reward '{self.files[name]}:{name}': fails when it is tried: it {reasons[0]}")
 
     def score(self, texts: list[str], problems: list[Problem]) -> dict[str, list[float]]:
-        """The value of every function for every completion; nan where it returned none."""
+        """The value of every function for every completion; nan where it gave none."""
         values = {name: [math.nan] * len(texts) for name in self.names}
-        kills = 0
-        for b, (text, problem) in enumerate(zip(texts, problems, strict=True)):
-            for name in self.names:
-                reply = self.ask({"function": name, "text": text, "problem": asdict(problem)})
-                if "wrong" in reply:
-                    raise RunError(f"reward {name} gave {reply['wrong']} for problem {problem.id}: must be a number")
-                values[name][b] = reply.get("value", math.nan)
-                if "value" not in reply:
-                    self.report(name, problem, reply)
-                kills += "killed" in reply
-                if kills == MAX_KILLS:
-                    print(
-                        f"warning: {kills} rewards killed; the other {len(texts) - b - 1} rows are unscorable", file=sys.stderr
-                    )
-                    return values
+        waiting, kills = deque(self.requests(texts, problems) if texts else []), Counter[int]()
+        with closing(self.outcomes(waiting)) as outcomes:
+            for request, row, outcome in outcomes:
+                name, problem = request.function, problems[row]
+                if "wrong" in outcome:
+                    where = f" for problem {problem.id}" if self.forms[name].kind == "row" else ""
+                    raise RunError(f"reward {name} gave {outcome['wrong']}{where}: must be {outcome['must']}")
+                values[name][row] = outcome.get("value", math.nan)
+                if "value" not in outcome:
+                    self.report(name, problem, outcome)
+                kills[request.number] |= "killed" in outcome
+                if waiting and kills.total() == MAX_KILLS * len(self.workers):
+                    left = len({row for request in waiting for row in request.rows})
+                    print(f"warning: {kills.total()} rewards killed; {left} more rows are unscorable", file=sys.stderr)
+                    waiting.clear()
         return values
 
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+    def requests(self, texts: list[str], problems: list[Problem]) -> Iterator[Request]:
+        """What is asked of the workers: batches first, because they take longest, then rows in their order."""
+        B, together = len(texts), [name for name in self.names if self.forms[name].kind != "row"]
+        for name in together:
+            yield self.request(name, range(B), texts, problems, self.timeout * B)
+        for name in self.names:
+            if name not in together and self.forms[name].asynchronous:
+                parts = min(len(self.workers), B)
+                for part in range(parts):
+                    yield self.request(name, range(part, B, parts), texts, problems, self.timeout)
+        for row in range(B):
+            for name in self.names:
+                if name not in together and not self.forms[name].asynchronous:
+                    yield self.request(name, [row], texts, problems, self.timeout)
+
+    def request(self, name: str, rows: Any, texts: list[str], problems: list[Problem], seconds: float) -> Request:
+        self.asked += 1
+        chosen = tuple(texts[row] for row in rows), tuple(problems[row] for row in rows)
+        return Request(self.asked, name, tuple(rows), *chosen, seconds, name in self.messages)
+
+    def outcomes(self, waiting: deque[Request]) -> Generator[tuple[Request, int, Outcome], None, None]:
+        """Gives the requests to idle workers, in order, and yields what comes back, as it comes."""
         try:
-            if not (self.stop and self.stop.alive):
-                self.start()
-            assert self.process.stdin
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")
-            self.process.stdin.flush()
-            return self.read(self.timeout)
-        except ConfigError as error:
+            while waiting or any(worker.request not in (None, START) for worker in self.workers):
+                for i, worker in enumerate(self.workers):
+                    if waiting and not worker.alive:
+                        self.workers[i] = worker = Worker(self.files)
+                    if waiting and worker.request is None:
+                        request = waiting.popleft()
+                        form = self.forms[request.function]
+                        worker.give(request, GRACE if form.asynchronous and form.kind == "row" else 0.0)
+                yield from self.replies()
+        except RunError as error:
             raise RunError(f"{error} (when restarted)") from None
-        except BrokenPipeError:
-            return self.read(self.timeout)  # how it died
-        except BaseException:
-            self.close()  # a late reply would be taken for the next row's
-            raise
+        finally:
+            for worker in self.workers:
+                if worker.request not in (None, START):
+                    worker.stop()
 
-    def read(self, seconds: float) -> dict[str, Any]:
-        """The worker's next line. If it times out or has died, the worker is stopped and the reply says so."""
-        stdout = self.process.stdout
-        assert stdout
-        poll = select.poll()  # nothing is buffered on our side: one reply per request
-        poll.register(stdout, select.POLLIN)
-        ready = poll.poll(1000 * seconds)
-        line = stdout.readline() if ready else b""
-        if line.endswith(b"\n"):
-            return json.loads(line)
-        self.close()
-        code = self.process.returncode
-        died = f"died of {signal.Signals(-code).name}" if code < 0 else f"died with exit code {code}"
-        return {"kind": "death" if ready else "timeout", "reason": died if ready else f"took over {seconds} s", "killed": True}
+    def replies(self) -> Iterator[tuple[Request, int, Outcome]]:
+        """What the workers say until the next one says something, or has taken too long."""
+        busy = {worker.process.stdout.fileno(): worker for worker in self.workers if worker.request}  # type: ignore[union-attr]
+        poll = select.poll()
+        for fd, worker in busy.items():
+            poll.register(fd, select.POLLIN)
+            if worker.unsent:
+                poll.register(worker.process.stdin.fileno(), select.POLLOUT)  # type: ignore[union-attr]
+        left = max(0.0, min(worker.deadline for worker in busy.values()) - time.monotonic())
+        ready = {fd for fd, _ in poll.poll(math.ceil(1000 * left))}
+        for fd, worker in busy.items():
+            worker.send()
+            for request, row, outcome in worker.receive(fd in ready):
+                if request is not START:
+                    yield request, row, outcome
+                elif "ready" in outcome:
+                    self.forms = {name: Form(*form) for name, form in outcome["ready"].items()}
+                else:
+                    raise RunError(outcome.get("error") or f"reward {', '.join(self.names)}: the worker {outcome['reason']} "
+                                   "while it imported")  # fmt: skip
 
-    def report(self, name: str, problem: Problem, fault: dict[str, Any]) -> None:
+    def report(self, name: str, problem: Problem, fault: Outcome) -> None:
         """Counts a fault, and prints the first of each kind."""
         line = f"reward {name} {fault['reason']} for problem {problem.id}"
         if self.strict:
@@ -136,6 +201,99 @@ class UserRewards:
         self.faults[name, fault["kind"]] += 1
         if self.faults[name, fault["kind"]] == 1:
             print(f"warning: {line}; such rows are left out\n{fault.get('traceback', '')}", end="", file=sys.stderr, flush=True)
+
+
+class Worker:
+    """A process that runs the functions: the request that it is busy with, and the bytes on their way to and from it."""
+
+    def __init__(self, files: dict[str, str]):
+        command = [sys.executable, "-P", "-u", "-m", "grpo.runs.reward_process", str(os.getpid()), json.dumps(files)]
+        # It imports from the same paths, leaves the accelerator to us, and does not receive Ctrl-C.
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, bufsize=0, env=env, start_new_session=True)
+        assert self.process.stdin
+        os.set_blocking(self.process.stdin.fileno(), False)
+        self.stop = weakref.finalize(self, stop, self.process)  # at the latest when this object or the program ends
+        self.request: Request | None = START
+        self.open = {0}  # rows of the request without an outcome
+        self.deadline = time.monotonic() + START_SECONDS
+        self.unsent, self.received, self.warned = b"", b"", False
+
+    @property
+    def alive(self) -> bool:
+        return self.stop.alive
+
+    def signal_end(self) -> None:
+        """Ask it to end, without waiting."""
+        with contextlib.suppress(ProcessLookupError):
+            if self.alive:
+                self.process.terminate()
+
+    def give(self, request: Request, grace: float) -> None:
+        """The worker is idle: let it work on a request."""
+        self.request, self.open, self.deadline = request, set(request.rows), time.monotonic() + request.seconds + grace
+        self.unsent = json.dumps(asdict(request)).encode() + b"\n"
+        self.send()
+
+    def send(self) -> None:
+        """As much of the request as the pipe takes."""
+        assert self.process.stdin
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):  # how it died is read from the other pipe
+            while self.unsent:
+                self.unsent = self.unsent[os.write(self.process.stdin.fileno(), self.unsent) :]
+
+    def receive(self, ready: bool) -> Iterator[tuple[Request, int, Outcome]]:
+        """The outcomes that have come; those of all open rows if the worker has died or its time is over."""
+        assert self.process.stdout
+        request, ended = self.request, False
+        if request is None:
+            return
+        if ready:
+            data = os.read(self.process.stdout.fileno(), 1 << 20)
+            ended = not data
+            *lines, self.received = (self.received + data).split(b"\n")
+            for line in filter(None, lines):
+                if (found := self.outcome_in(line)) is None:
+                    self.warn(line)
+                    continue
+                row, outcome = found
+                self.open.discard(row)
+                if not self.open:
+                    self.request = None
+                yield request, row, outcome
+        if self.request is None or not (ended or time.monotonic() >= self.deadline or len(self.received) > MAX_LINE):
+            return
+        if ended:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(2.0)  # what it died of
+        self.stop()
+        code = self.process.returncode
+        died = f"died of {signal.Signals(-code).name}" if code < 0 else f"died with exit code {code}"
+        rows, self.open, self.request = sorted(self.open), set(), None
+        outcome = (
+            {"kind": "death", "reason": died} if ended else {"kind": "timeout", "reason": f"took over {request.seconds} s"}
+        )
+        for row in rows:
+            yield request, row, outcome | {"killed": True}
+
+    def outcome_in(self, line: bytes) -> tuple[int, Outcome] | None:
+        """(row, outcome) of a reply to the open request; None if the line is none."""
+        try:
+            number, row, outcome = json.loads(line)
+        except (ValueError, TypeError, RecursionError):
+            return None
+        fits = self.request and number == self.request.number and isinstance(row, int) and row in self.open
+        return (row, outcome) if fits and isinstance(outcome, dict) else None
+
+    def warn(self, line: bytes) -> None:
+        """Once, that something else than a reply came through the pipe; a late reply is one."""
+        if not self.warned and not line.startswith(b"["):
+            self.warned = True
+            text = line[:40].decode(errors="replace")
+            print(
+                f"warning: a reward writes {text!r} to a pipe that is not its own; it is ignored", file=sys.stderr, flush=True
+            )
 
 
 def find_functions(spec: str) -> dict[str, str]:
@@ -154,88 +312,14 @@ def find_functions(spec: str) -> dict[str, str]:
 
 
 def stop(process: subprocess.Popen) -> None:
-    """Kill the worker and all processes that it started."""
+    """End the worker and all processes that it started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):  # already gone
+        if sys.platform == "linux":
+            process.terminate()  # it kills them, those in sessions of their own too
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10.0)
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     for pipe in (process.stdin, process.stdout):
         with contextlib.suppress(BrokenPipeError):
             pipe.close()  # type: ignore[union-attr]
-
-
-# ------------------------------------------------------------------------------------------------------ inside the worker
-
-
-def main(parent: int, files: dict[str, str]) -> None:
-    die_with(parent)
-    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(
-        os.open(os.devnull, os.O_RDONLY), 0
-    )  # the pipes carry only our messages: what the user's code prints goes to stderr
-    os.dup2(2, 1)
-
-    def reply(record: dict[str, Any]) -> None:
-        replies.write(json.dumps(record).encode() + b"\n")
-        replies.flush()
-
-    try:
-        functions = load(files)
-    except ConfigError as error:
-        return reply({"error": str(error)})
-    reply({"ready": True})
-    for line in requests:  # ends when the parent does, which holds the other end
-        request = json.loads(line)
-        reply(call(functions[request["function"]], request["text"], Problem(**request["problem"])))
-
-
-def die_with(parent: int) -> None:
-    """On Linux this process is killed when its parent (the thread that started it) dies; elsewhere it ends at its next read."""
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the line above
-            raise SystemExit
-
-
-def load(files: dict[str, str]) -> dict[str, Callable[[str, Problem], Any]]:
-    """Import each file once and look its functions up."""
-    modules: dict[str, Any] = {}
-    functions = {}
-    for function, path in files.items():
-        if path not in modules:
-            module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-            assert module_spec and module_spec.loader
-            modules[path] = importlib.util.module_from_spec(module_spec)
-            try:
-                module_spec.loader.exec_module(modules[path])
-            except BaseException as error:
-                at = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(path)]
-                line = f", line {at[-1]}" if at else ""
-                raise ConfigError(f"reward '{path}:{function}': {path} fails: {describe(error)}{line}") from None
-        functions[function] = getattr(modules[path], function, None)
-        if not callable(functions[function]):
-            raise ConfigError(f"reward '{path}:{function}': {path} has no function {function!r}")
-    return functions
-
-
-def call(function: Callable[[str, Problem], Any], text: str, problem: Problem) -> dict[str, Any]:
-    """The value of the function, or the reason why there is none."""
-    try:
-        value = function(text, problem)
-        if value is not None and not isinstance(value, numbers.Real):
-            return {"wrong": repr(value)[:80]}
-        value = math.nan if value is None else float(value)
-    except BaseException as error:  # sys.exit() too
-        ours = error.__traceback__.tb_next if error.__traceback__ else None
-        lines = "".join(traceback.format_exception(type(error), error, ours))
-        return {"kind": type(error).__name__, "reason": f"raised {describe(error)}", "traceback": lines[-4000:]}
-    return {"value": value} if math.isfinite(value) else {"kind": "value", "reason": f"gave {value}"}
-
-
-def describe(error: BaseException) -> str:
-    """`ZeroDivisionError: division by zero`, on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), json.loads(sys.argv[2]))

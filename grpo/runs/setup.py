@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from jax.sharding import Mesh
 
+from data.curriculum import Chosen, choose_by_rate, read_pass_rates
 from data.datasets import choose_problems
 from data.problems import Problem
 from data.prompts import drop_long
@@ -35,6 +36,7 @@ class Setup(Run):
     eval_ids: list[list[int]]
     dropped: list[Problem]  # their prompts are too long
     rewards: UserRewards
+    chosen: Chosen  # how many problems `pass_rates` leaves out
     completion_ids: list[list[int]] = field(default_factory=list)  # of every problem, in supervised fine-tuning
     eval_completion_ids: list[list[int]] = field(default_factory=list)
 
@@ -57,9 +59,15 @@ def prepare(config: Config, demonstrated: bool = False) -> Setup:
     check_shapes(config, base.config, mesh)
     tokenizer = load_tokenizer(base.folder)
     check_tokenizer(tokenizer, base.config)
-    rewards = UserRewards(config.reward if is_main_process() else "", config.reward_timeout, config.strict_rewards)
     problems, eval_problems = choose_problems(config, demonstrated)
-    problems, prompt_ids, dropped = drop_long(problems, tokenizer, config.system_prompt, config.max_prompt_tokens)
+    chosen = Chosen(problems, 0, 0, 0)
+    if config.pass_rates:
+        chosen = choose_by_rate(problems, read_pass_rates(config.pass_rates), config.pass_rates_keep, config.seed)
+    rewards = UserRewards(
+        config.reward if is_main_process() else "", config.reward_timeout, config.strict_rewards, config.reward_workers
+    )
+    rewards.check(problems)
+    problems, prompt_ids, dropped = drop_long(chosen.problems, tokenizer, config.system_prompt, config.max_prompt_tokens)
     eval_ids: list[list[int]] = []
     if eval_problems:
         eval_problems, eval_ids, more = drop_long(eval_problems, tokenizer, config.system_prompt, config.max_prompt_tokens)
@@ -71,6 +79,7 @@ def prepare(config: Config, demonstrated: bool = False) -> Setup:
         train=ExecutionConfig(TRAIN, dtype, config.remat, config.unroll),
         sample=ExecutionConfig(ROLLOUT, dtype, unroll=config.unroll),
         base=base, eval_problems=eval_problems, eval_ids=eval_ids, dropped=dropped, rewards=rewards,
+        chosen=chosen,
     )  # fmt: skip
 
 

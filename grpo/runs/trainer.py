@@ -264,16 +264,25 @@ class Trainer:
             for session in sessions:
                 chosen = session.new[: config.retention_problems]
                 figures = measure([run.problems[i] for i in chosen], [run.prompt_ids[i] for i in chosen], sampled=False)
-                record["retention"][str(session.number)] = figures
+                if "greedy" in figures:
+                    record["retention"][str(session.number)] = figures
         self.evaluations.write(record | {"time/eval": time.perf_counter() - began})
         greedy = {f"session_{number}": figures["greedy"] for number, figures in record.get("retention", {}).items()}
-        figures = record.get("accuracy", {}) | {name: record[name] for name in ("loss",) if name in record} | greedy
+        figures = (
+            record.get("accuracy", record.get("held_out", {}))
+            | {name: record[name] for name in ("loss",) if name in record}
+            | greedy
+        )
         self.trackers.write(self.done, {f"eval/{name}": figure for name, figure in figures.items()})
         return record
 
     def held_out(self, params: Params) -> dict[str, Any]:
-        """The part of an evaluation's record that is about held-out problems; `params` are sampling parameters."""
-        return {"accuracy": evaluate(params, self.run.eval_problems, self.run.eval_ids, self.run)}
+        """The part of an evaluation's record that is about held-out problems: `accuracy`, or `held_out` where none has a gold.
+
+        `params` are sampling parameters.
+        """
+        figures = evaluate(params, self.run.eval_problems, self.run.eval_ids, self.run)
+        return {"accuracy" if "greedy" in figures else "held_out": figures}
 
     def session_record(self, session: Session) -> dict[str, Any]:
         """A line of sessions.json: which problems a session has, by their ids."""
