@@ -285,7 +285,7 @@ def _parse_demonstration(record: object, reading: Reading) -> Parsed:
     if not isinstance(record, dict) or not {"prompt", "completion"} & set(record):
         parsed = _parse_record(record, reading)
         if not parsed[2]:
-            raise ValueError("answer is only a number: there is no solution to imitate")
+            raise ValueError("answer is all there is: there is no solution to imitate")
         return parsed
     prompt, completion = _text(record, "prompt").strip(), _text(record, "completion")
     for name, text in (("prompt", prompt), ("completion", completion)):

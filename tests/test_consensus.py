@@ -239,3 +239,17 @@ def test_without_any_sample_every_problem_counts_as_wrong():
     found, _ = model_figures(PROBLEMS, [], TEMPERATURES)
     assert found["greedy"]["tagged"] == found["consensus"]["flexible"] == found["agreement"] == 0
     assert found["pass_at_k"] == found["maj_at_k"] == [0] * 5
+
+
+def test_texts_vote_as_numbers_do():
+    """Their canonical forms are those of grpo/reward.py; a line of problems.jsonl has the gold's."""
+    problems = [{"id": "a", "gold": "b"}, {"id": "b", "gold": "new york"}, {"id": "c", "answer": "18.0"}]
+    answers = {"a": ["b", "b", "c", "b"], "b": ["paris", "paris", "new york", None], "c": ["18", "18", "18", "17"]}
+    samples = [
+        record(id, i, answer, flexible=answer) | {"length": 1, "seconds": 0.0}
+        for id, row in answers.items()
+        for i, answer in enumerate(row)
+    ]
+    figures, solved = model_figures(problems, samples, [1.0, 1.0, 1.0])
+    assert solved == {"greedy": [True, False, True], "consensus": [True, False, True]}
+    assert figures["pass_at_k"][0] == pytest.approx((2 / 3 + 1 / 3 + 2 / 3) / 3)

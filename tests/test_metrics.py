@@ -103,3 +103,13 @@ def test_a_completions_record_is_its_grade_with_problem_advantage_and_length():
     assert [record["length"] for record in records] == LENGTHS and {record["step"] for record in records} == {7}
     assert [record["advantage"] for record in records] == ADVANTAGES.reshape(-1).tolist()
     assert records[1]["text"] == "a b" and records[1]["reward"] == 4.0 and records[1]["answer"] == "1"
+
+
+def test_without_a_gold_answer_there_is_no_accuracy_and_with_some_it_is_theirs():
+    result = result_of()
+    for each in result.grades[1:]:
+        each["accuracy"] = {}
+    assert rollout_metrics(result)["accuracy"] == rollout_metrics(result)["accuracy/flexible"] == 1  # of the only one
+    result.grades[0]["accuracy"] = {}
+    found = rollout_metrics(result)
+    assert not any(name.startswith("accuracy") for name in found) and found["reward"] == pytest.approx(11 / 5)

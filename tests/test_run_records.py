@@ -346,3 +346,19 @@ def test_a_run_dir_that_cannot_be_used_is_named(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"run_dir .*file/run cannot be used: Not a directory"):
         run(replace(config, run_dir=str(tmp_path / "file" / "run")))
+
+
+def test_a_run_without_gold_answers_has_rewards_and_no_accuracy(config, tmp_path, capsys):
+    data = [{"prompt": f"Say {i}.", "topic": i} for i in range(24)]
+    (tmp_path / "free.json").write_text(json.dumps({"data": data}))
+    free = replace(config, run_dir=str(tmp_path / "run"), data=str(tmp_path / "free.json"), question_key="prompt", max_steps=1)
+    with pytest.raises(DataError, match=r'free\.json:1: no key "answer"; there are prompt, topic'):
+        run(replace(free, reward=""))
+    result = run(free)
+    (metrics,), evaluations = lines(tmp_path / "run/metrics.jsonl"), lines(tmp_path / "run/evaluations.jsonl")
+    assert "accuracy" not in metrics and metrics["reward"] is not None and "rewards/variety/mean" in metrics
+    assert result["accuracy_before"] is None and [set(record) for record in evaluations] == [{"step", "held_out", "time/eval"},
+        {"step", "held_out", "retention", "time/eval"}]  # fmt: skip
+    assert evaluations[0]["held_out"]["n"] == Q and "greedy_reward" in evaluations[0]["held_out"]
+    assert "accuracy" not in capsys.readouterr().out.replace("accuracy_", "")
+    assert all(record["accuracy"] == {} for record in lines(tmp_path / "run/completions.jsonl"))

@@ -203,7 +203,7 @@ BAD_LINES = {
     "empty prompt": ({"prompt": " ", "completion": "b"}, "prompt is empty"),
     "no text": ({"prompt": "a", "completion": ["b"]}, "completion must be UTF-8 text"),
     "neither": ({"text": "a"}, 'no key "question"'),
-    "no solution": ({"question": "a", "answer": 3}, "answer is only a number: there is no solution to imitate"),
+    "no solution": ({"question": "a", "answer": 3}, "answer is all there is: there is no solution to imitate"),
 }
 
 

@@ -304,8 +304,13 @@ def keep_worker(parent: int) -> None:
     it) dies. Orphans become its children, whatever session they are in, so that it finds them.
     """
 
+    over = False  # whether it ends already: a second signal must not interrupt that
+
     def end(*_) -> None:
-        raise SystemExit(0)
+        nonlocal over
+        if not over:
+            over = True
+            raise SystemExit(0)
 
     PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
     prctl = ctypes.CDLL(None).prctl
@@ -327,11 +332,9 @@ def keep_worker(parent: int) -> None:
         close(1)
         while (ended := os.waitpid(-1, 0))[0] != worker:
             pass
-        status = ended[1]
-    except BaseException:
-        kill_children()
-        os._exit(0)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        status, over = ended[1], True
+    except SystemExit:
+        pass
     kill_children()
     if os.WIFSIGNALED(status):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the worker has left a core, if there is to be one
