@@ -211,7 +211,7 @@ def product(
 
     The weight's gradient has the dtype of x until it has been summed over chips, so in bfloat16 it is rounded once a product
     and once a hop: 0.2% and, over eight chips, 0.4% of its size, beside the 1.5% that bfloat16 costs the whole gradient (four
-    layers of width 64). In float32 its traffic would double. Microbatches and chunks of the vocabulary are added in float32.
+    layers of width 64). A float32 one would not change that 1.5%. Microbatches and chunks of the vocabulary are added in float32.
     """
     placed = None if out is None else execution.at(out)
 

@@ -125,7 +125,7 @@ def complete(
     tokens, lengths = pad_prompts(padded, max(map(len, padded)), pad_id=0)
     rows, dtype = len(padded) * config.samples, activation_dtype(config.dtype)
     with jax.set_mesh(mesh):
-        params = source.load(mesh, ROLLOUT, dtype)
+        params = source.load_policy(mesh, dtype)
         start = time.perf_counter()
         samples = sample(
             params,

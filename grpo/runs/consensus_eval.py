@@ -78,8 +78,9 @@ class Evaluation:
         """Draw the missing samples of a model. `show` is called with the samples that have ended."""
         tokenizer = load_tokenizer(model.folder)
         check_tokenizer(tokenizer, model.config)
-        params = model.load(mesh, ROLLOUT, activation_dtype(config.dtype))
-        self.claim({f"{name}_weights": digest(params), f"{name}_tokenizer": tokenizer.fingerprint})
+        params = model.load_policy(mesh, activation_dtype(config.dtype))
+        scale = f" x {model.adapters().scale:g}" if model.adapters else ""
+        self.claim({f"{name}_weights": digest(params) + scale, f"{name}_tokenizer": tokenizer.fingerprint})
         asked, prompt_ids, too_long = drop_long(self.problems, tokenizer, config.system_prompt, config.max_prompt_tokens)
         self.too_long[name] = [problem.id for problem in too_long]
         config = replace(config, max_prompt_tokens=max(map(len, prompt_ids)))

@@ -1,9 +1,9 @@
 """Finds and loads a model: any format, a run or one of its checkpoints, adapters, or a model on a hub.
 
     RUN_DIR, RUN_DIR/checkpoints/STEP      the run's newest checkpoint, or a given one; RUN_DIR/model has its config and
-                                           tokenizer; a LoRA run has adapters, which are merged into its base model
+                                           tokenizer; a LoRA run has adapters on its base model
     a folder, a tree, a .gguf file         Hugging Face, Flax (Kaggle), llama.cpp: what models/formats/containers.py reads
-    adapters from peft or Tunix            LoRA, merged into the model at `base_path`
+    adapters from peft or Tunix            LoRA, on the model at `base_path`
     hf:OWNER/NAME                          a Hugging Face folder or PEFT adapters, downloaded first (hub.py)
     kaggle:OWNER/...                       any model folder, downloaded first
 
@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from grpo.config import HUBS
 from grpo.errors import ConfigError
@@ -29,7 +30,8 @@ from models.formats.containers import is_tree, locate, read_json
 from models.formats.convert import Reader, load_params, open_weights, place_params, read_config
 from models.formats.save import config_json, write_json
 from models.gemma import GemmaConfig, Params, axes, shapes
-from models.sharding import Rules
+from models.lora import PROJECTIONS, Adapter, adapter_axes, attach
+from models.sharding import ROLLOUT, Rules, spec
 
 # The files of a model folder other than its weights.
 DESCRIPTION = (
@@ -46,13 +48,26 @@ class Model:
     found: str  # a description for the user
     folder: Path  # of the tokenizer, and of config.json if there is one
     config: GemmaConfig
-    load: Callable[[Mesh, Rules, str], Params]  # reads the weights, each leaf cast to a dtype and laid out
-    open: Callable[[], Reader] | None = None  # reads them leaf by leaf, on the host
+    load: Callable[[Mesh, Rules, str], Params]  # reads the weights, each leaf cast to a dtype and laid out; adapters merged
+    open: Callable[[], Reader] | None = None  # reads them leaf by leaf, on the host; adapters merged
     run_dir: Path | None = None  # the run that made it, when it is a checkpoint
     meta: dict[str, Any] = field(default_factory=dict)  # the meta of that checkpoint
     under: "Model | None" = None  # the base model of its adapters, if it is LoRA
     adapters: Callable[[], LoadedAdapters] | None = None
     trained_from: "Callable[[], Model] | None" = None  # finds the model that the run or the adapters were trained from
+
+    def load_policy(self, mesh: Mesh, dtype: str) -> Params:
+        """The weights for sampling in `dtype`. Adapters stay apart, as in training: merged, they would be rounded away."""
+        if not (self.adapters and self.under and self.under.open):
+            return self.load(mesh, ROLLOUT, dtype)
+        loaded, letters = self.adapters(), adapter_axes(self.config, PROJECTIONS)
+
+        def place(leaf: np.ndarray, letters: str) -> jax.Array:
+            sharding = NamedSharding(mesh, spec(letters, ROLLOUT))
+            return jax.make_array_from_callback(leaf.shape, sharding, leaf.astype(dtype).__getitem__)
+
+        placed = {name: Adapter(place(w.a, letters[name].a), place(w.b, letters[name].b)) for name, w in loaded.weights.items()}
+        return attach(place_params(self.under.open(), self.config, mesh, ROLLOUT, dtype), placed, loaded.scale)
 
     @property
     def line(self) -> str:
@@ -108,23 +123,15 @@ def find_base(what: str, base_path: str | Path) -> Model:
     return find_model(base_path)
 
 
-def with_adapters(
-    path: Path,
-    found: str,
-    under: Model,
-    adapters: Callable[[], LoadedAdapters],
-    check: Callable[[Reader], None] = lambda read: None,
-) -> Model:
-    """`under` with adapters merged in while it is read. `check` raises if they belong to another model."""
+def with_adapters(path: Path, found: str, under: Model, adapters: Callable[[], LoadedAdapters]) -> Model:
+    """`under` with adapters. `adapters` reads them, and raises if they belong to another model."""
 
-    def open_merged(dtype: str = "float32") -> Reader:
+    def open_merged() -> Reader:
         assert under.open
-        read = under.open()
-        check(read)
-        return adapters().on(read, dtype)
+        return adapters().on(under.open())
 
     def load(mesh: Mesh, rules: Rules, dtype: str) -> Params:
-        return place_params(open_merged(dtype), under.config, mesh, rules, dtype)
+        return place_params(open_merged(), under.config, mesh, rules, dtype)
 
     return Model(
         path, f"{found} on {under.found}", under.folder, under.config, load, open_merged, under=under, adapters=adapters,
@@ -149,8 +156,7 @@ def find_checkpoint(folder: Path, run_dir: Path, base_path: str | Path, adapter_
         if not is_there:
             raise ConfigError(f"{run_dir} has adapters for the model in {base_path}, which is not there; give --base_path DIR")
         under = trained_from()
-        check = partial(check_base, base=under, folder=folder, meta=meta)
-        model = with_adapters(folder, found, under, partial(read_adapters, folder), check)
+        model = with_adapters(folder, found, under, partial(read_adapters_of, under, folder, meta))
         return replace(model, folder=described if described.is_dir() else under.folder, run_dir=run_dir, meta=meta)
     if not described.is_dir():
         if not is_there:
@@ -161,10 +167,12 @@ def find_checkpoint(folder: Path, run_dir: Path, base_path: str | Path, adapter_
     return Model(folder, found, described, config, load, read, run_dir, meta, trained_from=trained_from)
 
 
-def check_base(read: Reader, base: Model, folder: Path, meta: dict[str, Any]) -> None:
-    """ConfigError unless `read` gives the weights that a run's adapters were trained on."""
-    if read_digest(read, base.config) != meta["belongs_to"]["model"]:
+def read_adapters_of(base: Model, folder: Path, meta: dict[str, Any]) -> LoadedAdapters:
+    """The adapters of a LoRA run's checkpoint. ConfigError unless they were trained on `base`."""
+    assert base.open
+    if read_digest(base.open(), base.config) != meta["belongs_to"]["model"]:
         raise ConfigError(f"{base.path} is not the model that {folder} has adapters for; give --base_path DIR")
+    return read_adapters(folder)
 
 
 def copy_description(model: Model, folder: Path) -> None:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from models import ModelError
@@ -39,8 +38,8 @@ class LoadedAdapters:
     rank: int
     scale: float  # alpha / rank
 
-    def on(self, read: Reader, dtype: str = "float32") -> Reader:
-        """A reader of the base that `read` reads with these adapters merged into it, as training in `dtype` merges them.
+    def on(self, read: Reader) -> Reader:
+        """A reader of the base that `read` reads with these adapters merged into it, in float32.
 
         Each element is bit-identical on every machine and in every slice, so that a digest of the weights identifies them.
         """
@@ -50,15 +49,10 @@ class LoadedAdapters:
             if found is None:
                 return base
             rows, columns = index
-            base, a, b = (rounded(x, dtype) for x in (base, found.a[layer, rows], found.b[layer][:, columns]))
-            return base + np.float32(self.scale) * ordered_product(a, b)
+            product = ordered_product(found.a[layer, rows], found.b[layer][:, columns])
+            return base.astype(np.float32) + np.float32(self.scale) * product
 
         return merged
-
-
-def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
-    """`x` rounded to the precision of `dtype`, as float32."""
-    return x.astype(jnp.dtype(dtype)).astype(np.float32)
 
 
 def ordered_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
