@@ -23,9 +23,10 @@ def resident_bytes(model: GemmaConfig, dtype: str, config: UpdateConfig) -> floa
 def choose_remat(
     execution: ExecutionConfig, model: GemmaConfig, batch: Batch, config: UpdateConfig, devices: int, memory: float
 ) -> ExecutionConfig:
-    """Replaces remat `auto` by `dots` (keep the results of products and of attention) where `memory`, bytes a device, allows it; else by `full`.
+    """Replaces remat `auto` by `dots` (keep the results of products and attention) where `memory` allows it; else by `full`.
 
-    Counts the resident bytes and what `dots` keeps for each slot of the packed rows, and leaves a fifth of the memory free.
+    `memory` is bytes a device. Counts the resident bytes and what `dots` keeps for each slot of the packed rows, and leaves a
+    fifth of the memory free.
     """
     if execution.remat != "auto":
         return execution

@@ -140,7 +140,7 @@ class KV:
 
     k: Any  # BKHS
     v: Any  # BKSH
-    positions: Array  # BS
+    positions: Any  # BS
     segments: Any = None  # BS, when a row holds several texts that must not attend to each other
 
 
