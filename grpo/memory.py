@@ -23,14 +23,15 @@ def resident_bytes(model: GemmaConfig, dtype: str, config: UpdateConfig) -> floa
 def choose_remat(
     execution: ExecutionConfig, model: GemmaConfig, batch: Batch, config: UpdateConfig, devices: int, memory: float
 ) -> ExecutionConfig:
-    """Replaces remat `auto` by `dots` (keep the results of products) where `memory`, bytes a device, allows it; else by `full`.
+    """Replaces remat `auto` by `dots` (keep the results of products and attention) where `memory` allows it; else by `full`.
 
-    Counts the resident bytes and what `dots` keeps for each slot of the packed rows, and leaves a fifth of the memory free.
+    `memory` is bytes a device. Counts the resident bytes and what `dots` keeps for each slot of the packed rows, and leaves a
+    fifth of the memory free.
     """
     if execution.remat != "auto":
         return execution
     slots = (batch.prompts.size + batch.packed.tokens.size) / config.microbatches
-    products = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim + 2 * model.embed_dim + 2 * model.mlp_dim
+    products = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim + 2 * model.embed_dim + 2 * model.mlp_dim
     kept = slots * model.num_layers * products * jnp.dtype(execution.dtype).itemsize
     needed = (resident_bytes(model, execution.dtype, config) + kept) / devices
     return replace(execution, remat="dots" if needed < 0.8 * memory else "full")

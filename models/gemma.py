@@ -140,7 +140,7 @@ class KV:
 
     k: Any  # BKHS
     v: Any  # BKSH
-    positions: Array  # BS
+    positions: Any  # BS
     segments: Any = None  # BS, when a row holds several texts that must not attend to each other
 
 
@@ -264,15 +264,33 @@ def attend(q: Array, pieces: list[KV], positions: Array, window: Array, config: 
     """Attention with one softmax over the keys of all `pieces`, such as the prompt and the row's own tokens.  BTNH, BT -> BTA
 
     The softmax of each piece is computed over its own keys; then each piece is weighted by its share of the total, as in flash
-    attention.
+    attention (arXiv 2205.14135). So is its backward pass: `remat="dots"` saves the result and the log of the total, from which
+    the weights follow without another pass over the scores.
     """
     B, T, N, H = q.shape
-    values, totals, tops = zip(*(attend_piece(q, kv, positions, window, config, at) for kv in pieces), strict=True)
-    top = lax.stop_gradient(tops[0] if len(pieces) == 1 else jnp.maximum(*tops))
-    shares = [jnp.exp(piece_top - top) for piece_top in tops]
-    total = sum((share * t for share, t in zip(shares, totals, strict=True)), jnp.zeros(()))
-    mixed = sum((share * v for share, v in zip(shares, values, strict=True)), jnp.zeros(())) / total
-    return lax.reshape(mixed.astype(q.dtype), (B, T, N * H), out_sharding=at("BTA"))
+
+    def forward(q, pieces, positions, window):
+        found = [attend_piece(q, kv, positions, window, config, at) for kv in pieces]
+        values, totals, tops = zip(*found, strict=True)
+        top = tops[0] if len(pieces) == 1 else jnp.maximum(*tops)
+        shares = [jnp.exp(piece_top - top) for piece_top in tops]
+        total = sum((share * t for share, t in zip(shares, totals, strict=True)), jnp.zeros(()))
+        mixed = sum((share * v for share, v in zip(shares, values, strict=True)), jnp.zeros(())) / total
+        mixed = lax.reshape(mixed.astype(q.dtype), (B, T, N * H), out_sharding=at("BTA"))
+        mixed, log_total = checkpoint_name((mixed, top + jnp.log(total)), "linear")
+        return mixed, (q, pieces, positions, window, mixed, log_total)
+
+    def backward(kept, dy):
+        q, pieces, positions, window, mixed, log_total = kept
+        dy, mixed = (lax.reshape(x, (B, T, N, H), out_sharding=at("BTNH")) for x in (dy, mixed))
+        mean = (dy.astype(jnp.float32) * mixed.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+        found = [attend_piece_backward(q, kv, positions, window, log_total, mean, dy, config, at) for kv in pieces]
+        dq = sum((piece_dq for piece_dq, _, _ in found), jnp.zeros(())).astype(q.dtype)
+        return dq, [KV(dk, dv, None, None) for _, dk, dv in found], None, None
+
+    apply = jax.custom_vjp(lambda *arguments: forward(*arguments)[0])
+    apply.defvjp(forward, backward)
+    return apply(q, pieces, positions, window)
 
 
 def attend_piece(q: Array, kv: KV, positions: Array, window: Array, config: GemmaConfig, at) -> tuple[Array, Array, Array]:
@@ -281,28 +299,60 @@ def attend_piece(q: Array, kv: KV, positions: Array, window: Array, config: Gemm
     Weights are exp(score - highest score). BTNH, (QKHS, QKSH, QS), BT -> BTNH, BTN1, BTN1, in float32. B is a multiple of Q:
     each row of keys is read by a group of G = B / Q consecutive rows of queries.
     """
-    B, T, N, H = q.shape
-    Q, K = kv.k.shape[:2]
-    q = jnp.moveaxis(lax.reshape(q, (Q, B // Q, T, K, N // K, H), out_sharding=at("QGTKRH")), 3, 1)
-    scores = lax.dot_general(q, kv.k, (((5,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)  # QKGTRS
-    scores = softcap(scores * config.query_scale, config.attn_softcap)
-    positions = lax.reshape(positions, (Q, B // Q, T), out_sharding=at("QGT"))
+    scores, visible = attention_scores(by_key_head(q, kv, at), kv, positions, window, config, at)
+    scores = jnp.where(visible, scores, -1e30)
+    top = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    total = weights.sum(axis=-1, keepdims=True)
+    values = dot(weights.astype(kv.v.dtype), kv.v, (5,), (2,))  # QKGTRH
+    return by_row(values, at), by_row(total, at), by_row(top, at)
+
+
+def attend_piece_backward(
+    q: Array, kv: KV, positions: Array, window: Array, log_total: Array, mean: Array, dy: Array, config: GemmaConfig, at
+) -> tuple[Array, Array, Array]:
+    """Gradients with respect to q, kv.k and kv.v. `dy` BTNH is that of the result, `mean` BTN1 the product of both."""
+    q, dy, log_total, mean = (by_key_head(x, kv, at) for x in (q, dy, log_total, mean))
+    scores, visible = attention_scores(q, kv, positions, window, config, at)
+    weights = jnp.where(visible, jnp.exp(scores - log_total), 0.0)
+    slope = 1.0 if config.attn_softcap is None else 1 - (scores / config.attn_softcap) ** 2
+    dscores = weights * (dot(dy, kv.v, (5,), (3,)) - mean) * slope * config.query_scale
+    weights, dscores = weights.astype(q.dtype), dscores.astype(q.dtype)
+    dq = dot(dscores, kv.k, (5,), (3,))
+    dk = dot(q, dscores, (2, 3, 4), (2, 3, 4)).astype(kv.k.dtype)
+    dv = dot(weights, dy, (2, 3, 4), (2, 3, 4)).astype(kv.v.dtype)
+    return by_row(dq, at), dk, dv
+
+
+def attention_scores(
+    q: Array, kv: KV, positions: Array, window: Array, config: GemmaConfig, at
+) -> tuple[Array, Array]:  # QKGTRH -> QKGTRS, Q1GT1S
+    """Soft-capped scores in float32, and which of them count."""
+    Q, _, G, T, _, _ = q.shape
+    scores = softcap(dot(q, kv.k, (5,), (2,)) * config.query_scale, config.attn_softcap)
+    positions = lax.reshape(positions, (Q, G, T), out_sharding=at("QGT"))
     age = positions[..., None] - kv.positions[:, None, None]  # QGTS
     visible = (age >= 0) & (age < window)
     if kv.segments is not None:  # queries and keys are the same slots
         visible &= (kv.segments[:, :, None] == kv.segments[:, None])[:, None]
-    scores = jnp.where(visible[:, None, :, :, None], scores, -1e30)
-    top = lax.stop_gradient(scores.max(axis=-1, keepdims=True))
-    weights = jnp.exp(scores - top)
-    total = weights.sum(axis=-1, keepdims=True)
-    values = lax.dot_general(
-        weights.astype(kv.v.dtype), kv.v, (((5,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
-    )  # QKGTRH
+    return scores, visible[:, None, :, :, None]
 
-    def rows(x):  # QKGTR. -> BTN.
-        return lax.reshape(jnp.moveaxis(x, 1, 3), (B, T, N, x.shape[-1]), out_sharding=at("BTN."))
 
-    return rows(values), rows(total), rows(top)
+def dot(x: Array, y: Array, of_x: tuple[int, ...], of_y: tuple[int, ...]) -> Array:  # QK..., QK... -> QK...
+    """The products over dimensions `of_x` and `of_y`, one for each question and key head, in float32."""
+    return lax.dot_general(x, y, ((of_x, of_y), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+
+
+def by_key_head(x: Array, kv: KV, at) -> Array:  # BTN. -> QKGTR.
+    """Heads and rows of queries grouped by the keys that they read."""
+    (B, T, N, last), (Q, K) = x.shape, kv.k.shape[:2]
+    return jnp.moveaxis(lax.reshape(x, (Q, B // Q, T, K, N // K, last), out_sharding=at("QGTKR.")), 3, 1)
+
+
+def by_row(x: Array, at) -> Array:  # QKGTR. -> BTN.
+    """The inverse of `by_key_head`."""
+    Q, K, G, T, R, last = x.shape
+    return lax.reshape(jnp.moveaxis(x, 1, 3), (Q * G, T, K * R, last), out_sharding=at("BTN."))
 
 
 def attention_inputs(
@@ -539,11 +589,27 @@ def pick_logprobs(logits: Array, tokens: Array, temperature: Array) -> Array:
     """log softmax(logits / temperature) at `tokens`.  ...V, ..., ... -> ...
 
     This defines the log-probabilities of trainer and reference. The sampler's `draw` computes the same, up to rounding, from
-    values that it has at hand. Temperature 0 (greedy) counts as 1. A masked sum picks the token, because V may be sharded.
+    values that it has at hand. Temperature 0 (greedy) counts as 1. A masked sum picks the token, because V may be sharded. The
+    backward pass needs the logits and the log of the total ("log_total"), and sums nothing over V again.
     """
-    logits = logits / jnp.where(temperature > 0, temperature, 1.0)[..., None]
-    chosen = jnp.where(jnp.arange(logits.shape[-1]) == tokens[..., None], logits, 0.0).sum(axis=-1)
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    def scaled(logits, tokens, temperature):
+        divisor = jnp.where(temperature > 0, temperature, 1.0)[..., None]
+        return logits / divisor, jnp.arange(logits.shape[-1]) == tokens[..., None], divisor
+
+    def forward(logits, tokens, temperature):
+        divided, chosen, _ = scaled(logits, tokens, temperature)
+        log_total = checkpoint_name(jax.nn.logsumexp(divided, axis=-1), "log_total")
+        return jnp.where(chosen, divided, 0.0).sum(axis=-1) - log_total, (logits, tokens, temperature, log_total)
+
+    def backward(kept, dy):
+        logits, tokens, temperature, log_total = kept
+        divided, chosen, divisor = scaled(logits, tokens, temperature)
+        return dy[..., None] * (chosen - jnp.exp(divided - log_total[..., None])) / divisor, None, None
+
+    apply = jax.custom_vjp(lambda *arguments: forward(*arguments)[0])
+    apply.defvjp(forward, backward)
+    return apply(logits, tokens, temperature)
 
 
 def token_logprobs(
@@ -576,6 +642,7 @@ def token_logprobs(
         return None, jax.sharding.reshard(picked, execution.at("BT"))
 
     if count > 1:
-        body = jax.checkpoint(body, prevent_cse=False)
+        kept = jax.checkpoint_policies.save_only_these_names("log_total")
+        body = jax.checkpoint(body, policy=kept, prevent_cse=False)
     _, picked = lax.scan(body, None, (chunks(hidden), chunks(tokens)))
     return jnp.moveaxis(picked, 0, 1).reshape(B, count * chunk)[:, :C]

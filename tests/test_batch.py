@@ -101,10 +101,10 @@ def batch_of(prompt_slots: int, packed_slots: int) -> Batch:
 
 @pytest.mark.parametrize(("microbatches", "devices", "width"), [(1, 1, 4), (2, 1, 4), (1, 8, 2), (4, 8, 4)])
 def test_auto_keeps_products_where_four_fifths_of_the_memory_hold_them(microbatches, devices, width):
-    """A slot keeps, a layer: q 8, k 4, v 4, the outputs of attention and MLP 8 each, gate and up 16 each."""
+    """A slot keeps, a layer: q 8, k 4, v 4, mixed values 8, the outputs of attention and MLP 8 each, gate and up 16 each."""
     model, config = replace(MODEL, num_layers=3, local_layers=(False,) * 3), replace(UPDATE, microbatches=microbatches)
     execution = ExecutionConfig(remat="auto", dtype={4: "float32", 2: "bfloat16"}[width])
-    kept = (24 + 40) / microbatches * 3 * (8 + 4 + 4 + 2 * 8 + 2 * 16) * width
+    kept = (24 + 40) / microbatches * 3 * (8 + 4 + 4 + 8 + 2 * 8 + 2 * 16) * width
     needed = (resident_bytes(model, execution.dtype, config) + kept) / devices
     arguments = execution, model, batch_of(24, 40), config, devices
     assert choose_remat(*arguments, needed / 0.8 * 1.001) == replace(execution, remat="dots")

@@ -15,19 +15,22 @@ from data.tokenizer import load_tokenizer
 from models.formats.convert import load_params, read_config
 from models.gemma import (
     FAR,
+    KV,
     ExecutionConfig,
     GemmaConfig,
     Params,
+    attend,
     embed,
     forward,
     forward_group,
     linear,
+    pick_logprobs,
     shapes,
     token_logprobs,
     vocab_logits,
 )
 from models.sampler import Sampling, row_keys, sample
-from models.sharding import STORE
+from models.sharding import STORE, to_devices
 
 FLOAT32, BFLOAT16 = ExecutionConfig(), ExecutionConfig(dtype="bfloat16")
 
@@ -211,6 +214,66 @@ def run_group(config: GemmaConfig, params: Params, execution: ExecutionConfig):
     memory = compiled.memory_analysis()
     assert memory is not None
     return *compiled(*arguments), memory.temp_size_in_bytes
+
+
+def plain_attention(q, keys, values, visible, scale, cap):
+    """One softmax over all keys of a row, in float64.  BTNH, BSNH, BSNH, BTS -> BTA"""
+    scores = cap * np.tanh(np.einsum("btnh,bsnh->bnts", q, keys) * scale / cap)
+    weights = np.where(visible[:, None], np.exp(scores), 0)
+    mixed = np.einsum("bnts,bsnh->btnh", weights / weights.sum(axis=-1, keepdims=True), values)
+    return mixed.reshape(*mixed.shape[:2], -1)
+
+
+def test_attention_and_its_gradients_equal_those_of_one_softmax():
+    """Two rows of two packed texts behind a shared prompt. Slopes of float64 differences along each input and one direction."""
+    numbers = np.random.default_rng(0)
+    B, P, T, N, K, H, window = 2, 3, 6, 4, 2, 8, 4
+    config = GemmaConfig(1, 32, N, K, H, 32, 32, H**-0.5, (True,), attn_softcap=2.0)
+    shapes = {"q": (B, T, N, H), "k0": (1, K, H, P), "v0": (1, K, P, H), "k1": (B, K, H, T), "v1": (B, K, T, H)}
+    x = {name: numbers.normal(size=shape) for name, shape in shapes.items()}
+    prompt, own = np.arange(P)[None], np.tile([3, 4, 5, 3, 4, FAR], (B, 1))
+    segments, toward = np.tile([1, 1, 1, 2, 2, 0], (B, 1)), numbers.normal(size=(B, T, N * H)) * (own < FAR)[..., None]
+
+    def ours(x):
+        pieces = [KV(x["k0"], x["v0"], jnp.asarray(prompt)), KV(x["k1"], x["v1"], jnp.asarray(own), jnp.asarray(segments))]
+        return (attend(x["q"], pieces, jnp.asarray(own), jnp.asarray(window), config, FLOAT32.at) * toward).sum()
+
+    def plain(x):
+        def heads(prompt, own):  # 1KPH, BKTH -> BSNH
+            return np.repeat(np.moveaxis(np.concatenate([np.repeat(prompt, B, 0), own], axis=2), 1, 2), N // K, axis=2)
+
+        keys = heads(np.swapaxes(x["k0"], 2, 3), np.swapaxes(x["k1"], 2, 3))
+        age = own[:, :, None] - np.concatenate([np.repeat(prompt, B, 0), own], axis=1)[:, None]
+        together = np.concatenate([np.ones((B, T, P), bool), segments[:, :, None] == segments[:, None]], axis=2)
+        visible = (age >= 0) & (age < window) & together
+        visible[own == FAR] = True
+        return (plain_attention(x["q"], keys, heads(x["v0"], x["v1"]), visible, H**-0.5, 2.0) * toward).sum()
+
+    letters = {"q": "BTNH", "k0": "QKHS", "v0": "QKSH", "k1": "BKHS", "v1": "BKSH"}
+    given = {name: to_devices(jnp.asarray(value, jnp.float32), letters[name]) for name, value in x.items()}
+    value, gradients = jax.jit(jax.value_and_grad(ours))(given)
+    np.testing.assert_allclose(value, plain(x), rtol=1e-5)
+    for name in x:
+        direction = numbers.normal(size=x[name].shape)
+        ends = [plain(x | {name: x[name] + step * direction}) for step in (1e-5, -1e-5)]
+        np.testing.assert_allclose((gradients[name] * direction).sum(), (ends[0] - ends[1]) / 2e-5, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_of_a_log_probability_is_the_token_less_the_softmax():
+    """In closed form; temperature 0 counts as 1."""
+    numbers = np.random.default_rng(0)
+    logits, tokens, temperature = numbers.normal(size=(3, 50)) * 5, np.array([0, 7, 49]), np.array([0.5, 0.0, 1.3])
+    divisor = np.where(temperature > 0, temperature, 1.0)[:, None]
+    weights = np.exp(logits / divisor)
+    shares = weights / weights.sum(axis=-1, keepdims=True)
+    toward, chosen = np.array([1.0, -2.0, 0.5]), np.eye(50)[tokens]
+
+    def total(logits):
+        return (pick_logprobs(logits, jnp.asarray(tokens), jnp.asarray(temperature)) * toward).sum()
+
+    value, gradient = jax.value_and_grad(total)(jnp.asarray(logits, jnp.float32))
+    np.testing.assert_allclose(value, (np.log(shares)[chosen == 1] * toward).sum(), rtol=1e-5)
+    np.testing.assert_allclose(gradient, toward[:, None] * (chosen - shares) / divisor, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("everything", [False, True], ids=["gemma1", "every feature"])
