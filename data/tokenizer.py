@@ -6,6 +6,7 @@ prompts.py places control ids, BOS included; nothing is truncated or padded here
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterable
 from itertools import pairwise
@@ -25,7 +26,8 @@ NEEDED = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>")
 class Tokenizer:
     """The tokenizer of a model folder; made by `load_tokenizer`.
 
-    `stop_ids` are the ids that end a completion: EOS and end-of-turn. `vocab_size` is one more than the largest id, apart
+    `stop_ids` are the ids that end a completion: EOS, end-of-turn, and those that the folder states (`stated_stop_ids`), in
+    training, evaluation, sampling and export alike. `vocab_size` is one more than the largest id, apart
     from that of Gemma 3's <image_soft_token>, which text-only models have no row for; `encode` never returns it.
     """
 
@@ -46,7 +48,7 @@ class Tokenizer:
             if piece not in ids:
                 raise DataError(f'tokenizer in {folder} has no piece "{piece}": not a Gemma tokenizer')
         self.pad_id, self.eos_id, self.bos_id, self.start_of_turn_id, self.end_of_turn_id = (ids[p] for p in NEEDED)
-        self.stop_ids = (self.eos_id, self.end_of_turn_id)
+        self.stop_ids = tuple(dict.fromkeys((self.eos_id, self.end_of_turn_id, *stated_stop_ids(folder))))
         unnamed = sorted(piece for piece in flagged if not CONTROL.fullmatch(piece))
         # A look-ahead finds every place where a control piece starts, even inside another one.
         self._control_start = re.compile(f"(?={'|'.join([CONTROL.pattern, *map(re.escape, unnamed)])})")
@@ -68,7 +70,7 @@ class Tokenizer:
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
         """The text of each id. Joined they are the text, except that control pieces and bytes ("<0x0A>") appear by name."""
-        return [self._pieces[int(i)].replace("▁", " ") for i in ids]
+        return [self._pieces.get(int(i), f"<{int(i)}>").replace("▁", " ") for i in ids]  # a model may have rows without a piece
 
     @property
     def fingerprint(self) -> str:
@@ -90,6 +92,22 @@ class Tokenizer:
             raise DataError(
                 f"tokenizer in {self.folder} changes text: {first + second!r} comes back as {back!r}: not a Gemma tokenizer"
             )
+
+
+def stated_stop_ids(folder: Path) -> tuple[int, ...]:
+    """`eos_token_id` of generation_config.json, or without that file of config.json: one id or several. Raises DataError."""
+    path = next((folder / name for name in ("generation_config.json", "config.json") if (folder / name).is_file()), None)
+    if path is None:
+        return ()
+    try:
+        values = json.loads(path.read_bytes())
+        found = values.get("eos_token_id") or values.get("text_config", {}).get("eos_token_id") or []
+        ids = found if isinstance(found, list) else [found]
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise ValueError(f"eos_token_id {str(found)[:40]} must be an id or a list of ids")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read: {' '.join(str(error).split())[:100]}") from None
+    return tuple(ids)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

@@ -157,6 +157,7 @@ def config_of(model: Model, tokenizer: Tokenizer, dtype: str) -> dict:
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
         values = config_json(model.config, ids)
     keys = [key for key in ("dtype", "torch_dtype") if key in values] or ["torch_dtype"]
+    values.pop("quantization_config", None)  # left by a merge of QLoRA: what is written is not quantised
     return values | dict.fromkeys(keys, dtype)
 
 

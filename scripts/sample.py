@@ -12,7 +12,6 @@ import json
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,14 +19,13 @@ import numpy as np
 
 from data.batches import pad_prompts
 from data.prompts import encode_prompt, render_prompt
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer, stated_stop_ids
 from grpo.config import TINY_MODEL, flag
 from grpo.errors import ConfigError
 from grpo.runs.cli import run_script
 from grpo.runs.flags import parse
 from grpo.runs.model_source import Model, find_model, has_tokenizer
 from grpo.runs.setup import check_tokenizer
-from models.formats.containers import read_json
 from models.gemma import ExecutionConfig
 from models.sampler import Sampling, row_keys, sample
 from models.sharding import ROLLOUT, activation_dtype, make_mesh, to_devices
@@ -57,9 +55,9 @@ class SampleConfig:
         for name in ("samples", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} {getattr(self, name)} must be at least 1")
-        if not 0 <= self.temperature < float("inf") or self.top_k < 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature < float("inf") or self.top_k < 0 or not 1e-6 <= self.top_p <= 1:
             raise ConfigError(
-                f"temperature {self.temperature} and top_k {self.top_k} must be at least 0, top_p {self.top_p} in (0, 1]"
+                f"temperature {self.temperature} and top_k {self.top_k} must be at least 0, top_p {self.top_p} from 1e-6 to 1"
             )
 
 
@@ -78,15 +76,6 @@ def read_ids(text: str, vocab_size: int) -> list[list[int]]:
     return prompts  # type: ignore[return-value]
 
 
-def stop_ids(folder: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """The ids that end a completion: those of the tokenizer, or without one those of the folder's config."""
-    if tokenizer:
-        return tokenizer.stop_ids
-    generation = folder / "generation_config.json"
-    ids = read_json(generation if generation.is_file() else folder / "config.json").get("eos_token_id", 1)
-    return tuple(ids) if isinstance(ids, list) else (ids,)
-
-
 def main(argv: list[str]) -> dict[str, Any]:
     config = parse(SampleConfig, argv, __doc__ or "")
     source = find_model(config.model_path, config.base_path, config.adapter_alpha)
@@ -95,7 +84,9 @@ def main(argv: list[str]) -> dict[str, Any]:
         check_tokenizer(tokenizer, source.config)
     prompts = choose_prompts(config, tokenizer, source.config.vocab_size)
     print(source.line, file=sys.stderr)
-    samples, seconds = complete(prompts, stop_ids(source.folder, tokenizer), source, config)
+    samples, seconds = complete(
+        prompts, tokenizer.stop_ids if tokenizer else stated_stop_ids(source.folder) or (1,), source, config
+    )
     completions = []
     for b, (ids, logprobs) in enumerate(samples):
         text = tokenizer.decode(ids) if tokenizer else ""

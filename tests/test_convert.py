@@ -306,6 +306,20 @@ def test_a_config_that_cannot_be_run_is_refused(folder, changes, reason):
     expect_error(reason, read_config, folder)
 
 
+def test_a_factor_counts_with_the_type_linear_alone_and_of_all_layers(folder):
+    """transformers' default RoPE has none; what version 4 wrote comes before `rope_parameters` in Gemma 1 and 2."""
+    for parameters, factor in (({"rope_type": "default", "factor": 8.0}, 1.0), ({"rope_type": "linear", "factor": 8.0}, 8.0)):
+        change_config(folder, rope_scaling=None, rope_parameters={"full_attention": {"rope_theta": 1e6, **parameters}})
+        assert read_config(folder).rope_factor == factor
+    linear = {"rope_scaling": {"type": "linear", "factor": 8.0}, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    shutil.copy(REFERENCES / "gemma1-mqa" / "config.json", folder)
+    change_config(folder, **linear)
+    assert read_config(folder).rope_factor == 8
+    shutil.copy(REFERENCES / "gemma2-gqa" / "config.json", folder)
+    change_config(folder, **linear)
+    expect_error("rope_type linear of local layers is unknown; default is needed", read_config, folder)
+
+
 def test_a_key_missing_from_gemma_1_and_2_is_named(folder):
     for name, keys in (("gemma1-mqa", ["vocab_size", "head_dim"]), ("gemma2-gqa", ["query_pre_attn_scalar", "vocab_size"])):
         for key in keys:

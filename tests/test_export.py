@@ -95,6 +95,14 @@ def test_an_exported_folder_has_the_tensors_of_its_model(tmp_path):
     assert load_file(folder / "model.safetensors").keys() == load_file(TINY / "model.safetensors").keys()
 
 
+def test_settings_of_a_quantisation_that_is_gone_are_not_exported(tmp_path):
+    """Merged QLoRA folders have them, and transformers would quantise anew."""
+    folder = Path(shutil.copytree(TINY, tmp_path / "merged"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes"}}))
+    assert json.loads((export(folder, tmp_path / "out") / "config.json").read_text()) == config
+
+
 @pytest.mark.long
 def test_transformers_generates_our_tokens_from_a_run(run, tmp_path):
     assert_generates_the_same(export(run, tmp_path / "out", "--dtype", "float32"), run)

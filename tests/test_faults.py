@@ -203,7 +203,7 @@ def test_fault_7_a_signal_saves_and_ends(launch, whole):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_faults_6_and_7_a_signal_in_every_phase_saves_and_ends(launch, whole, number):
     """In the rollout, in the middle of an asynchronous save, and in the evaluation; the run then goes on as if nothing was."""
     folder = launch.folder / f"stopped-{number}"

@@ -1,5 +1,6 @@
 """Laws of resuming: an interrupted run ends as an uninterrupted one, on any devices."""
 
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -34,6 +35,23 @@ def test_running_a_finished_run_again_changes_nothing(finished):
     files, again = dict(finished.files), dict(finished.files_again)
     assert {**again.pop("result.json"), "seconds": 0} == {**files.pop("result.json"), "seconds": 0}
     assert again == files
+
+
+@pytest.mark.usefixtures("free_run_dir")
+@pytest.mark.parametrize("lost", ["deleted", "a link that leads nowhere"])
+def test_a_run_without_its_checkpoints_stops_and_keeps_its_records(config, finished, lost):
+    """Its folder was deleted, or is on a disk that is not mounted: no fresh start over the records."""
+    run(config)
+    folder = Path(config.run_dir)
+    shutil.rmtree(folder / "checkpoints")
+    if lost != "deleted":
+        (folder / "checkpoints").symlink_to(folder / "unmounted")
+    before = read_files(config)
+    with pytest.raises(
+        ConfigError, match=r"checkpoints was deleted, moved, or is not mounted; put it back, or give another --run_dir"
+    ):
+        run(config)
+    assert read_files(config) == before
 
 
 @pytest.mark.usefixtures("free_run_dir")

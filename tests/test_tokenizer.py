@@ -137,6 +137,30 @@ def test_ids_are_those_of_the_pieces(tokenizer):
         tokenizer.piece_id("<nothing>")
 
 
+def test_the_ids_that_a_folder_states_stop_a_completion_too(tokenizer, tmp_path):
+    """Of generation_config.json, or without it of config.json: one or several. As transformers stops."""
+    own = tokenizer.stop_ids
+    for file in tokenizer.folder.glob("tokenizer.*"):
+        shutil.copy(file, tmp_path)
+    for name, stated, more in (
+        ("config.json", {"eos_token_id": 9}, (9,)),
+        ("config.json", {"text_config": {"eos_token_id": [own[0], 8]}}, (8,)),
+        ("generation_config.json", {"eos_token_id": [7, own[1], 9, 7]}, (7, 9)),
+        ("generation_config.json", {"eos_token_id": None}, ()),
+    ):
+        (tmp_path / name).write_text(json.dumps(stated))
+        assert load_tokenizer(tmp_path).stop_ids == (*own, *more)
+    for wrong in ('{"eos_token_id": "<eos>"}', '{"eos_token_id": [-1]}', "[]", "{"):
+        (tmp_path / "generation_config.json").write_text(wrong)
+        with pytest.raises(DataError, match=r"generation_config\.json cannot be read"):
+            load_tokenizer(tmp_path)
+
+
+def test_an_id_without_a_piece_has_a_name(tokenizer):
+    """A model may have more rows than its tokenizer has pieces, and may sample one."""
+    assert tokenizer.pieces([10**6]) == ["<1000000>"] and tokenizer.decode([]) == ""
+
+
 def test_real_ids_are_gemma_3s(real):
     # Google's release: 0 pad, 1 eos, 2 bos, 105 and 106 the turns, 107 a newline, 262144 pieces.
     assert (real.pad_id, real.eos_id, real.bos_id, real.stop_ids) == (0, 1, 2, (1, 106))

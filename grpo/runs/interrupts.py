@@ -17,11 +17,11 @@ from jax.experimental import multihost_utils
 
 from grpo.runs.distributed import broadcast_from_main
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Stopped(BaseException):
-    """The run was asked to stop; nothing is lost. `code` is the exit code: 130 or 143, or 0 when `max_hours` are over.
+    """The run was asked to stop; nothing is lost. `code` is 128 + the signal, such as 143, or 0 when `max_hours` are over.
 
     A BaseException like KeyboardInterrupt: it may be raised anywhere, and no `except Exception` catches it by mistake.
     """
@@ -32,7 +32,10 @@ class Stopped(BaseException):
 
 
 class Interrupts:
-    """Context in which SIGINT and SIGTERM raise `Stopped`: at once, or inside `held` when `check` is called."""
+    """Context in which SIGINT, SIGTERM and SIGHUP raise `Stopped`: at once, or inside `held` when `check` is called.
+
+    A signal that is ignored stays so: `nohup` ignores SIGHUP.
+    """
 
     def __init__(self, max_hours: float):
         self.deadline = time.monotonic() + 3600 * max_hours if max_hours else float("inf")
@@ -42,7 +45,8 @@ class Interrupts:
 
     def __enter__(self) -> "Interrupts":
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self.former = {number: signal.signal(number, self.handle) for number in SIGNALS}
+            heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self.former = {number: signal.signal(number, self.handle) for number in heard}
         return self
 
     def __exit__(self, *_) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 
 from grpo.config import Config, current_names
 from grpo.errors import ConfigError, RunError
+from grpo.reports.jsonl import read_records
 from grpo.runs.checkpoint import Checkpoints, Restored, differing, digest
-from grpo.runs.distributed import is_main_process, print_main
+from grpo.runs.distributed import broadcast_from_main, is_main_process, print_main
 from grpo.runs.run_dir import check_settings
 from grpo.runs.setup import Setup, data_fingerprint
 from grpo.session import Session, learning_rates, plan_sessions
@@ -101,10 +102,23 @@ def find_start(lineage: Lineage, checkpoints: Checkpoints, abstract_state: Any, 
         lineage.check_start(found.step, found.meta["provenance"])
         checkpoints.set_aside(found.damaged)
         return found
+    check_never_saved(lineage)
     if lineage.run.config.relay_from:
         return relay(lineage, checkpoints, abstract_state, reference_needed)
     lineage.check_start(0, [])
     return None
+
+
+def check_never_saved(lineage: Lineage) -> None:
+    """ConfigError when there is no checkpoint, but records say that there was one: a run never begins anew over them."""
+    folder, first = lineage.folder, min(lineage.run.config.save_every, lineage.run.sessions[0].end)
+    done = max((record["step"] for record in read_records(folder / "metrics.jsonl", [], step=10**12)), default=0)
+    saved = broadcast_from_main(done > first or (folder / "result.json").exists())
+    if saved:
+        raise ConfigError(
+            f"{folder} has records up to step {done} and no checkpoint: {folder / 'checkpoints'} was deleted, moved, or is not "
+            f"mounted; put it back, or give another --run_dir"
+        )
 
 
 def relay(lineage: Lineage, checkpoints: Checkpoints, abstract_state: Any, reference_needed: bool) -> Restored:

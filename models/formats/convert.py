@@ -79,7 +79,7 @@ def parse_config(path: Path) -> GemmaConfig:
         sliding_window=values.need("sliding_window") if any(local) else FAR,
         rope_base=rope.get("rope_theta", float, 1e6 if family == 3 else 1e4),
         rope_local_base=rope_local.get("rope_theta", float, 1e4),
-        rope_factor=rope.get("factor", float, 1.0),
+        rope_factor=rope.get("factor", float, 1.0) if rope_type(rope) == "linear" else 1.0,
         attn_softcap=values.get("attn_logit_softcapping", float) if family > 1 else None,
         final_softcap=values.get("final_logit_softcapping", float) if family > 1 else None,
         post_norms=family > 1,
@@ -128,10 +128,12 @@ def local_layers(values: Settings, layers: int, family: int) -> tuple[bool, ...]
 def rope_parameters(values: Settings, family: int, has_local: bool) -> tuple[Settings, Settings]:
     """`rope_theta`, `rope_type` and `factor`, as far as given, of global and of local layers. Raises ModelError."""
     given, scaling = values.part("rope_parameters"), values.part("rope_scaling")
+    if scaling.values:  # older ones say "type"
+        scaling |= Settings(values.path, {"rope_type": rope_type(scaling)})
     rope = Settings(values.path, {"rope_theta": values.get("rope_theta", float)}) | scaling
     rope_local = Settings(values.path, {"rope_theta": values.get("rope_local_base_freq", float)})
     if family < 3:
-        rope = rope_local = rope | given
+        rope = rope_local = Settings(values.path, {"rope_theta": values.get("rope_theta", float)}) | given | scaling
     else:
         rope, rope_local = rope | given.part("full_attention"), rope_local | given.part("sliding_attention")
     check_rope_type(rope, "global", ("default", "linear"))
@@ -142,9 +144,14 @@ def rope_parameters(values: Settings, family: int, has_local: bool) -> tuple[Set
 
 def check_rope_type(rope: Settings, kind: str, known: tuple[str, ...]) -> None:
     """Raises ModelError for a RoPE that we do not implement in layers of this kind."""
-    rope_type = rope.values.get("rope_type") or rope.values.get("type") or "default"
-    if rope_type not in known:
-        raise ModelError(f"{rope.path}: rope_type {rope_type} of {kind} layers is unknown; {' or '.join(known)} is needed")
+    if rope_type(rope) not in known:
+        raise ModelError(
+            f"{rope.path}: rope_type {rope_type(rope)} of {kind} layers is unknown; {' or '.join(known)} is needed"
+        )
+
+
+def rope_type(rope: Settings) -> str:
+    return str(rope.values.get("rope_type") or rope.values.get("type") or "default")
 
 
 def leaf_names(config: GemmaConfig) -> dict[str, str]:
