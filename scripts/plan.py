@@ -208,6 +208,7 @@ def programs(plan: Plan) -> dict[str, Program]:
     sampling = Sampling(config.max_new_tokens, STOP_IDS, config.top_k, config.top_p, config.halvings)
 
     batch, train = abstract_batch(plan), training(plan)
+    ungraded = replace(batch, mask=None, advantages=None)  # reference and old policy run while the rewards are computed
     adapters = lora_axes(plan)
     state = on(partial(init_state, config=update), abstract_tree(plan, adapters or axes(model), "float32"))
     frozen = abstract_tree(plan, axes(model), plan.dtype)
@@ -217,7 +218,7 @@ def programs(plan: Plan) -> dict[str, Program]:
     prefilled = on(partial(prefill, config=model, execution=sample), params, batch.prompts, batch.lengths)
     temperatures, limits = (abstract([config.rows], dtype, "B", TRAIN, plan.mesh) for dtype in ("float32", "int32"))
     keys = on(lambda rows: row_keys(config.seed, 0, rows), limits)
-    logprobs = on(partial(completion_logprobs, model=model, execution=train, config=update), weights, batch)
+    logprobs = on(partial(completion_logprobs, model=model, execution=train, config=update), weights, ungraded)
     old = logprobs if config.updates_per_rollout > 1 else None
     full_batch = replace(batch, ref_logprobs=logprobs if config.beta else None, old_logprobs=old)
     rate, rows = config.learning_rate, (keys, temperatures, limits)
@@ -229,9 +230,9 @@ def programs(plan: Plan) -> dict[str, Program]:
         "decode": Program(decode, (params, prefilled, *rows, model, sample, sampling), beside),
     }
     if reference is not None:
-        found["reference"] = Program(completion_logprobs, (reference, batch, model, train, update), [state])
+        found["reference"] = Program(completion_logprobs, (reference, ungraded, model, train, update), [state])
     if old is not None:
-        arguments = weights, batch, model, train, update
+        arguments = weights, ungraded, model, train, update
         found["old"] = Program(completion_logprobs, arguments, [state.opt_state, apart], adapters)
     found["update"] = Program(train_step, (state, full_batch, rate, model, train, update, base), [apart], adapters)
     return found

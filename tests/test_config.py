@@ -13,6 +13,7 @@ from grpo.runs.flags import METAVARS, PEERS, parse
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 TYPES = typing.get_type_hints(Config)
 OTHER_VALUES = {
+    "pass_rates_keep": 0.5,
     "allow_change": "beta", "track": "wandb", "top_p": 0.5, "microbatches": 4, "adam_b1": 0.5, "adam_b2": 0.5,
     "preset": "gemma3-1b", "lora_targets": "q,v",
 }  # fmt: skip
