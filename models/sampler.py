@@ -343,7 +343,8 @@ def draw(
     if sampling.top_k:
         weights = keep_heaviest(weights, count_entries, jnp.full_like(uniform, sampling.top_k))
     if sampling.top_p < 1:
-        weights = keep_heaviest(weights, lambda kept: kept.sum(axis=-1), sampling.top_p * weights.sum(axis=-1))
+        share = max(sampling.top_p, 1e-30)  # a float32 that is smaller may count as 0, which nothing must reach
+        weights = keep_heaviest(weights, lambda kept: kept.sum(axis=-1), share * weights.sum(axis=-1))
     weights = jnp.where(greedy[:, None], logits == top, weights)
     tokens, weight = invert_cdf(weights, jnp.where(greedy, 0.0, uniform), execution)
     return tokens, jnp.log(weight / total)

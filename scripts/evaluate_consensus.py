@@ -74,7 +74,7 @@ class ConsensusConfig:
     max_new_tokens: int = flag(0, "longest completion, the stop token included; 0: as in the run, or 512", least=0)
     max_prompt_tokens: int = flag(0, "problems with longer prompts are listed and count as wrong; 0: no limit", least=0)
     top_k: int = flag(0, "sample from the k most likely tokens; 0: all", least=0)
-    top_p: float = flag(1.0, "sample from the most likely tokens of this total probability; 1: all", least=1e-6, most=1)
+    top_p: float = flag(1.0, "sample from the most likely tokens of this total probability; 1: all", above=0, most=1)
     seed: int = flag(0, "determines every sample", least=0, below=2**32)
     batch_size: int = flag(
         0, "problems sampled at a time, each with all its completions; 0: as many rows as a step of the run", least=0

@@ -55,9 +55,9 @@ class SampleConfig:
         for name in ("samples", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} {getattr(self, name)} must be at least 1")
-        if not 0 <= self.temperature < float("inf") or self.top_k < 0 or not 1e-6 <= self.top_p <= 1:
+        if not 0 <= self.temperature < float("inf") or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ConfigError(
-                f"temperature {self.temperature} and top_k {self.top_k} must be at least 0, top_p {self.top_p} from 1e-6 to 1"
+                f"temperature {self.temperature} and top_k {self.top_k} must be at least 0, top_p {self.top_p} in (0, 1]"
             )
 
 

@@ -434,7 +434,8 @@ def kept(weights: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("top_k", "top_p"), [(1, 1.0), (5, 1.0), (64, 1.0), (1000, 1.0), (0, 1e-6), (0, 0.35), (0, 0.9), (7, 0.8), (3, 0.999)]
+    ("top_k", "top_p"),
+    [(1, 1.0), (5, 1.0), (64, 1.0), (1000, 1.0), (0, 1e-45), (0, 1e-6), (0, 0.35), (0, 0.9), (7, 0.8), (3, 0.999)],
 )
 def test_top_k_and_top_p_keep_what_sorting_keeps(top_k, top_p):
     n = 20_000
