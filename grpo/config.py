@@ -90,9 +90,7 @@ class Config:
     max_new_tokens: int = flag(512, "C: longest completion, the stop token included", "rollout", above=0)
     temperature: float = flag(1.0, "temperature of the samples and of every log-probability", "rollout", above=0)
     top_k: int = flag(0, "sample from the k most likely tokens; 0: all", "rollout", least=0)
-    top_p: float = flag(
-        1.0, "sample from the most likely tokens of this total probability; 1: all", "rollout", least=1e-6, most=1
-    )
+    top_p: float = flag(1.0, "sample from the most likely tokens of this total probability; 1: all", "rollout", above=0, most=1)
     resample: int = flag(0, "times that zero-variance groups (all rewards equal) are sampled again", "rollout", least=0)
     halvings: int = flag(
         3, "times that the sampling batch may be compacted to half its size as completions end", "rollout", least=0, free=True
