@@ -233,7 +233,8 @@ def test_another_dataset_of_the_hub_has_a_configuration_and_a_split(monkeypatch)
     reading = Reading(answer_key="answerKey")
     (problem,) = load_problems("allenai/ai2_arc:ARC-Easy:validation", reading=reading)
     assert (problem.id, problem.answer) == ("ai2_arc:ARC-Easy:validation:1", "B")
-    load_problems("owner/name:test", reading=reading), load_problems("owner/name", reading=reading)
+    for source in ("owner/name:test", "owner/name"):
+        load_problems(source, reading=reading)
     assert asked == [
         ("allenai/ai2_arc", "ARC-Easy", "validation"), ("owner/name", "test"), ("owner/name", "train"),
     ]  # fmt: skip
