@@ -262,7 +262,7 @@ def _gold(text: str, key: str) -> str:
     if NUMERAL_LIKE.fullmatch(gold):
         raise ValueError(f"{key} {gold[:40]!r} is not a number")
     if not any(map(str.isalnum, gold)) or gold.casefold() in PLACEHOLDERS:
-        raise ValueError(f"{key} {gold[:40]!r} is not an answer")
+        raise ValueError(f"{key} {gold[:40]!r} is not an answer; a number, a choice, a word or a short phrase is needed")
     if "\n" in gold or len(gold) > MAX_GOLD_CHARS:
         raise ValueError(
             f'{key} {gold[:40]!r}... is no short text of one line, and has no "#### " before a final answer: '

@@ -84,7 +84,9 @@ def test_a_finished_run_is_exported_to_the_bit(done, folder):
 
 def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
     """Name -> (flags, what the line says)."""
-    (folder / "bad.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n{"question": "2 + 2?", "answer": "four"}\n')
+    (folder / "bad.jsonl").write_text(
+        '{"question": "1 + 1?", "answer": "#### 2"}\n{"question": "2 + 2?", "answer": "#### x"}\n'
+    )
     other = folder / "other"
     other.mkdir(exist_ok=True)
     (other / "config.json").write_text((folder / "model" / "config.json").read_text())
@@ -98,7 +100,7 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
             f"error: {folder / 'none'}/config.json is missing: a model folder holds",
         ),
         "no data": (["--data", "none.jsonl"], 'error: data file "none.jsonl" does not exist'),
-        "bad line": (["--data", str(folder / "bad.jsonl")], f'error: {folder / "bad.jsonl"}:2: answer has no "#### number"'),
+        "bad line": (["--data", str(folder / "bad.jsonl")], f"error: {folder / 'bad.jsonl'}:2: answer 'x' is not an answer"),
         "tokenizer": (["--model_path", str(other)], f'error: tokenizer in {other} has no piece "<start_of_turn>": not a Gemma'),
         "rows": (["--prompts_per_step", "3"], "3 must divide over 8 devices"),
     }
