@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from data import DataError
+from data.datasets import choose_problems
 from data.problems import Problem, Reading, load_problems, split_problems
+from grpo.config import Config
 
 TRAIN = Path(__file__).parents[2] / "shared/data/gsm8k_train.jsonl"
 GOOD = '{"question": "How many?", "answer": "48+24 = 72\\n#### 72"}'
@@ -288,3 +290,10 @@ def test_a_held_out_question_is_never_trained_on_in_another_copy():
 def test_a_split_that_leaves_nothing_to_train_on_is_an_error(held_out):
     with pytest.raises(DataError, match=f"cannot hold out {held_out} of 5"):
         split_problems(many(5), held_out, seed=0)
+
+
+def test_data_that_is_all_held_out_leaves_nothing_to_train_on(tmp_path):
+    file = tmp_path / "f.jsonl"
+    file.write_text("".join(json.dumps({"question": f"{i} + 1?", "answer": i + 1}) + "\n" for i in range(3)))
+    with pytest.raises(DataError, match=r"all 3 problems of data '.*f\.jsonl' are in eval_data too: none is left to train on"):
+        choose_problems(Config(data=str(file), eval_data=str(file)))
