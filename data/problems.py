@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data import DataError
-from data.numbers import gold_number, number_text
+from data.numbers import MAX_ANSWER_CHARS, gold_number, number_text
 
 HUB_ID = "openai/gsm8k"
 MAX_LINE_BYTES = 1_000_000  # GSM8K's longest record has 1,700: a longer line means another kind of file
@@ -27,7 +27,6 @@ FAULTS_NAMED = 5
 MARKS = re.compile(r"<<[^<>]*>>")  # GSM8K's annotations for a calculator: "48/2 = <<48/2=24>>24"
 NUMERAL_LIKE = re.compile(r"[-+−$€£\s]*\d[\d.,_\s]*(?:[eE][-+]?\d+)?[%€£$\s]*")  # meant as a number, whatever it is
 PLACEHOLDERS = {"x", "?", "n/a", "nan", "null", "todo", "tbd"}  # what files have where there is no answer
-MAX_GOLD_CHARS = 200  # of an answer that is no number; a reward reads no longer one (grpo.reward.MAX_ANSWER_CHARS)
 FORMATS = (".jsonl", ".json", ".parquet")
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)((?::[\w.+-]+){0,2})")
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can encode half a character ("\ud83d"), which no tokenizer accepts
@@ -263,7 +262,7 @@ def _gold(text: str, key: str) -> str:
         raise ValueError(f"{key} {gold[:40]!r} is not a number")
     if not any(map(str.isalnum, gold)) or gold.casefold() in PLACEHOLDERS:
         raise ValueError(f"{key} {gold[:40]!r} is not an answer; a number, a choice, a word or a short phrase is needed")
-    if "\n" in gold or len(gold) > MAX_GOLD_CHARS:
+    if "\n" in gold or len(gold) > MAX_ANSWER_CHARS:  # a reward reads no longer one
         raise ValueError(
             f'{key} {gold[:40]!r}... is no short text of one line, and has no "#### " before a final answer: '
             "--answer_pattern REGEX says where one is"

@@ -12,9 +12,9 @@ or generous.
 
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from decimal import Decimal
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from data.numbers import MAX_ANSWER_CHARS, calculates, gold_number, last_number, parse_number
 
@@ -31,6 +31,9 @@ TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")  # each exactly 
 VISIBLE = re.compile(r"[^\s\u00ad\u200b-\u200f\u2060\ufeff]")  # neither a space nor of no width
 MAX_ANSWERS = 8  # different wordings in one completion; more count as disagreeing, unread, which bounds the time
 MAX_REASONING_CHARS = 10_000  # searched for a calculation: one that first comes later earns nothing, which bounds the time
+
+
+Found = TypeVar("Found")
 
 
 class HasAnswer(Protocol):
@@ -87,11 +90,16 @@ def extract_answer(completion: str) -> Decimal | None:
 
     `<answer>$1,234.00</answer>` -> 1234; `<answer>18</answer> or <answer>20</answer>` -> None
     """
+    return agreed(completion, parse_number)
+
+
+def agreed(completion: str, read: Callable[[str], Found]) -> Found | None:
+    """What `read` finds in the complete `<answer>` blocks; None if they differ, or if there is none."""
     statements = set(blocks(completion, "answer"))
     if len(statements) > MAX_ANSWERS:
         return None
-    numbers = {parse_number(statement) for statement in statements}
-    return numbers.pop() if len(numbers) == 1 else None
+    answers = {read(statement) for statement in statements}
+    return answers.pop() if len(answers) == 1 else None
 
 
 def flexible_answer(completion: str) -> Decimal | None:
@@ -120,11 +128,7 @@ def numeric_gold(ground_truth: str) -> bool:
 
 def extract_text(completion: str, ground_truth: str) -> str | None:
     """The canonical text in the `<answer>` block; several blocks must agree. None if there is none."""
-    statements = set(blocks(completion, "answer"))
-    if len(statements) > MAX_ANSWERS:
-        return None
-    texts = {canonical_text(statement, ground_truth) for statement in statements}
-    return (texts.pop() or None) if len(texts) == 1 else None
+    return agreed(completion, lambda statement: canonical_text(statement, ground_truth)) or None
 
 
 def canonical_text(text: str, ground_truth: str) -> str:

@@ -175,9 +175,7 @@ def write_tokenizer(folder: Path, model: Model, tokenizer: Tokenizer) -> None:
     stated = model.folder / "generation_config.json"
     generation = read_json(stated) if stated.is_file() else {"do_sample": False}
     ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
-    given = generation.get("eos_token_id") or []
-    ends = {*(given if isinstance(given, list) else [given]), *tokenizer.stop_ids}
-    write_json(folder / "generation_config.json", {**ids, **generation, "eos_token_id": sorted(ends)})
+    write_json(folder / "generation_config.json", {**ids, **generation, "eos_token_id": sorted(tokenizer.stop_ids)})
 
 
 if __name__ == "__main__":

@@ -331,6 +331,10 @@ def test_peft_folders_of_another_kind_are_refused(base, tmp_path):
         (lambda t: t[next(iter(t))].__setitem__((0, 0), np.nan), "holds NaN or an infinity"),
         (lambda t: t.update({"base_model.model.lm_head.weight": np.ones((64, 16), np.float32)}), "trained beside the adapters"),
         (
+            lambda t: t.update({"base_model.model.model.embed_tokens.weight": np.ones((72, 40), np.float32)}),  # 8 rows more
+            "embed_tokens.weight was trained beside the adapters",
+        ),
+        (
             lambda t: t.update({next(iter(t)).replace("model.model", "model"): t[next(iter(t))]}),
             "the same weight, stored twice",
         ),

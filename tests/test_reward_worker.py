@@ -502,21 +502,20 @@ def pool(completion, problem):
     with multiprocessing.get_context("fork").Pool(2) as workers:
         return sum(workers.map(len, [completion, completion]))
 
-def floods(completion, problem):
+def write_everywhere(data):
     for fd in range(3, 30):
         try:
-            os.write(fd, b'garbage [1, 0, {"value": 9}]\\n[7')
+            os.write(fd, data)
         except OSError:
             pass
+
+def floods(completion, problem):
+    write_everywhere(b'garbage [1, 0, {"value": 9}]\\n[7')
     return len(completion)
 
 def forges(completion, problem):
     """What a late reply to an earlier request would look like."""
-    for fd in range(3, 30):
-        try:
-            os.write(fd, b'[0, 0, {"value": 99}]\\n[1, 77, {"value": 99}]\\n')
-        except OSError:
-            pass
+    write_everywhere(b'[0, 0, {"value": 99}]\\n[1, 77, {"value": 99}]\\n')
     return len(completion)
 
 def leaves(completion, problem):

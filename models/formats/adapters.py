@@ -13,6 +13,7 @@ setting of peft that is not known to leave the rule of application and the base 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 from models import ModelError
 from models.formats import weight_names
 from models.formats.containers import Container, OrbaxTree, Safetensors, Settings, by_name, locate, read_json
-from models.formats.convert import Reader, finite, leaf_names, pieces
+from models.formats.convert import Reader, finite, leaf_names, same
 from models.formats.save import Tensor, write_json, write_safetensors
 from models.formats.weight_names import HEADS, Place
 from models.gemma import GemmaConfig
@@ -117,7 +118,7 @@ def read_peft(folder: Path, config: GemmaConfig, base: Callable[[], Reader] | No
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ModelError(f"{folder / ADAPTER_WEIGHTS} is missing: adapters are only read from safetensors")
     container = AdapterFile(folder)
-    container.check_saved(base)
+    container.check_saved(config, base)
 
     def module(projection: str, layer: int) -> str:
         return weight_names.hugging_face(f"layers.{projection}", config).of(layer).name.removesuffix(".weight")
@@ -210,13 +211,12 @@ class AdapterFile(Safetensors):
             folder, self.files, r"^(base_model\.)?(model\.)*(language_model\.)?(model\.)?|(?<=\.lora_[AB])\.\w+(?=\.weight)"
         )
 
-    def check_saved(self, base: Callable[[], Reader] | None) -> None:
+    def check_saved(self, config: GemmaConfig, base: Callable[[], Reader] | None) -> None:
         """Passes over a whole embedding or vocabulary head that equals the base's. Raises ModelError for another one."""
+        shape = weight_names.array_shape("VD", config)
         for name in {"embed_tokens.weight", "lm_head.weight"} & set(self.names):
-            read = base() if base else None
-            if read is None or any(
-                not np.array_equal(self.read(name, at), read("embedding", 0, at)) for at in pieces(*self.shape(name))
-            ):
+            ours = partial(base(), "embedding", 0) if base and self.shape(name) == shape else None
+            if not (ours and same(shape, partial(self.read, name), ours)):
                 raise ModelError(f"{self.path}: {name} was trained beside the adapters; only the base's own is supported")
             del self.names[name]
 

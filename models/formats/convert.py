@@ -4,7 +4,8 @@ weight_names.py maps the names of weights. Each device reads its own slices wher
 host memory besides what the devices hold. Not supported: pickled checkpoints (`.bin`, `.pth`), which could run code.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,14 +184,16 @@ def check_weights(container: Container, config: GemmaConfig) -> None:
 
 def check_equal(container: Container, head: str, embedding: str) -> None:
     """Raises ModelError if a vocabulary head differs from the embedding: a Gemma has one matrix for both."""
-    size, other = container.shape(embedding), container.shape(head)
-    if size != other or any((container.read(head, at) != container.read(embedding, at)).any() for at in pieces(*size)):
+    shape = container.shape(embedding)
+    if container.shape(head) != shape or not same(shape, partial(container.read, head), partial(container.read, embedding)):
         raise ModelError(f"{container.path}: {head} differs from {embedding}; a separate vocabulary head is not supported")
 
 
-def pieces(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
-    """The indices of a matrix, some rows at a time, so that a large one is not in memory whole."""
-    return ((slice(start, min(start + 2**14, rows)), slice(0, columns)) for start in range(0, rows, 2**14))
+def same(shape: tuple[int, ...], one: Callable[[tuple], np.ndarray], other: Callable[[tuple], np.ndarray]) -> bool:
+    """Whether two readers of a matrix of this shape give the same; some rows at a time, because a vocabulary's is large."""
+    rows, columns = shape
+    pieces = ((slice(start, min(start + 2**14, rows)), slice(0, columns)) for start in range(0, rows, 2**14))
+    return all(np.array_equal(one(piece), other(piece)) for piece in pieces)
 
 
 def finite(weight: np.ndarray, path: Path, name: str) -> np.ndarray:
