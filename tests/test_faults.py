@@ -1,7 +1,7 @@
 """Faults of machines and users that a run survives, in processes of their own; each test names those that it covers.
 
-`pytest --long tests/test_faults.py` kills ten times in each phase of 240 steps; without the flag, once while a checkpoint is
-saved in 12 steps.
+`pytest --long tests/test_faults.py` kills and stops a run in every phase of 72 steps; without the flag, once while a checkpoint
+is saved in 12 steps.
 """
 
 import json
@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,11 @@ from training import REWARDS, lines, without_times, write_model, xla_flags
 
 import grpo.runs.checkpoint
 from grpo.runs.checkpoint import Checkpoints
+from grpo.runs.interrupts import Interrupts, Stopped
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 120  # seconds that any wait may take
+PATIENCE = 300  # seconds that any wait may take before it is called a hang
+KILLS = 1  # in each phase; with 5 and 80 steps it takes ten minutes
 SMALL = {
     "data": "arithmetic", "sessions": 2, "prompts_per_step": 2, "group_size": 4, "max_prompt_tokens": 192,
     "max_new_tokens": 16, "eval_problems": 4, "retention_problems": 2, "remat": "none", "logprob_chunk": 16,
@@ -108,7 +110,7 @@ def launch(tmp_path_factory, request) -> Iterator[Launcher]:
     folder = tmp_path_factory.mktemp("faults")
     write_model(folder / "model")
     (folder / "rewards.py").write_text(REWARDS)
-    launcher = Launcher(folder, steps=80 if request.config.getoption("--long") else 4)
+    launcher = Launcher(folder, steps=24 if request.config.getoption("--long") else 4)
     yield launcher
     for popen in launcher.started:
         popen.kill()
@@ -173,7 +175,7 @@ def test_faults_1_to_5_kill_9_in_every_phase(launch, whole, async_save):
     rng = random.Random(async_save)
     folder = launch.folder / f"killed-{async_save}"
     argv = "--run_dir", str(folder), "--async_save", async_save
-    kills = ["rollout", "reward", "update", "save", "retention"] * 5
+    kills = ["rollout", "reward", "update", "save", "retention"] * KILLS
     rng.shuffle(kills)
     for phase, times in [(phase, 2) for phase in kills] + [("evaluation", 1)]:  # the one at the end of session 1
         kill(launch, phase, times, rng.random() * 0.04, *argv)
@@ -212,6 +214,19 @@ def test_faults_6_and_7_a_signal_in_every_phase_saves_and_ends(launch, whole, nu
     assert step == launch.steps  # the end of session 1
     launch("--run_dir", str(folder)).result()
     assert_same_run(folder, whole)
+
+
+@pytest.mark.parametrize("name, heard", [("SIGINT", True), ("SIGTERM", True), ("SIGHUP", False)])
+def test_a_signal_that_the_parent_ignores(name, heard):
+    """A shell ignores SIGINT in what it starts in the background, and nohup ignores SIGHUP: only nohup means it."""
+    number = getattr(signal, name)
+    former = signal.signal(number, signal.SIG_IGN)
+    try:
+        with pytest.raises(Stopped) if heard else nullcontext(), Interrupts(0):
+            signal.raise_signal(number)
+        assert signal.getsignal(number) == signal.SIG_IGN  # as before
+    finally:
+        signal.signal(number, former)
 
 
 def test_fault_6_a_second_signal_ends_at_once(launch):

@@ -34,7 +34,8 @@ class Stopped(BaseException):
 class Interrupts:
     """Context in which SIGINT, SIGTERM and SIGHUP raise `Stopped`: at once, or inside `held` when `check` is called.
 
-    A signal that is ignored stays so: `nohup` ignores SIGHUP.
+    A SIGHUP that is ignored stays so: `nohup` ignores it. SIGINT is heard even if ignored, as a shell does to what it starts in
+    the background.
     """
 
     def __init__(self, max_hours: float):
@@ -45,8 +46,9 @@ class Interrupts:
 
     def __enter__(self) -> "Interrupts":
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-            self.former = {number: signal.signal(number, self.handle) for number in heard}
+            for number in SIGNALS:
+                if signal.Signals(number).name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
+                    self.former[number] = signal.signal(number, self.handle)
         return self
 
     def __exit__(self, *_) -> None:
