@@ -151,7 +151,7 @@ def sample_continuously(
             index = np.maximum(scheduler.samples, 0).reshape(-1)
             state = refill(
                 state, prefilled, to_devices(source, "B."), row_keys(seed, step, to_devices(index, "B")),
-                to_devices(temperature[index % per_prompt], "B"), to_devices(limits, "B"), execution,
+                to_devices(temperature[index % per_prompt], "B"), to_devices(limits, "B"), config, execution,
             )  # fmt: skip
         state, count = decode_chunk(params, state, count, jnp.int32(scheduler.keep), config, execution, sampling)
         alive, tokens, ages, truncated = to_host((state.alive, state.tokens, state.lengths, state.truncated))
@@ -172,7 +172,7 @@ def empty_state(
     return compact_batch(replace(state, alive=zeros > 0), jax.sharding.reshard(copies, execution.at("B.")), execution)
 
 
-@partial(jax.jit, static_argnames=("execution",), donate_argnames="state")
+@partial(jax.jit, static_argnames=("config", "execution"), donate_argnames="state")
 def refill(
     state: DecodeState,
     prefilled: PrefillResult,
@@ -180,6 +180,7 @@ def refill(
     keys: Array,
     temperature: Array,
     limits: Array,
+    config: GemmaConfig,
     execution: ExecutionConfig,
 ) -> DecodeState:
     """Start a new sample in each row whose `source` is not -1.  [devices, rows per device], B keys, B, B
@@ -195,7 +196,7 @@ def refill(
         return jnp.where(jnp.expand_dims(new, others), fresh, old)
 
     axis = 0 if isinstance(state.prefix.k, tuple) else 1  # stacked keys and values have L first
-    kv = gather_kv(unroll_kv(prefilled.kv, execution), source, execution)
+    kv = gather_kv(unroll_kv(prefilled.kv, config, execution), source, execution)
     k, v = jax.tree.map(partial(choose, axis=axis), (kv.k, kv.v), (state.prefix.k, state.prefix.v))
     return replace(
         state,

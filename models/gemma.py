@@ -1,4 +1,4 @@
-"""Gemma 1, 2 and 3 (text only) as pure functions over a tree of stacked weights.
+"""Gemma 1, 2, 3 and 4 (text only) as pure functions over a tree of stacked weights.
 
 Each letter names one dimension everywhere: in einsum strings, in `axes`, in sharding rules and in shape comments.
 
@@ -6,7 +6,7 @@ Each letter names one dimension everywhere: in einsum strings, in `axes`, in sha
     D embedding width   G completions a question     K key/value heads      V vocabulary
     B rows = Q*G        P prompt slots               R = N/K                A = N*H, all query heads
     T tokens in a call  C completion slots           H head size            E = K*H, all key/value heads
-    S key slots         J rank of an adapter
+    S key slots         J rank of an adapter   U width of a per-layer embedding, Z = L*U
     M rows in the MLP, W rows at the vocabulary head: both are B, sharded differently (sharding.py)
 
 A lower-case letter is the same dimension, never sharded; a dot is a dimension without a letter.
@@ -18,11 +18,18 @@ Three forward passes share the two halves of a layer, `attention_inputs` and `at
     forward_cached   one token per row, against cached keys and values                        (decoding: reads all weights)
 
 Attention is masked by position: a query at position q sees a key at position k when 0 <= q - k < window. Padding has position
-FAR, in the future of every token, so it needs no mask of its own. Not supported: images, dropout, biases.
+FAR, in the future of every token, so it needs no mask of its own.
+
+Layers of Gemma 1, 2 and 3 have one shape and are stacked together. Gemma 4 has two to four `kinds` of layers, each stacked by
+itself: local and global ones, and of both those that have keys and values and those that share the keys and values of an
+earlier layer. Each kind has a `GemmaConfig` of its own, so that the halves of a layer need not know. Not supported: images,
+sound, experts, dropout, biases.
 """
 
+from collections import Counter
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
+from operator import itemgetter
 from typing import Any
 
 import flax.struct
@@ -34,6 +41,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from models.sharding import ROWS, TRAIN, Rules, reshard, spec, transposed
 
+TYPES = ("global", "local")
+NORMS = ("Ld", "LH", "d", "U", "L")  # letters of the weights that multiply
 FAR = 2**30  # the position of padding and of empty cache slots; as a window, one without a limit
 
 
@@ -59,19 +68,84 @@ class GemmaConfig:
     post_norms: bool = False
     qk_norms: bool = False
     norm_eps: float = 1e-6
+    norm_offset: float = 1.0  # a norm multiplies by this plus its weight; 0 in Gemma 4
+    # Gemma 4: the sizes of its other kinds of layers, and the weights that only it has
+    global_head_dim: int = 0
+    global_kv_heads: int = 0
+    rope_fraction: float = 1.0  # of the pairs of a head, how many RoPE turns in global layers
+    values_are_keys: bool = False  # in global layers: the projection of keys, before its norm, gives the values too
+    shared_layers: int = 0  # so many last layers read the keys and values of the last one before them of their type
+    shared_mlp_dim: int = 0
+    per_layer_dim: int = 0  # width of the embedding that each layer has of every token; 0: none
 
     @property
     def family(self) -> int:
-        """Gemma 1, 2 or 3."""
-        return 3 if self.qk_norms else 2 if self.post_norms else 1
+        """Gemma 1, 2, 3 or 4."""
+        return 4 if self.norm_offset == 0 else 3 if self.qk_norms else 2 if self.post_norms else 1
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The size of each dimension that a weight has, by its letter."""
+        """The size of each dimension that a weight has, by its letter. Those of layers hold for models of one kind."""
         return dict(
             L=self.num_layers, D=self.embed_dim, d=self.embed_dim, F=self.mlp_dim, V=self.vocab_size, H=self.head_dim,
-            A=self.num_heads * self.head_dim, E=self.num_kv_heads * self.head_dim,
+            A=self.num_heads * self.head_dim, E=self.num_kv_heads * self.head_dim, U=self.per_layer_dim,
+            Z=self.num_layers * self.per_layer_dim,
         )  # fmt: skip
+
+    @property
+    def own_layers(self) -> int:
+        """The layers that have keys and values; they are the first."""
+        return self.num_layers - self.shared_layers
+
+    @cached_property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The kind of each layer: "" in a model of one kind, otherwise "local", "global", "shared_local" or "shared_global"."""
+        if self.family < 4:
+            return ("",) * self.num_layers
+        types = ["local" if local else "global" for local in self.local_layers]
+        return tuple(name if i < self.own_layers else f"shared_{name}" for i, name in enumerate(types))
+
+    @cached_property
+    def kinds(self) -> dict[str, "GemmaConfig"]:
+        """For each kind, the model that would consist of these layers alone."""
+        return {name: self.kind(name) for name in dict.fromkeys(self.layer_kinds)}
+
+    def kind(self, name: str) -> "GemmaConfig":
+        if name == "":
+            return self
+        count, shared, local = self.layer_kinds.count(name), name.startswith("shared"), name.endswith("local")
+        return replace(
+            self,
+            num_layers=count,
+            local_layers=(local,) * count,
+            shared_layers=count if shared else 0,
+            head_dim=self.head_dim if local else self.global_head_dim or self.head_dim,
+            num_kv_heads=self.num_kv_heads if local else self.global_kv_heads or self.num_kv_heads,
+            mlp_dim=self.shared_mlp_dim or self.mlp_dim if shared else self.mlp_dim,
+            values_are_keys=self.values_are_keys and not local,
+        )
+
+    def layers_of(self, kind: str) -> list[int]:
+        """The numbers of the layers of a kind."""
+        return [i for i, name in enumerate(self.layer_kinds) if name == kind]
+
+    def kv_layer(self, layer: int) -> int:
+        """The layer whose keys and values a layer reads: itself, or the last one of its type that has any."""
+        if layer < self.own_layers:
+            return layer
+        return max(i for i in range(self.own_layers) if self.local_layers[i] == self.local_layers[layer])
+
+    @cached_property
+    def periods(self) -> tuple[tuple[tuple[str, ...], int], ...]:
+        """The kinds of layers in order, as periods and how often each repeats: E2B is 3 times 4 local and a global layer, then
+        4 times the same that share."""
+        found = []
+        for kinds in (self.layer_kinds[: self.own_layers], self.layer_kinds[self.own_layers :]):
+            if kinds:
+                lengths = [n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0]
+                size = next(n for n in lengths if kinds[:n] * (len(kinds) // n) == kinds)
+                found.append((kinds[:size], len(kinds) // size))
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -98,17 +172,21 @@ class Layers:
 
     pre_attn_norm: Any  # Ld
     q: Any  # LDA
-    k: Any  # LDE
-    v: Any  # LDE
+    k: Any  # LDE; None in layers that share keys and values
+    v: Any  # LDE; None there, and where the values are the keys
     o: Any  # LAD
     pre_mlp_norm: Any  # Ld
     gate: Any  # LdF
     up: Any  # LdF
     down: Any  # LFd
-    post_attn_norm: Any = None  # Ld; Gemma 2 and 3
-    post_mlp_norm: Any = None  # Ld; Gemma 2 and 3
-    q_norm: Any = None  # LH; Gemma 3
-    k_norm: Any = None  # LH; Gemma 3
+    post_attn_norm: Any = None  # Ld; not in Gemma 1
+    post_mlp_norm: Any = None  # Ld; not in Gemma 1
+    q_norm: Any = None  # LH; Gemma 3 and 4
+    k_norm: Any = None  # LH; Gemma 3 and 4
+    layer_gate: Any = None  # LDU; Gemma 4, for the layer's own embedding of each token
+    layer_out: Any = None  # LUD
+    post_layer_norm: Any = None  # Ld
+    scale: Any = None  # L, what the layer's result is multiplied by; never trained
 
 
 @flax.struct.dataclass
@@ -122,20 +200,31 @@ class Adapted:
 
 
 @flax.struct.dataclass
+class PerLayer:
+    """What gives every layer an embedding of its own for each token (Gemma 4 E2B and E4B)."""
+
+    table: Any  # VZ, more than half of all weights; frozen unless asked for
+    projection: Any  # DZ
+    norm: Any  # U
+
+
+@flax.struct.dataclass
 class Params:
     """All weights of a model."""
 
     embedding: Any  # Vd
-    layers: Any  # Layers, stacked on L; or a tuple of L of them (`unroll`)
+    layers: Any  # Layers, stacked on L; or a dict of them, for each kind; or a tuple of L of them (`unroll`)
     final_norm: Any  # d
     head: Any = None  # dV, a transposed copy of the embedding (`unroll`)
+    per_layer: Any = None  # PerLayer
 
 
 @flax.struct.dataclass
 class KV:
     """Keys and values of S slots per row, and the positions of these slots.
 
-    For one layer k and v have the layout that the products of attention read. Stacked over layers both are LBKSH.
+    For one layer k and v have the layout that the products of attention read. Stacked over layers both are LBKSH, in Gemma 4 in
+    a dict: those of local and those of global layers.
     """
 
     k: Any  # BKHS
@@ -146,40 +235,78 @@ class KV:
 
 def axes(config: GemmaConfig) -> Params:
     """The letters of every weight. `config.sizes` turns them into shapes, a rule set into shardings."""
-    layers = Layers(
-        pre_attn_norm="Ld", q="LDA", k="LDE", v="LDE", o="LAD", pre_mlp_norm="Ld", gate="LdF", up="LdF", down="LFd",
-        post_attn_norm="Ld" if config.post_norms else None, post_mlp_norm="Ld" if config.post_norms else None,
-        q_norm="LH" if config.qk_norms else None, k_norm="LH" if config.qk_norms else None,
+    kinds = {name: layer_axes(kind) for name, kind in config.kinds.items()}
+    per_layer = PerLayer(table="VZ", projection="DZ", norm="U") if config.per_layer_dim else None
+    return Params(embedding="Vd", layers=kinds.get("", kinds), final_norm="d", per_layer=per_layer)
+
+
+def layer_axes(kind: GemmaConfig) -> Layers:
+    """The letters of the weights of layers of one kind."""
+
+    def given(letters: str, condition: Any) -> str | None:
+        return letters if condition else None
+
+    own = kind.own_layers
+    return Layers(
+        pre_attn_norm="Ld", q="LDA", k=given("LDE", own), v=given("LDE", own and not kind.values_are_keys), o="LAD",
+        pre_mlp_norm="Ld", gate="LdF", up="LdF", down="LFd", post_attn_norm=given("Ld", kind.post_norms),
+        post_mlp_norm=given("Ld", kind.post_norms), q_norm=given("LH", kind.qk_norms),
+        k_norm=given("LH", kind.qk_norms and own), layer_gate=given("LDU", kind.per_layer_dim), layer_out=given("LUD", kind.per_layer_dim),
+        post_layer_norm=given("Ld", kind.per_layer_dim), scale=given("L", kind.family == 4),
     )  # fmt: skip
-    return Params(embedding="Vd", layers=layers, final_norm="d")
+
+
+def leaf_name(path: Any) -> str:
+    """The name of a leaf by its path in the tree: "embedding", "layers.q", in Gemma 4 "layers.local.q"."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def kind_of(leaf: str) -> str:
+    """The kind of layers that a leaf belongs to; "" in a model of one kind, and for leaves outside layers."""
+    parts = leaf.split(".")
+    return parts[1] if parts[0] == "layers" and len(parts) == 3 else ""
+
+
+def leaf_shape(leaf: str, letters: str, config: GemmaConfig) -> tuple[int, ...]:
+    """The shape of a leaf with these letters."""
+    sizes = config.kind(kind_of(leaf)).sizes
+    return tuple(sizes[letter] for letter in letters)
 
 
 def shapes(config: GemmaConfig, dtype: str = "float32") -> Params:
     """The shape and dtype of every weight, as a tree of `jax.ShapeDtypeStruct`."""
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct([config.sizes[c] for c in a], jnp.dtype(dtype)), axes(config))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, letters: jax.ShapeDtypeStruct(leaf_shape(leaf_name(path), letters, config), jnp.dtype(dtype)), axes(config)
+    )
 
 
 def init_params(key: Array, config: GemmaConfig, rules: Rules, dtype: str = "float32") -> Params:
-    """Random weights, sharded by `rules`: matrices normal with variance 1 / input width, embeddings with 0.02**2, norms 0."""
+    """Random weights, sharded by `rules`: matrices normal with variance 1 / input width, embeddings with 0.02**2; norms leave
+    what they norm, and layers' scales are 1."""
 
     def init(key):
         leaves, tree = jax.tree.flatten(axes(config))
         made = []
-        for i, letters in enumerate(leaves):
-            shape = [config.sizes[letter] for letter in letters]
-            scale = 0.0 if letters in ("Ld", "LH", "d") else 0.02 if letters == "Vd" else shape[-2] ** -0.5
-            made.append((scale * jax.random.normal(jax.random.fold_in(key, i), shape)).astype(dtype))
+        for i, (letters, leaf) in enumerate(zip(leaves, jax.tree.leaves(shapes(config)), strict=True)):
+            scale = 0.0 if letters in NORMS else 0.02 if letters[0] == "V" else leaf.shape[-2] ** -0.5
+            mean = 1 - config.norm_offset if letters in NORMS else 0.0
+            made.append((mean + scale * jax.random.normal(jax.random.fold_in(key, i), leaf.shape)).astype(dtype))
         return reshard(jax.tree.unflatten(tree, made), axes(config), rules)
 
     return jax.jit(init)(key)
 
 
-def rms_norm(x: Array, scale: Array, eps: float) -> Array:  # ...D, D -> ...D
-    """x / sqrt(mean(x**2) + eps) * (1 + scale), computed in float32; the result has the dtype of x."""
+def rms_norm(x: Array, scale: Any, config: GemmaConfig) -> Array:  # ...D, D -> ...D
+    """x / sqrt(mean(x**2) + eps) * (offset + scale), computed in float32; the result has the dtype of x.
+
+    The offset is 1, in Gemma 4 0. Without a scale (None) nothing is multiplied.
+    """
     x32 = x.astype(jnp.float32)
-    x32 = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    x32 = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + config.norm_eps)
+    if scale is None:
+        return x32.astype(x.dtype)
     scale = scale.astype(x.dtype).astype(jnp.float32)  # rounded as in the sampling params, so that both paths agree
-    return (x32 * (1 + scale)).astype(x.dtype)
+    return (x32 * (config.norm_offset + scale)).astype(x.dtype)
 
 
 def linear(
@@ -241,16 +368,20 @@ def softcap(x: Array, cap: float | None) -> Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def rope_table(positions: Array, config: GemmaConfig) -> Array:  # BT -> [global, local][cos, sin]BTH/2
+def rope_table(positions: Array, config: GemmaConfig) -> Any:  # BT -> [global, local][cos, sin]BTH/2
     """Cosines and sines of the RoPE angles, computed once for all layers: those of global layers, then those of local ones.
 
-    float32, because bfloat16 cannot tell positions 256 and 257 apart.
+    float32, because bfloat16 cannot tell positions 256 and 257 apart. Two arrays in Gemma 4, whose heads have two sizes.
     """
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    rates = [np.float32(base) ** -exponents for base in (config.rope_base, config.rope_local_base)]
+    sizes = config.global_head_dim or config.head_dim, config.head_dim
+    exponents = [np.arange(0, size, 2, dtype=np.float32) / np.float32(size) for size in sizes]
+    bases = config.rope_base, config.rope_local_base
+    rates = [np.float32(base) ** -exponent for base, exponent in zip(bases, exponents, strict=True)]
     rates[0] = rates[0] / np.float32(config.rope_factor)
+    rates[0][int(config.rope_fraction * len(rates[0])) :] = 0  # these pairs do not turn
     angles = [positions[..., None].astype(jnp.float32) * rate for rate in rates]
-    return jnp.stack([jnp.stack([jnp.cos(angle), jnp.sin(angle)]) for angle in angles])
+    tables = [jnp.stack([jnp.cos(angle), jnp.sin(angle)]) for angle in angles]
+    return jnp.stack(tables) if config.family < 4 else tables
 
 
 def rotate(x: Array, table: Array) -> Array:  # BTNH, [cos, sin]BTH/2 -> BTNH
@@ -357,48 +488,70 @@ def by_row(x: Array, at) -> Array:  # QKGTR. -> BTN.
 
 def attention_inputs(
     x: Array, w: Layers, table: Array, config: GemmaConfig, execution: ExecutionConfig
-) -> tuple[Array, Array, Array]:
-    """The first half of a layer: norm, projections and RoPE.  BTD -> queries BTNH, keys BTKH, values BTKH"""
+) -> tuple[Array, Any, Any]:
+    """The first half of a layer: norm, projections and RoPE.  BTD -> queries BTNH, keys BTKH, values BTKH
+
+    Keys and values are None in layers that share those of another.
+    """
     B, T, _ = x.shape
-    h = rms_norm(x, w.pre_attn_norm, config.norm_eps)
+    h = rms_norm(x, w.pre_attn_norm, config)
 
     def heads(weight, letters, count):
         return lax.reshape(
             linear(h, weight, letters, execution), (B, T, count, config.head_dim), out_sharding=execution.at("BTNH")
         )
 
-    N, K = config.num_heads, config.num_kv_heads
-    q, k, v = heads(w.q, "DA", N), heads(w.k, "DE", K), heads(w.v, "DE", K)
+    q = heads(w.q, "DA", config.num_heads)
+    if w.k is None:
+        return rotate(rms_norm(q, w.q_norm, config), table), None, None
+    k = heads(w.k, "DE", config.num_kv_heads)
+    v = k if w.v is None else heads(w.v, "DE", config.num_kv_heads)
     if config.qk_norms:
-        q, k = rms_norm(q, w.q_norm, config.norm_eps), rms_norm(k, w.k_norm, config.norm_eps)
+        q, k = rms_norm(q, w.q_norm, config), rms_norm(k, w.k_norm, config)
+    if config.family == 4:
+        v = rms_norm(v, None, config)
     return rotate(q, table), rotate(k, table), v
 
 
-def attention_out_and_mlp(x: Array, w: Layers, mixed: Array, config: GemmaConfig, execution: ExecutionConfig) -> Array:
-    """The second half of a layer: output projection, MLP, and both residual connections.  BTD, BTA -> BTD"""
+def attention_out_and_mlp(
+    x: Array, w: Layers, mixed: Array, token: Any, config: GemmaConfig, execution: ExecutionConfig
+) -> Array:
+    """The second half of a layer: output projection, MLP, and both residual connections.  BTD, BTA -> BTD
+
+    In Gemma 4 also the layer's own embedding of each `token`, BTU or None, and the factor of the result.
+    """
     h = linear(mixed, w.o, "AD", execution)
-    x = x + (rms_norm(h, w.post_attn_norm, config.norm_eps) if config.post_norms else h)
-    h = rms_norm(x, w.pre_mlp_norm, config.norm_eps)
+    x = x + (rms_norm(h, w.post_attn_norm, config) if config.post_norms else h)
+    h = rms_norm(x, w.pre_mlp_norm, config)
     h = jax.sharding.reshard(h, execution.at("MTd"))
     h = jax.nn.gelu(linear(h, w.gate, "dF", execution), approximate=True) * linear(h, w.up, "dF", execution)
     h = linear(h, w.down, "Fd", execution, out="BTd")
-    return x + (rms_norm(h, w.post_mlp_norm, config.norm_eps) if config.post_norms else h)
+    x = x + (rms_norm(h, w.post_mlp_norm, config) if config.post_norms else h)
+    if token is not None:
+        h = jax.nn.gelu(linear(x, w.layer_gate, "DU", execution), approximate=True) * token
+        x = x + rms_norm(linear(h, w.layer_out, "UD", execution), w.post_layer_norm, config)
+    return x if w.scale is None else x * lax.stop_gradient(w.scale).astype(x.dtype)
 
 
 def embed(params: Params, tokens: Array, config: GemmaConfig, execution: ExecutionConfig) -> Array:  # BT -> BTD
-    """Rows of the embedding table, times sqrt(D).
+    """Rows of the embedding table, times sqrt(D)."""
+    scale = jnp.asarray(config.embed_dim**0.5, execution.dtype)  # rounded to the dtype, as transformers does
+    return look_up(params.embedding, "Vd", tokens, execution) * scale
 
-    When the table is sharded over V, tokens are gathered to all devices, each device looks up the ones whose rows it holds, and
-    a reduce-scatter sums the results back to where each token came from. The table itself does not move.
+
+def look_up(table: Array, letters: str, tokens: Array, execution: ExecutionConfig) -> Array:  # Vd, BT -> BTd
+    """Rows of a table that may be sharded over V.
+
+    Then tokens are gathered to all devices, each device looks up the ones whose rows it holds, and a reduce-scatter sums the
+    results back to where each token came from. The table itself does not move.
     """
-    table = reshard(params.embedding, "Vd", execution.rules)
+    table = reshard(table, letters, execution.rules)
     sizes = jax.sharding.get_abstract_mesh().shape
     over = tuple(axis for axis in ROWS if axis in (execution.rules.V or ()) and sizes.get(axis, 1) > 1)
-    scale = jnp.asarray(config.embed_dim**0.5, execution.dtype)  # rounded to the dtype, as transformers does
     if not over:
-        return table.at[tokens].get(out_sharding=execution.at("BTd")).astype(execution.dtype) * scale
+        return table.at[tokens].get(out_sharding=execution.at("BTd")).astype(execution.dtype)
 
-    @partial(jax.shard_map, in_specs=(execution.at("Vd"), execution.at("BT")), out_specs=execution.at("BTd"))
+    @partial(jax.shard_map, in_specs=(execution.at(letters), execution.at("BT")), out_specs=execution.at("BTd"))
     def lookup(table, tokens):
         tokens = lax.all_gather(tokens, over, tiled=True)
         mine = tokens - lax.axis_index(execution.rules.V) * len(table)
@@ -406,26 +559,96 @@ def embed(params: Params, tokens: Array, config: GemmaConfig, execution: Executi
         x = jnp.where(found[..., None], table[jnp.where(found, mine, 0)].astype(execution.dtype), 0)
         return lax.psum_scatter(x, over, tiled=True)
 
-    return lookup(table, tokens) * scale
+    return lookup(table, tokens)
 
 
-def scan_layers(step, carry, layers: Any, extra: Any, config: GemmaConfig, execution: ExecutionConfig):
-    """Run `step(carry, i, weights, is_local, extra)` for each layer i.
+def embed_per_layer(params: Params, tokens: Array, x: Array, config: GemmaConfig, execution: ExecutionConfig) -> Any:
+    """Every layer's own embedding of each token, from its table and from the common embedding.  BT, BTD -> LBTU, or None"""
+    if (own := params.per_layer) is None:
+        return None
 
-    `layers` and `extra` are stacked on L, and compile to one loop; or both are tuples (`unstack`), and compile to L copies of
-    the body.
+    def by_layer(rows: Array) -> Array:  # BTZ -> BTLU
+        shape = (*tokens.shape, config.num_layers, config.per_layer_dim)
+        return lax.reshape(rows, shape, out_sharding=execution.at("BTLU"))
+
+    found = look_up(own.table, "VZ", tokens, execution) * jnp.asarray(config.per_layer_dim**0.5, execution.dtype)
+    made = linear(x, own.projection, "DZ", execution) * config.embed_dim**-0.5
+    made = rms_norm(by_layer(made), own.norm, config)
+    return jnp.moveaxis((made + by_layer(found)) * 2**-0.5, 2, 0)
+
+
+def scan_layers(step, carry, layers: Any, tokens: Any, config: GemmaConfig, execution: ExecutionConfig):
+    """Run `step(kind, local, carry, index, weights, token, shared)` for each layer. -> the carry, the results of all steps
+
+    `kind` is the configuration of layers of this shape, `local` (0 or 1) says whether the layer is one of those, `index` is its
+    place among stacked keys and values, `token` its slice of `tokens` (LBTU or None), `shared` the result of the layer whose keys
+    and values it shares, or None. `layers` is stacked on L, and compiles to one loop; or it is a tuple (`unstack`), and
+    compiles to L copies of the body. Layers of several kinds compile to one loop over each run of equal periods. Results are
+    stacked on L, in Gemma 4 in a dict: those of local and those of global layers that have keys and values.
     """
-    if execution.remat != "none":
+
+    def body(*kind_and_local):
+        run = partial(step, *kind_and_local)
+        if execution.remat == "none":
+            return run
         policies = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names("linear")}
-        step = jax.checkpoint(step, policy=policies[execution.remat], prevent_cse=False)
+        return jax.checkpoint(run, policy=policies[execution.remat], prevent_cse=False)
+
+    if isinstance(layers, tuple):
+        return unrolled_layers(body, carry, layers, tokens, config)
+    if config.family == 4:
+        return scan_periods(body, carry, layers, tokens, config)
+    run, local = body(config), jnp.array(config.local_layers, jnp.int32)
+    return lax.scan(lambda carry, x: run(x[2], carry, x[0], x[1], None, None), carry, (jnp.arange(len(local)), layers, local))
+
+
+def unrolled_layers(body, carry, layers: tuple, tokens: Any, config: GemmaConfig):
+    """`scan_layers` with a copy of the body for each layer; keys and values are tuples too, so `index` is the layer."""
+    results: list[Any] = []
     local = jnp.array(config.local_layers, jnp.int32)
-    if not isinstance(layers, tuple):
-        return lax.scan(lambda carry, x: step(carry, *x), carry, (jnp.arange(len(local)), layers, local, extra))
-    results = []
     for i, weights in enumerate(layers):
-        carry, result = step(carry, i, weights, local[i], extra and extra[i])
+        kind, source = config.layer_kinds[i], config.kv_layer(i)
+        run = body(config, local[i]) if kind == "" else body(config.kinds[kind], int(config.local_layers[i]))
+        token, shared = None if tokens is None else tokens[i], None if source == i else results[source]
+        carry, result = run(carry, source, weights, token, shared)
         results.append(result)
-    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+    def stacked(kind: str) -> Any:
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(results[i] for i in config.layers_of(kind)))
+
+    own = {name: stacked(name) for name in config.kinds if not name.startswith("shared")}
+    return carry, own.get("", own)
+
+
+def scan_periods(body, carry, layers: dict[str, Layers], tokens: Any, config: GemmaConfig):
+    """`scan_layers` for layers of several kinds."""
+    results: dict[str, Any] = {}
+    runs = {name: body(kind, int(kind.local_layers[0])) for name, kind in config.kinds.items()}
+    first = 0
+    for period, repeats in config.periods:
+        counts = Counter(period)
+
+        def one_period(carry, x, period=period, counts=counts, results=results):
+            number, weights, tokens = x
+            found: dict[str, list] = {name: [] for name in counts}
+            for j, name in enumerate(period):
+                source, i = name.removeprefix("shared_"), len(found[name])
+                shared = jax.tree.map(itemgetter(-1), results[source]) if name != source else None
+                index = number * counts[name] + i if name == source else config.kinds[source].num_layers - 1
+                token = None if tokens is None else tokens[j]
+                carry, result = runs[name](carry, index, jax.tree.map(itemgetter(i), weights[name]), token, shared)
+                found[name].append(result)
+            return carry, {name: jax.tree.map(lambda *leaves: jnp.stack(leaves), *each) for name, each in found.items()}
+
+        def by_period(leaf, repeats=repeats):
+            return leaf.reshape(repeats, -1, *leaf.shape[1:])
+
+        last = first + repeats * len(period)
+        inputs = {name: layers[name] for name in counts}, None if tokens is None else tokens[first:last]
+        carry, found = lax.scan(one_period, carry, (jnp.arange(repeats), *jax.tree.map(by_period, inputs)))
+        results = results | jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), found)
+        first = last
+    return carry, {name: result for name, result in results.items() if not name.startswith("shared")}
 
 
 def unroll(params: Params, config: GemmaConfig, execution: ExecutionConfig) -> Params:
@@ -434,16 +657,40 @@ def unroll(params: Params, config: GemmaConfig, execution: ExecutionConfig) -> P
     return replace(params, layers=unstack(params.layers, config, execution), head=head) if execution.unroll else params
 
 
-def unroll_kv(kv: KV, execution: ExecutionConfig) -> KV:
-    """The same for keys and values: LBKSH, LBKSH -> tuples of L times BKHS and L times BKSH."""
-    return KV(tuple(jnp.swapaxes(k, 2, 3) for k in kv.k), tuple(kv.v), kv.positions) if execution.unroll else kv
+def unroll_kv(kv: KV, config: GemmaConfig, execution: ExecutionConfig) -> KV:
+    """The same for keys and values: LBKSH, LBKSH -> tuples of L times BKHS and L times BKSH, of layers that have any."""
+    if not execution.unroll:
+        return kv
+    k, v = (unstack(each, config, execution, config.own_layers) for each in (kv.k, kv.v))
+    return KV(tuple(jnp.swapaxes(each, 2, 3) for each in k), v, kv.positions)
 
 
-def unstack(tree: Any, config: GemmaConfig, execution: ExecutionConfig) -> Any:
-    """With `execution.unroll`, a tree whose leaves are stacked on L as a tuple of L trees."""
+def unstack(tree: Any, config: GemmaConfig, execution: ExecutionConfig, count: int | None = None) -> Any:
+    """With `execution.unroll`, a tree stacked on L, or a dict of those for each kind, as a tuple of (the first) L trees."""
     if isinstance(tree, tuple) or not execution.unroll:
         return tree
-    return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(config.num_layers))
+    kinds, found = config.layer_kinds[:count], []
+    for i, kind in enumerate(kinds):
+        place = kinds[:i].count(kind)
+        found.append(jax.tree.map(itemgetter(place), tree[kind] if kind else tree))
+    return tuple(found)
+
+
+def layer_kv(stack: Any, local: Any, index: Any) -> Array:
+    """Keys or values of one layer, from those of all: LBKSH, one such for local and one for global layers, or a tuple."""
+    return (stack[TYPES[local]] if isinstance(stack, dict) else stack)[index]
+
+
+def empty_kv(rows: int, width: int, config: GemmaConfig, execution: ExecutionConfig) -> KV:
+    """Keys and values of `width` free slots in each row."""
+
+    def zeros(kind: GemmaConfig) -> Array:
+        shape = kind.num_layers, rows, kind.num_kv_heads, width, kind.head_dim
+        return jnp.zeros(shape, execution.dtype, out_sharding=execution.at("LBKCH"))
+
+    own = {name: zeros(kind) for name, kind in config.kinds.items() if kind.own_layers}
+    own = own.get("", own)
+    return KV(own, own, jnp.full((rows, width), FAR, out_sharding=execution.at("BC")))
 
 
 def layer_window(local: Array, config: GemmaConfig) -> Array:  # 0 or 1 -> scalar
@@ -460,15 +707,19 @@ def forward(
     """
     table = rope_table(positions, config)
 
-    def step(x, _, w, local, __):
-        q, k, v = attention_inputs(x, w, table[local], config, execution)
+    def step(kind, local, x, _, w, token, shared):
+        q, k, v = attention_inputs(x, w, table[local], kind, execution)
+        if k is None:
+            k, v = (jnp.swapaxes(each, 1, 2) for each in shared)
         kv = KV(jnp.moveaxis(k, 1, 3), jnp.moveaxis(v, 1, 2), positions)
-        mixed = attend(q, [kv], positions, layer_window(local, config), config, execution.at)
-        return attention_out_and_mlp(x, w, mixed, config, execution), (jnp.swapaxes(kv.k, 2, 3), kv.v)
+        mixed = attend(q, [kv], positions, layer_window(local, kind), kind, execution.at)
+        return attention_out_and_mlp(x, w, mixed, token, kind, execution), (jnp.swapaxes(kv.k, 2, 3), kv.v)
 
     x = embed(params, tokens, config, execution)
-    x, (k, v) = scan_layers(step, x, unstack(params.layers, config, execution), None, config, execution)
-    return rms_norm(x, params.final_norm, config.norm_eps), KV(k, v, positions)
+    per_layer = embed_per_layer(params, tokens, x, config, execution)
+    x, found = scan_layers(step, x, unstack(params.layers, config, execution), per_layer, config, execution)
+    k, v = found if config.family < 4 else [{name: pair[i] for name, pair in found.items()} for i in (0, 1)]
+    return rms_norm(x, params.final_norm, config), KV(k, v, positions)
 
 
 def forward_group(
@@ -487,24 +738,28 @@ def forward_group(
     prompt_positions = prompt_slots(lengths, P)
     table = rope_table(join_rows(prompt_positions, positions, at), config)
 
-    def step(x, _, w, local, __):
-        q, k, v = attention_inputs(x, w, table[local], config, execution)
-        window = layer_window(local, config)
-        shared = KV(jnp.moveaxis(k[:, :P], 1, 3), jnp.moveaxis(v[:, :P], 1, 2), prompt_positions)
+    def step(kind, local, x, _, w, token, shared):
+        q, k, v = attention_inputs(x, w, table[local], kind, execution)
+        if k is None:
+            k, v = shared
+        window = layer_window(local, kind)
+        prompt = KV(jnp.moveaxis(k[:, :P], 1, 3), jnp.moveaxis(v[:, :P], 1, 2), prompt_positions)
         q_own, k_own, v_own = (split_rows(side, P, B, at) for side in (q, k, v))
         own = KV(jnp.moveaxis(k_own, 1, 3), jnp.moveaxis(v_own, 1, 2), positions, segments)
         mixed = join_rows(
-            attend(q[:, :P], [shared], prompt_positions, window, config, at),
-            attend(q_own, [shared, own], positions, window, config, at),
+            attend(q[:, :P], [prompt], prompt_positions, window, kind, at),
+            attend(q_own, [prompt, own], positions, window, kind, at),
             at,
         )
-        return attention_out_and_mlp(x, w, mixed, config, execution), None
+        return attention_out_and_mlp(x, w, mixed, token, kind, execution), (k, v) if config.shared_layers else None
 
-    x = embed(params, join_rows(prompts, tokens, at), config, execution)
-    x, _ = scan_layers(step, x, unstack(params.layers, config, execution), None, config, execution)
+    ids = join_rows(prompts, tokens, at)
+    x = embed(params, ids, config, execution)
+    per_layer = embed_per_layer(params, ids, x, config, execution)
+    x, _ = scan_layers(step, x, unstack(params.layers, config, execution), per_layer, config, execution)
     last = repeat(last_slot(x[:, :P], lengths), B // Q, at)[:, None]
     before = jnp.where((positions == starts)[..., None], last, jnp.roll(split_rows(x, P, B, at), 1, axis=1))
-    return rms_norm(before, params.final_norm, config.norm_eps)
+    return rms_norm(before, params.final_norm, config)
 
 
 def join_rows(prompts: Array, rows: Array, at) -> Array:
@@ -532,31 +787,34 @@ def forward_cached(
     table = lax.optimization_barrier(rope_table(positions, config))  # otherwise XLA on CPU recomputes the sines for each head
     apart = isinstance(params.layers, tuple)
 
-    def step(carry, layer, w, local, shared):
+    def step(kind, local, carry, index, w, token, _):
         x, all_k, all_v = carry
-        q, k, v = attention_inputs(x, w, table[local], config, execution)
-        all_k, k = write_slot(all_k, layer, jnp.moveaxis(k, 1, 3 if apart else 2), slot, axis=3 if apart else 2)
-        all_v, v = write_slot(all_v, layer, jnp.moveaxis(v, 1, 2), slot, axis=2)
-        keys = (shared[0], k) if apart else (jnp.swapaxes(shared[0], 2, 3), jnp.swapaxes(k, 2, 3))
-        pieces = [KV(keys[0], shared[1], prefix.positions), KV(keys[1], v, cache.positions)]
-        mixed = attend(q, pieces, positions, layer_window(local, config), config, execution.at)
-        return (attention_out_and_mlp(x, w, mixed, config, execution), all_k, all_v), None
+        q, k, v = attention_inputs(x, w, table[local], kind, execution)
+        if k is not None:
+            all_k = write_slot(all_k, local, index, jnp.moveaxis(k, 1, 3 if apart else 2), slot, axis=3 if apart else 2)
+            all_v = write_slot(all_v, local, index, jnp.moveaxis(v, 1, 2), slot, axis=2)
+        keys = [layer_kv(k, local, index) for k in (prefix.k, all_k)]
+        values = [layer_kv(v, local, index) for v in (prefix.v, all_v)]
+        keys = keys if apart else [jnp.swapaxes(k, 2, 3) for k in keys]
+        pieces = [KV(keys[0], values[0], prefix.positions), KV(keys[1], values[1], cache.positions)]
+        mixed = attend(q, pieces, positions, layer_window(local, kind), kind, execution.at)
+        return (attention_out_and_mlp(x, w, mixed, token, kind, execution), all_k, all_v), None
 
-    shared = tuple(zip(prefix.k, prefix.v, strict=True)) if apart else [prefix.k, prefix.v]
-    carry = embed(params, tokens[:, None], config, execution), cache.k, cache.v
-    (x, k, v), _ = scan_layers(step, carry, params.layers, shared, config, execution)
-    return rms_norm(x[:, 0], params.final_norm, config.norm_eps), KV(k, v, cache.positions)
+    x = embed(params, tokens[:, None], config, execution)
+    per_layer = embed_per_layer(params, tokens[:, None], x, config, execution)
+    (x, k, v), _ = scan_layers(step, (x, cache.k, cache.v), params.layers, per_layer, config, execution)
+    return rms_norm(x[:, 0], params.final_norm, config), KV(k, v, cache.positions)
 
 
-def write_slot(cache: Any, layer: Any, new: Array, slot: Array, axis: int) -> tuple[Any, Array]:
-    """Write `new` into one slot of one layer's cache. -> the cache of all layers, and of that layer"""
+def write_slot(cache: Any, local: Any, index: Any, new: Array, slot: Array, axis: int) -> Any:
+    """Write `new` into one slot of one layer's cache. -> the cache of all layers"""
     where: list[Any] = [0, 0, 0, 0]
     where[axis] = slot
+    if isinstance(cache, dict):
+        return cache | {TYPES[local]: write_slot(cache[TYPES[local]], local, index, new, slot, axis)}
     if isinstance(cache, tuple):
-        own = lax.dynamic_update_slice(cache[layer], new, where)
-        return (*cache[:layer], own, *cache[layer + 1 :]), own
-    cache = lax.dynamic_update_slice(cache, new[None], (layer, *where))
-    return cache, cache[layer]
+        return (*cache[:index], lax.dynamic_update_slice(cache[index], new, where), *cache[index + 1 :])
+    return lax.dynamic_update_slice(cache, new[None], (index, *where))
 
 
 def prompt_slots(lengths: Array, width: int) -> Array:  # Q -> QP

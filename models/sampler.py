@@ -26,6 +26,7 @@ from models.gemma import (
     ExecutionConfig,
     GemmaConfig,
     Params,
+    empty_kv,
     forward,
     forward_cached,
     last_slot,
@@ -155,13 +156,11 @@ def init_decode_state(
     at = execution.at
     zeros = partial(jnp.zeros, B, out_sharding=at("B"))
     grid = partial(jnp.zeros, (B, C), out_sharding=at("BC"))
-    shape = (config.num_layers, B, config.num_kv_heads, C, config.head_dim)
-    empty = jnp.zeros(shape, execution.dtype, out_sharding=at("LBKCH"))
     keys, temperature, limits = (jax.sharding.reshard(x, at("B")) for x in (keys, temperature, limits))
     return DecodeState(
         keys, temperature, repeat(prefilled.lengths, B // Q, at), zeros(jnp.int32), limits, ~zeros(bool), zeros(bool),
-        grid(jnp.int32), grid(jnp.float32), repeat(prefilled.hidden, B // Q, at), unroll_kv(prefilled.kv, execution),
-        unroll_kv(KV(empty, empty, grid(jnp.int32) + FAR), execution),
+        grid(jnp.int32), grid(jnp.float32), repeat(prefilled.hidden, B // Q, at), unroll_kv(prefilled.kv, config, execution),
+        unroll_kv(empty_kv(B, C, config, execution), config, execution),
     )  # fmt: skip
 
 
