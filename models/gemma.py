@@ -246,13 +246,12 @@ def layer_axes(kind: GemmaConfig) -> Layers:
     def given(letters: str, condition: Any) -> str | None:
         return letters if condition else None
 
-    own = kind.own_layers
+    own, post, qk, per_layer = kind.own_layers, kind.post_norms, kind.qk_norms, kind.per_layer_dim
     return Layers(
         pre_attn_norm="Ld", q="LDA", k=given("LDE", own), v=given("LDE", own and not kind.values_are_keys), o="LAD",
-        pre_mlp_norm="Ld", gate="LdF", up="LdF", down="LFd", post_attn_norm=given("Ld", kind.post_norms),
-        post_mlp_norm=given("Ld", kind.post_norms), q_norm=given("LH", kind.qk_norms),
-        k_norm=given("LH", kind.qk_norms and own), layer_gate=given("LDU", kind.per_layer_dim), layer_out=given("LUD", kind.per_layer_dim),
-        post_layer_norm=given("Ld", kind.per_layer_dim), scale=given("L", kind.family == 4),
+        pre_mlp_norm="Ld", gate="LdF", up="LdF", down="LFd", post_attn_norm=given("Ld", post), post_mlp_norm=given("Ld", post),
+        q_norm=given("LH", qk), k_norm=given("LH", qk and own), layer_gate=given("LDU", per_layer),
+        layer_out=given("LUD", per_layer), post_layer_norm=given("Ld", per_layer), scale=given("L", kind.family == 4),
     )  # fmt: skip
 
 
@@ -581,8 +580,8 @@ def scan_layers(step, carry, layers: Any, tokens: Any, config: GemmaConfig, exec
     """Run `step(kind, local, carry, index, weights, token, shared)` for each layer. -> the carry, the results of all steps
 
     `kind` is the configuration of layers of this shape, `local` (0 or 1) says whether the layer is one of those, `index` is its
-    place among stacked keys and values, `token` its slice of `tokens` (LBTU or None), `shared` the result of the layer whose keys
-    and values it shares, or None. `layers` is stacked on L, and compiles to one loop; or it is a tuple (`unstack`), and
+    place among stacked keys and values, `token` its slice of `tokens` (LBTU or None), `shared` the result of the layer whose
+    keys and values it shares, or None. `layers` is stacked on L, and compiles to one loop; or it is a tuple (`unstack`), and
     compiles to L copies of the body. Layers of several kinds compile to one loop over each run of equal periods. Results are
     stacked on L, in Gemma 4 in a dict: those of local and those of global layers that have keys and values.
     """
