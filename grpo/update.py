@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 from grpo.batch import Batch, split, unsplit
 from grpo.loss import dapo_weights, dr_grpo_weights, grpo_loss, grpo_weights
 from models.gemma import Adapted, ExecutionConfig, GemmaConfig, Params, axes, forward_group, token_logprobs
-from models.lora import PROJECTIONS, Adapters, adapter_axes, attach, init_adapters
+from models.lora import Adapters, adapter_axes, attach, attached, init_adapters
 from models.sharding import STORE, MeshJit
 
 AGGREGATIONS = {"grpo": grpo_weights, "dapo": dapo_weights, "dr_grpo": dr_grpo_weights}
@@ -141,7 +141,7 @@ def sampling_params(params: Params, model: GemmaConfig, execution: ExecutionConf
 @partial(jax.jit, static_argnames=("model", "execution"))
 def moved_params(params: Params, model: GemmaConfig, execution: ExecutionConfig) -> Params:
     """`sampling_params`, with None for each weight that stays where it is."""
-    adapted = {name: w for name in PROJECTIONS if isinstance(w := getattr(params.layers, name), Adapted)}
+    adapted = attached(params)
     letters, alone = axes(model), jax.sharding.get_abstract_mesh().size == 1
     if adapted:
         letters = attach(letters, adapter_axes(model, adapted), next(iter(adapted.values())).scale)

@@ -639,15 +639,21 @@ def scan_periods(body, carry, layers: dict[str, Layers], tokens: Any, config: Ge
                 found[name].append(result)
             return carry, {name: jax.tree.map(lambda *leaves: jnp.stack(leaves), *each) for name, each in found.items()}
 
-        def by_period(leaf, repeats=repeats):
-            return leaf.reshape(repeats, -1, *leaf.shape[1:])
+        def by_period(leaf, repeats=repeats):  # L... -> [repeats, layers of this kind in a period, ...]
+            return reshape_first(leaf, (repeats, len(leaf) // repeats), 1)
 
         last = first + repeats * len(period)
         inputs = {name: layers[name] for name in counts}, None if tokens is None else tokens[first:last]
         carry, found = lax.scan(one_period, carry, (jnp.arange(repeats), *jax.tree.map(by_period, inputs)))
-        results = results | jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), found)
+        results = results | jax.tree.map(lambda leaf: reshape_first(leaf, (leaf.shape[0] * leaf.shape[1],), 2), found)
         first = last
     return carry, {name: result for name, result in results.items() if not name.startswith("shared")}
+
+
+def reshape_first(x: Array, sizes: tuple[int, ...], count: int) -> Array:
+    """The first `count` dimensions, which are not sharded, as ones of these sizes."""
+    shape, placed = (*sizes, *x.shape[count:]), jax.typeof(x).sharding
+    return lax.reshape(x, shape, out_sharding=placed.update(spec=(*(None,) * len(sizes), *placed.spec[count:])))
 
 
 def unroll(params: Params, config: GemmaConfig, execution: ExecutionConfig) -> Params:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from models.gemma import Adapted, GemmaConfig, Params, axes
+from models.gemma import Adapted, GemmaConfig, Params, axes, leaf_shape
 from models.sharding import Rules, reshard
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -31,19 +31,41 @@ class Adapter:
     b: Any  # LJF
 
 
-Adapters = dict[str, Adapter]  # keyed by the projection's name in `Layers`
+Adapters = dict[str, Adapter]  # keyed by the projection's name in `Params.layers`: "q", in Gemma 4 "local.q"
+
+
+def by_kind(layers: Any) -> dict[str, Any]:
+    """Layers of each kind; of models of one kind under the name ""."""
+    return layers if isinstance(layers, dict) else {"": layers}
+
+
+def projections(config: GemmaConfig, targets: Iterable[str]) -> dict[str, str]:
+    """The letters of each projection among `targets`, which are "q" for that of every kind of layers, or "local.q" for one."""
+    targets, found = set(targets), {}
+    for kind, layers in by_kind(axes(config).layers).items():
+        for short in PROJECTIONS:
+            name, letters = f"{kind}.{short}".removeprefix("."), getattr(layers, short)
+            if letters and {name, short} & targets:
+                found[name] = letters
+    return found
 
 
 def adapter_axes(config: GemmaConfig, targets: Iterable[str]) -> Adapters:
     """The letters of every adapter: those of its projection, J between."""
-    letters = {name: getattr(axes(config).layers, name) for name in targets}
+    letters = projections(config, targets)
     return {name: Adapter(a=f"L{rows}J", b=f"LJ{columns}") for name, (_, rows, columns) in letters.items()}
 
 
 def adapter_shapes(config: GemmaConfig, targets: Iterable[str], rank: int) -> Adapters:
     """The shape and dtype of every adapter, as a tree of `jax.ShapeDtypeStruct`."""
-    sizes = config.sizes | {"J": rank}
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct([sizes[c] for c in a], jnp.float32), adapter_axes(config, targets))
+
+    def shape(name: str, letters: str) -> jax.ShapeDtypeStruct:
+        sizes = leaf_shape(f"layers.{name}", letters.replace("J", ""), config)
+        where = letters.index("J")
+        return jax.ShapeDtypeStruct((*sizes[:where], rank, *sizes[where:]), jnp.float32)
+
+    letters = adapter_axes(config, targets)
+    return {name: Adapter(shape(name, adapter.a), shape(name, adapter.b)) for name, adapter in letters.items()}
 
 
 def count_adapters(config: GemmaConfig, targets: Iterable[str], rank: int) -> int:
@@ -60,7 +82,12 @@ def init_adapters(key: Array, config: GemmaConfig, targets: Iterable[str], rank:
         return Adapter(jax.random.uniform(key, a, minval=-bound, maxval=bound), jnp.zeros(wanted[name].b.shape))
 
     def init_all(key: Array) -> Adapters:
-        made = {name: init(name, jax.random.fold_in(key, PROJECTIONS.index(name))) for name in wanted}
+        keys = {}
+        for name in wanted:
+            kind, _, short = name.rpartition(".")
+            number = PROJECTIONS.index(short) + len(PROJECTIONS) * (list(config.kinds).index(kind))
+            keys[name] = jax.random.fold_in(key, number)
+        made = {name: init(name, key) for name, key in keys.items()}
         return reshard(made, adapter_axes(config, wanted), rules)
 
     return jax.jit(init_all)(key)
@@ -68,5 +95,19 @@ def init_adapters(key: Array, config: GemmaConfig, targets: Iterable[str], rank:
 
 def attach(params: Params, adapters: Adapters, scale: float) -> Params:
     """`params` with `Adapted` projections, as the forward pass takes them; or the letters of these, of those of both."""
-    layers = {name: Adapted(getattr(params.layers, name), adapter.a, adapter.b, scale) for name, adapter in adapters.items()}
-    return replace(params, layers=replace(params.layers, **layers))
+    layers = dict(by_kind(params.layers))
+    for name, adapter in adapters.items():
+        kind, _, short = name.rpartition(".")
+        adapted = Adapted(getattr(layers[kind], short), adapter.a, adapter.b, scale)
+        layers[kind] = replace(layers[kind], **{short: adapted})
+    return replace(params, layers=layers.get("", layers))
+
+
+def attached(params: Params) -> dict[str, Adapted]:
+    """The `Adapted` projections of `params`, by name."""
+    return {
+        f"{kind}.{short}".removeprefix("."): weight
+        for kind, layers in by_kind(params.layers).items()
+        for short in PROJECTIONS
+        if isinstance(weight := getattr(layers, short), Adapted)
+    }

@@ -1,4 +1,4 @@
-"""Make `tests/references`: tiny random Gemma 1, 2 and 3 in Hugging Face's form, and what transformers computes with them.
+"""Make `tests/references`: tiny random Gemma 1, 2, 3 and 4 in Hugging Face's form, and what transformers computes with them.
 
     python tests/make_references.py        (needs torch and transformers; a few seconds)
 
@@ -8,8 +8,10 @@ the Hub), model.safetensors (float32), and reference.npz, computed in float32 wi
     tokens, lengths      three rows, right-padded; the first is full, three windows long and more
     left, right          logits of every real token, row after row, of the batch padded on that side
     alone                logits of the first row by itself, nothing padded
+    gradient/NAME        Gemma 4: the gradient of the first row's mean cross-entropy by each weight
 
-Norm weights are random (fresh ones are 0, which hides a missing 1 + w) and soft-caps are low enough to bite.
+Norm weights are random (fresh ones are 0, which hides a missing 1 + w; in Gemma 4 they are 1) and soft-caps are low enough to
+bite.
 """
 
 import json
@@ -52,8 +54,45 @@ VARIANTS = {  # name -> class of transformers, and what differs from BASE
 }
 
 
+def gemma4(layers: int, pattern: int, **fields) -> dict:
+    """Fields of a Gemma 4 whose every `pattern`-th layer sees everything, with heads twice as large."""
+    return {
+        "num_hidden_layers": layers, "num_attention_heads": 4, "head_dim": 8, "global_head_dim": 16, "sliding_window": WINDOW,
+        "vocab_size_per_layer_input": VOCABULARY, "final_logit_softcapping": 3.0,
+        "layer_types": ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 500.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 90.0},
+        },
+    } | fields  # fmt: skip
+
+
+GEMMA4 = {
+    # twice two local layers and a global one, then twice the same that share keys and values, with a wider MLP
+    "gemma4-e2b": gemma4(
+        12, 3, num_key_value_heads=1, num_kv_shared_layers=6, use_double_wide_mlp=True, hidden_size_per_layer_input=24
+    ),
+    # no period but the whole: local, global, global, local, global, and one of each that share
+    "gemma4-e4b": gemma4(
+        7, 3, num_key_value_heads=2, num_kv_shared_layers=2, hidden_size_per_layer_input=24,
+        layer_types=[f"{kind}_attention" for kind in ("sliding", "full", "full", "sliding", "full", "sliding", "full")],
+    ),
+    # the values of global layers are their keys, of which there are fewer
+    "gemma4-12b": gemma4(
+        6, 3, num_key_value_heads=2, num_global_key_value_heads=1, attention_k_eq_v=True, hidden_size_per_layer_input=0
+    ),
+}  # fmt: skip
+
+
 def older_dialect(values: dict) -> dict:
     """A config.json of transformers 5 in the words of transformers 4, as the Hub holds them."""
+    if values["model_type"] == "gemma4_text":
+        of_global = next(iter(values["per_layer_config"].values()))
+        kept = {key: value for key, value in values.items() if key != "per_layer_config"}
+        return kept | {
+            "global_head_dim": of_global["head_dim"],
+            "num_global_key_value_heads": of_global.get("num_key_value_heads"),
+        }
     new = {"rope_parameters", "layer_types", "dtype", "_sliding_window_pattern", "transformers_version"}
     old = {key: value for key, value in values.items() if key not in new} | {"torch_dtype": "float32"}
     rope = values["rope_parameters"]
@@ -109,13 +148,17 @@ def make(name: str, folder: Path, seed: int) -> None:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    family, fields = VARIANTS[name]
-    config = getattr(transformers, family + "Config")(**BASE, **fields)
+    family, fields = VARIANTS[name] if name in VARIANTS else ("Gemma4Text", GEMMA4[name])
+    config = getattr(transformers, family + "Config")(**(BASE | fields))
     model = getattr(transformers, family.removesuffix("Text") + "ForCausalLM")(config)
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, weight in model.named_parameters():
             weight.copy_(spread(key, weight.shape[-1]) * torch.randn(weight.shape, generator=random))
+        for key, weight in model.state_dict().items():
+            if family == "Gemma4Text" and ("norm" in key or "scalar" in key):  # it multiplies by w, not by 1 + w
+                typical = 0.5 if "q_norm" in key or "k_norm" in key else 1.0  # scores of attention are not scaled
+                weight.copy_(typical * (1 + 0.3 * torch.randn(weight.shape, generator=random)))
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     older = older_dialect(json.loads((folder / "config.json").read_text()))
@@ -126,12 +169,23 @@ def make(name: str, folder: Path, seed: int) -> None:
     rows = [np.append(2, numbers.integers(3, VOCABULARY, length - 1)) for length in LENGTHS]
     left, right = (real_logits(model, *pad(rows, side)) for side in ("left", "right"))
     alone = real_logits(model, *pad(rows[:1], "right"))
+    gradients = gradients_of(model, rows[0]) if family == "Gemma4Text" else {}
     np.savez_compressed(
         folder / "reference.npz", tokens=pad(rows, "right")[0].astype(np.int32), lengths=np.array(LENGTHS, np.int32),
-        left=left, right=right, alone=alone,
+        left=left, right=right, alone=alone, **{f"gradient/{key}": gradient for key, gradient in gradients.items()},
     )  # fmt: skip
 
 
+def gradients_of(model, row: np.ndarray) -> dict[str, np.ndarray]:
+    """The gradient of a row's mean cross-entropy by each weight."""
+    import torch
+
+    ids = torch.tensor(row)[None]
+    model.zero_grad()
+    torch.nn.functional.cross_entropy(model(input_ids=ids, use_cache=False).logits[0, :-1], ids[0, 1:]).backward()
+    return {key: weight.grad.numpy() for key, weight in model.named_parameters()}
+
+
 if __name__ == "__main__":
-    for seed, name in enumerate(VARIANTS):
+    for seed, name in [*enumerate(VARIANTS), *enumerate(GEMMA4, 51)]:
         make(name, REFERENCES / name, seed)

@@ -149,10 +149,10 @@ def loss_and_gradients(params, prompts, lengths, completions, old, ref, advantag
 
 
 @cache
-def result(devices: int, tp: int, config: GemmaConfig) -> Result:
+def result(devices: int, tp: int, config: GemmaConfig, name: str = "gemma3-gqa") -> Result:
     mesh = make_mesh(tp, jax.devices()[:devices])
     with jax.set_mesh(mesh):
-        params = load_params(REFERENCES / "gemma3-gqa", config, mesh, STORE)
+        params = load_params(REFERENCES / name, config, mesh, STORE)
         view = sampling_params(params, config)
         samples, program = compile_decode(view, config)
         rows = [to_devices(x, "B" if x.ndim == 1 else "BC") for x in (COMPLETIONS, OLD, REF, ADVANTAGES, WEIGHTS)]

@@ -29,8 +29,8 @@ from jax.sharding import Mesh, NamedSharding
 from grpo.errors import RunError
 from grpo.runs.distributed import all_processes, broadcast_from_main, is_main_process
 from models.formats.adapters import LoadedAdapters
-from models.formats.convert import Reader, leaf_names
-from models.gemma import GemmaConfig
+from models.formats.convert import Reader, layers_of, leaf_names
+from models.gemma import GemmaConfig, Params, axes, leaf_name, leaf_shape
 from models.lora import Adapter
 from models.sharding import Rules, spec
 
@@ -236,13 +236,13 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def read_params(folder: Path, letters: Any, sizes: dict[str, int], mesh: Mesh, rules: Rules, dtype: str) -> Any:
-    """The trained parameters of a checkpoint: a tree like `letters`, cast to `dtype`, sharded by `rules`. Raises RunError."""
+def read_params(folder: Path, config: GemmaConfig, mesh: Mesh, rules: Rules, dtype: str) -> Params:
+    """The trained parameters of a checkpoint, cast to `dtype`, sharded by `rules`. Raises RunError."""
     expected = read_meta(folder)["digests"]
 
     def read(path: Any, letters: str) -> Array:
         name = "params." + leaf_name(path)
-        shape = tuple(sizes[letter] for letter in letters)
+        shape = leaf_shape(leaf_name(path), letters, config)
         try:
             stored = open_leaf(folder, name)
             if stored.shape != shape:
@@ -256,10 +256,10 @@ def read_params(folder: Path, letters: Any, sizes: dict[str, int], mesh: Mesh, r
         return leaf.astype(dtype)
 
     with jax.set_mesh(mesh):
-        return jax.tree_util.tree_map_with_path(read, letters)
+        return jax.tree_util.tree_map_with_path(read, axes(config))
 
 
-def open_params(folder: Path) -> Reader:
+def open_params(folder: Path, config: GemmaConfig) -> Reader:
     """A reader of the weights of a checkpoint on the host, with one leaf in memory at a time. Raises RunError."""
     held: dict[str, np.ndarray] = {}
 
@@ -267,18 +267,17 @@ def open_params(folder: Path) -> Reader:
         if leaf not in held:
             held.clear()
             held[leaf] = read_verified(folder, f"params.{leaf}")
-        return held[leaf][layer][index] if leaf.startswith("layers.") else held[leaf][index]
+        return held[leaf][layers_of(leaf, config).index(layer)][index] if leaf.startswith("layers.") else held[leaf][index]
 
     return read
 
 
 def read_adapters(folder: Path) -> LoadedAdapters:
     """The adapters of a checkpoint of a LoRA run. Raises RunError."""
-    config = read_meta(folder)["config"]
-    weights = {
-        name: Adapter(*(read_verified(folder, f"params.{name}.{side}") for side in "ab"))
-        for name in config["lora_targets"].split(",")
-    }
+    meta = read_meta(folder)
+    config, stored = meta["config"], [name.removeprefix("params.") for name in meta["digests"] if name.startswith("params.")]
+    names = [name.removesuffix(".a") for name in stored if name.endswith(".a")]
+    weights = {name: Adapter(*(read_verified(folder, f"params.{name}.{side}") for side in "ab")) for name in names}
     return LoadedAdapters(weights, config["lora_rank"], config["lora_alpha"] / config["lora_rank"])
 
 
@@ -345,11 +344,6 @@ def digests(tree: Any) -> dict[str, str]:
     return {leaf_name(path): hexadecimal(np.asarray(leaf_words(leaf))) for path, leaf in flat}
 
 
-def leaf_name(path: Any) -> str:
-    """`params.layers.q`: a leaf's place in its tree, and its name on disk."""
-    return jax.tree_util.keystr(path, simple=True, separator=".")
-
-
 def hexadecimal(words: np.ndarray) -> str:
     return "".join(f"{int(word):08x}" for word in words)
 
@@ -368,9 +362,9 @@ def read_digest(read: Reader, config: GemmaConfig) -> str:
     """`digest` of the weights from `read`, in float32, one leaf at a time on the host."""
     found, shapes = {}, []
     for name, letters in leaf_names(config).items():
-        index = tuple(slice(0, config.sizes[letter]) for letter in letters)
+        index = tuple(slice(0, size) for size in leaf_shape(name, letters, config))
         if letters[0] == "L":
-            leaf = np.stack([read(name, layer, index[1:]).astype(np.float32) for layer in range(config.num_layers)])
+            leaf = np.stack([read(name, layer, index[1:]).astype(np.float32) for layer in layers_of(name, config)])
         else:
             leaf = read(name, 0, index).astype(np.float32)
         found[name] = array_digest(leaf)

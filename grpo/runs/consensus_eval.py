@@ -38,7 +38,8 @@ from grpo.runs.model_source import Model
 from grpo.runs.reward_worker import UserRewards
 from grpo.runs.run_dir import take_lock
 from grpo.runs.setup import check_tokenizer
-from models.gemma import Adapted, ExecutionConfig
+from models.gemma import ExecutionConfig
+from models.lora import attached
 from models.sharding import ROLLOUT, activation_dtype
 
 
@@ -80,7 +81,7 @@ class Evaluation:
         tokenizer = load_tokenizer(model.folder)
         check_tokenizer(tokenizer, model.config)
         params = model.load_policy(mesh, activation_dtype(config.dtype))
-        adapted = [weight for weight in vars(params.layers).values() if isinstance(weight, Adapted)]
+        adapted = list(attached(params).values())
         scale = f" x {adapted[0].scale:g}" if adapted else ""  # it is no array, so the digest does not see it
         self.claim({f"{name}_weights": digest(params) + scale, f"{name}_tokenizer": tokenizer.fingerprint})
         asked, prompt_ids, too_long = drop_long(self.problems, tokenizer, config.system_prompt, config.max_prompt_tokens)

@@ -29,7 +29,7 @@ from models.formats.adapters import SETTINGS, LoadedAdapters, is_tunix, peft_fol
 from models.formats.containers import is_tree, locate, read_json
 from models.formats.convert import Reader, load_params, open_weights, place_params, read_config
 from models.formats.save import config_json, write_json
-from models.gemma import GemmaConfig, Params, axes, shapes
+from models.gemma import GemmaConfig, Params, shapes
 from models.lora import PROJECTIONS, Adapter, adapter_axes, attach
 from models.sharding import ROLLOUT, Rules, spec
 
@@ -131,7 +131,7 @@ def with_adapters(path: Path, found: str, under: Model, adapters: Callable[[], L
 
     def open_merged() -> Reader:
         assert under.open
-        return adapters().on(under.open())
+        return adapters().on(under.open(), under.config)
 
     def load(mesh: Mesh, rules: Rules, dtype: str) -> Params:
         return place_params(open_merged(), under.config, mesh, rules, dtype)
@@ -166,7 +166,7 @@ def find_checkpoint(folder: Path, run_dir: Path, base_path: str | Path, adapter_
             raise ConfigError(f"{run_dir} holds no model/ with its config.json and tokenizer; give --base_path DIR")
         described = trained_from().folder
     config = read_config(described)
-    load, read = partial(read_params, folder, axes(config), config.sizes), partial(open_params, folder)
+    load, read = partial(read_params, folder, config), partial(open_params, folder, config)
     return Model(folder, found, described, config, load, read, run_dir, meta, trained_from=trained_from)
 
 

@@ -22,11 +22,11 @@ import numpy as np
 from models import ModelError
 from models.formats import weight_names
 from models.formats.containers import Container, OrbaxTree, Safetensors, Settings, by_name, locate, read_json
-from models.formats.convert import Reader, finite, leaf_names, same
+from models.formats.convert import Reader, finite, layers_of, same
 from models.formats.save import Tensor, write_json, write_safetensors
 from models.formats.weight_names import HEADS, Place
-from models.gemma import GemmaConfig
-from models.lora import PROJECTIONS, Adapter
+from models.gemma import GemmaConfig, kind_of
+from models.lora import PROJECTIONS, Adapter, projections
 
 ADAPTER_WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 # The settings of peft that are read, those without effect on what adapters compute, and those that must have one of certain
@@ -54,7 +54,7 @@ class LoadedAdapters:
     rank: int
     scale: float  # alpha / rank
 
-    def on(self, read: Reader) -> Reader:
+    def on(self, read: Reader, config: GemmaConfig) -> Reader:
         """A reader of the base that `read` reads with these adapters merged into it, in float32.
 
         Each element is bit-identical on every machine and in every slice, so that a digest of the weights identifies them.
@@ -65,6 +65,7 @@ class LoadedAdapters:
             if found is None:
                 return base
             rows, columns = index
+            layer = layers_of(leaf, config).index(layer)
             product = ordered_product(found.a[layer, rows], found.b[layer][:, columns])
             return base.astype(np.float32) + np.float32(self.scale) * product
 
@@ -148,7 +149,7 @@ def read_peft(folder: Path, config: GemmaConfig, base: Callable[[], Reader] | No
         rank = matched(said.get("rank_pattern"), name, said["r"])
         return matched(said.get("alpha_pattern"), name, alpha) / (rank**0.5 if said.get("use_rslora") else rank)
 
-    scales = {name: [scale(module(name, layer)) for layer in range(config.num_layers)] for name in weights}
+    scales = {name: [scale(module(name, layer)) for layer in layers_of(f"layers.{name}", config)] for name in weights}
     largest = max(max(row) for row in scales.values())
     for name, row in scales.items():
         weights[name].b[:] *= (np.asarray(row) / largest).astype(np.float32)[:, None, None]  # 1 where all are alike
@@ -184,7 +185,7 @@ def read_tunix(path: Path, config: GemmaConfig, alpha: float) -> LoadedAdapters:
             weight for weight in weight_names.flax(f"layers.{projection}") if f"{weight.of(0).name}/lora_a" in container.names
         ]
         weight = stored[0] if stored else weight_names.flax(f"layers.{projection}")[-1]
-        rows, columns = leaf_names(config)[f"layers.{projection}"].removeprefix("L")
+        _, rows, columns = projections(config, [projection])[projection].upper()
         several = "".join(letter for letter in weight.letters if letter.isdecimal())
         letters = HEADS.get(rows, rows) + "J" if side == "a" else "J" + several + HEADS.get(columns, columns)
         return Place(f"{weight.name}/lora_{side}", letters, weight.part)
@@ -228,27 +229,29 @@ def read_all(
 
     `rank_of(projection, layer)` is 0 where there is none. Where a rank is lower, the rest is zeros.
     """
-    ranks = {name: [rank_of(name, layer) for layer in range(config.num_layers)] for name in PROJECTIONS}
+    letters = projections(config, PROJECTIONS)
+    layers = {name: layers_of(f"layers.{name}", config) for name in letters}
+    ranks = {name: [rank_of(name, layer) for layer in layers[name]] for name in letters}
     highest = max(max(row) for row in ranks.values())
-    if not any(place(name, "a").of(layer).name in container.names for name in ranks for layer in range(config.num_layers)):
-        raise ModelError(f"{container.path} holds no adapters of a Gemma, such as {place('q', 'a').of(0).name}")
+    if not any(place(name, "a").of(layer).name in container.names for name in ranks for layer in layers[name]):
+        raise ModelError(f"{container.path} holds no adapters of a Gemma, such as {place(next(iter(letters)), 'a').of(0).name}")
     wanted = set()
 
     def read(projection: str, side: str) -> np.ndarray:
-        at = place(projection, side)
-        rows, columns = leaf_names(config)[f"layers.{projection}"].removeprefix("L")
+        at, kind = place(projection, side), config.kind(kind_of(f"layers.{projection}"))
+        _, rows, columns = letters[projection].upper()
         ours = f"{rows}J" if side == "a" else f"J{columns}"
-        layers = np.zeros((config.num_layers, *weight_names.array_shape(ours, config, highest)), np.float32)
-        for layer, rank in enumerate(ranks[projection]):
+        stacked = np.zeros((kind.num_layers, *weight_names.array_shape(ours, kind, highest)), np.float32)
+        for i, (layer, rank) in enumerate(zip(layers[projection], ranks[projection], strict=True)):
             if not rank:
                 continue
             one = at.of(layer)
-            container.check(one, config, rank)
+            container.check(one, kind, rank)
             wanted.add(one.name)
-            index = tuple(slice(0, size) for size in weight_names.array_shape(ours, config, rank))
+            index = tuple(slice(0, size) for size in weight_names.array_shape(ours, kind, rank))
             found = weight_names.to_ours(lambda cut, name=one.name: container.read(name, cut), one, ours, index)
-            layers[layer][index] = finite(found, container.path, one.name)
-        return layers
+            stacked[i][index] = finite(found, container.path, one.name)
+        return stacked
 
     weights = {name: Adapter(read(name, "a"), read(name, "b")) for name, row in ranks.items() if any(row)}
     extra = sorted(set(container.names) - wanted)
@@ -263,15 +266,16 @@ def read_all(
 def write_peft(folder: Path, adapters: LoadedAdapters, config: GemmaConfig, base: str, dtype: str = "float32") -> None:
     """Write the adapters as a folder that peft loads on top of the model `base`."""
 
-    def tensor(projection: str, layer: int, side: str) -> Tensor:
+    def tensor(projection: str, i: int, layer: int, side: str) -> Tensor:
         name = weight_names.hugging_face(f"layers.{projection}", config).of(layer).name.removesuffix(".weight")
-        array = getattr(adapters.weights[projection], side)[layer].T
+        array = getattr(adapters.weights[projection], side)[i].T
         return Tensor(f"base_model.model.model.{name}.lora_{side.upper()}.weight", array.shape, lambda: array)
 
-    layers = range(config.num_layers)
-    weights = [tensor(name, layer, side) for name in adapters.weights for layer in layers for side in "ab"]
-    write_safetensors(folder / ADAPTER_WEIGHTS, weights, dtype)
-    modules = [weight_names.TABLE[f"layers.{name}"][0].rpartition(".")[2] for name in adapters.weights]
+    names = adapters.weights
+    numbered = [(name, i, layer) for name in names for i, layer in enumerate(layers_of(f"layers.{name}", config))]
+    write_safetensors(folder / ADAPTER_WEIGHTS, [tensor(*where, side) for where in numbered for side in "ab"], dtype)
+    stored = (weight_names.hugging_face(f"layers.{name}", config).name.removesuffix(".weight") for name in names)
+    modules = list(dict.fromkeys(name.rpartition(".")[2] for name in stored))
     alpha = adapters.scale * adapters.rank
     write_json(folder / SETTINGS, {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": adapters.rank,

@@ -18,7 +18,7 @@ import numpy as np
 from models import ModelError
 from models.formats import weight_names
 from models.formats.weight_names import Place
-from models.gemma import GemmaConfig
+from models.gemma import GemmaConfig, kind_of
 
 PICKLED = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
@@ -100,8 +100,10 @@ class Container:
     def place(self, leaf: str, config: GemmaConfig) -> Place:
         """Where this file stores a leaf, judged by the names and shapes in it."""
         places = self.places(leaf, config)
-        found = [place for place in places if place.of(0).name in self.names]
-        fit = [place for place in found if self.shape(place.of(0).name) == weight_names.array_shape(place.letters, config)]
+        first = (config.layers_of(kind_of(leaf)) or [0])[0]
+        found = [place for place in places if place.of(first).name in self.names]
+        config = config.kind(kind_of(leaf))
+        fit = [place for place in found if self.shape(place.of(first).name) == weight_names.array_shape(place.letters, config)]
         if len(fit) > 1:
             raise ModelError(f"{self.path}: {fit[0].of(0).name} could be stored as {fit[0].letters} or {fit[1].letters}")
         return (fit or found or places)[0]
@@ -204,7 +206,8 @@ class Safetensors(Container):
         return self.opened(self.files[self.names[name]]).get_slice(self.names[name])[index]
 
     def ignored(self, name: str) -> bool:
-        return name.startswith(("vision_tower", "multi_modal")) or "rotary_emb" in name
+        towers = "vision_tower", "multi_modal", "audio_tower", "embed_vision", "embed_audio"
+        return name.startswith(towers) or "rotary_emb" in name
 
 
 def by_name(path: Path, stored: Iterable[str], prefix: str) -> dict[str, str]:

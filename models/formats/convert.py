@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from models import ModelError
 from models.formats.containers import Container, Settings, is_tree, locate, open_container, read_json
 from models.formats.weight_names import to_ours
-from models.gemma import FAR, GemmaConfig, Params, axes
+from models.gemma import FAR, GemmaConfig, Params, axes, kind_of, leaf_name, leaf_shape
 from models.presets import MODELS
 from models.sharding import Rules, spec
 
@@ -56,6 +56,11 @@ def read_config(path: str | Path) -> GemmaConfig:
 
 def parse_config(path: Path) -> GemmaConfig:
     """Read a `config.json` with the keys of transformers 4 (`rope_theta`, ...) or 5 (`rope_parameters`). Raises ModelError."""
+    raw = read_json(path)
+    if str(raw.get("model_type")).startswith("gemma4"):
+        from transformers import CONFIG_MAPPING
+
+        return parse_gemma4(Settings(path, CONFIG_MAPPING[raw["model_type"]].from_dict(raw).get_text_config().to_dict()))
     values, family = read_settings(path)
     check_features(values)
     heads, kv_heads, head_dim = (values.need(key) for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
@@ -86,6 +91,56 @@ def parse_config(path: Path) -> GemmaConfig:
         post_norms=family > 1,
         qk_norms=family == 3,
         norm_eps=values.get("rms_norm_eps", float, 1e-6),
+    )
+
+
+def parse_gemma4(values: Settings) -> GemmaConfig:
+    """The dimensions of a Gemma 4, from its `config.json` as transformers reads it. Raises ModelError."""
+    path, said, layers = values.path, values.values, values.need("num_hidden_layers")
+    if said.get("enable_moe_block"):
+        raise ModelError(f"{path}: enable_moe_block is true; experts are not supported")
+    if said.get("vocab_size_per_layer_input", said["vocab_size"]) != said["vocab_size"]:
+        raise ModelError(f"{path}: vocab_size_per_layer_input and vocab_size must be equal")
+    local = tuple(kind == "sliding_attention" for kind in values.need("layer_types", list))
+    of_layer = {int(layer): sizes for layer, sizes in values.part("per_layer_config").values.items()}
+    of_global = [of_layer.get(layer, {}) for layer in range(layers) if not local[layer]]
+    unlike = [layer for layer in of_layer if local[layer] or of_layer[layer] != of_global[0]]
+    if unlike or set(of_global[0]) - {"head_dim", "num_key_value_heads"}:
+        raise ModelError(f"{path}: per_layer_config must give all global layers the same head_dim and num_key_value_heads")
+    shared, per_layer = (said.get(key) and values.need(key) for key in ("num_kv_shared_layers", "hidden_size_per_layer_input"))
+    rope = values.part("rope_parameters")
+    if shared and not set(local[-shared:]) <= set(local[:-shared]):
+        raise ModelError(f"{path}: num_kv_shared_layers {shared} leaves no layer of each type with keys and values of its own")
+    turned, turned_local = rope.part("full_attention"), rope.part("sliding_attention")
+    check_rope_type(turned, "global", ("default", "linear", "proportional"))
+    check_rope_type(turned_local, "local", ("default",))
+    width, kv_heads = values.need("intermediate_size"), values.need("num_key_value_heads")
+    return GemmaConfig(
+        num_layers=layers,
+        embed_dim=values.need("hidden_size"),
+        num_heads=values.need("num_attention_heads"),
+        num_kv_heads=kv_heads,
+        head_dim=values.need("head_dim"),
+        mlp_dim=width,
+        vocab_size=values.need("vocab_size"),
+        query_scale=1.0,
+        local_layers=local,
+        sliding_window=values.need("sliding_window"),
+        rope_base=turned.need("rope_theta", float),
+        rope_local_base=turned_local.need("rope_theta", float),
+        rope_factor=turned.get("factor", float, 1.0),
+        final_softcap=values.get("final_logit_softcapping", float),
+        post_norms=True,
+        qk_norms=True,
+        norm_eps=values.need("rms_norm_eps", float),
+        norm_offset=0.0,
+        global_head_dim=of_global[0].get("head_dim", said["head_dim"]),
+        global_kv_heads=of_global[0].get("num_key_value_heads", kv_heads),
+        rope_fraction=turned.get("partial_rotary_factor", float, 1.0) if rope_type(turned) == "proportional" else 1.0,
+        values_are_keys=bool(said.get("attention_k_eq_v")),
+        shared_layers=shared or 0,
+        shared_mlp_dim=width * 2 if said.get("use_double_wide_mlp") else width,
+        per_layer_dim=per_layer or 0,
     )
 
 
@@ -158,21 +213,21 @@ def rope_type(rope: Settings) -> str:
 def leaf_names(config: GemmaConfig) -> dict[str, str]:
     """The letters of each leaf of our tree: {"embedding": "VD", "layers.q": "LDA", ...}."""
     flat, _ = jax.tree_util.tree_flatten_with_path(axes(config))
-    return {jax.tree_util.keystr(path, simple=True, separator="."): letters.upper() for path, letters in flat}
+    return {leaf_name(path): letters.upper() for path, letters in flat}
 
 
-def layers_of(letters: str, config: GemmaConfig) -> range:
-    """The layers of a leaf; a leaf that is not stacked counts as one layer."""
-    return range(config.num_layers if letters[0] == "L" else 1)
+def layers_of(leaf: str, config: GemmaConfig) -> list[int]:
+    """The numbers of the layers that are stacked in a leaf; a leaf that is not stacked counts as one layer."""
+    return config.layers_of(kind_of(leaf)) if leaf.startswith("layers.") else [0]
 
 
 def check_weights(container: Container, config: GemmaConfig) -> None:
     """Raises ModelError unless the container holds all weights of this model, and no others."""
     wanted = set()
-    for leaf, letters in leaf_names(config).items():
+    for leaf in leaf_names(config):
         place = container.place(leaf, config)
-        for layer in layers_of(letters, config):
-            container.check(place.of(layer), config)
+        for layer in layers_of(leaf, config):
+            container.check(place.of(layer), config.kind(kind_of(leaf)))
             wanted.add(place.of(layer).name)
     if container.head in container.names:
         wanted.add(container.head)
@@ -229,15 +284,15 @@ def place_params(read: Reader, config: GemmaConfig, mesh: Mesh, rules: Rules, dt
     """The weights that `read` reads, sharded over `mesh` by `rules` and cast to `dtype`; each device reads its own slices."""
 
     def load(path: Any, letters: str) -> jax.Array:
-        leaf = jax.tree_util.keystr(path, simple=True, separator=".")
-        shape = tuple(config.sizes[letter] for letter in letters)
+        leaf = leaf_name(path)
+        shape, layers = leaf_shape(leaf, letters, config), layers_of(leaf, config)
 
         def slice_of(index: Any) -> np.ndarray:
             index = tuple(slice(*part.indices(size)) for part, size in zip(index, shape, strict=True))
             if letters[0] != "L":
                 return read(leaf, 0, index).astype(dtype)
             stacked = np.empty([part.stop - part.start for part in index], jnp.dtype(dtype))
-            for i, layer in enumerate(range(index[0].start, index[0].stop)):
+            for i, layer in enumerate(layers[index[0]]):
                 stacked[i] = read(leaf, layer, index[1:])
             return stacked
 

@@ -17,7 +17,7 @@ import numpy as np
 from models.formats.containers import INDEX, WHOLE
 from models.formats.convert import DEFAULTS, Reader, layers_of, leaf_names
 from models.formats.weight_names import array_shape, from_ours, hugging_face
-from models.gemma import GemmaConfig, Params, shapes
+from models.gemma import GemmaConfig, Params, kind_of, shapes
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ def tensors(config: GemmaConfig, read: Reader) -> list[Tensor]:
     """All tensors of the Hugging Face folder of the weights that `read` reads."""
 
     def tensor(leaf: str, letters: str, layer: int) -> Tensor:
-        place, ours = hugging_face(leaf, config).of(layer), letters.removeprefix("L")
-        whole = tuple(slice(0, size) for size in array_shape(ours, config))
+        place, ours, kind = hugging_face(leaf, config).of(layer), letters.removeprefix("L"), config.kind(kind_of(leaf))
+        whole = tuple(slice(0, size) for size in array_shape(ours, kind))
         make = lambda: from_ours(read(leaf, layer, whole), place, ours)  # noqa: E731
-        return Tensor("model." + place.name, array_shape(place.letters, config), make)
+        return Tensor("model." + place.name, array_shape(place.letters, kind), make)
 
     names = leaf_names(config).items()
-    return [tensor(leaf, letters, layer) for leaf, letters in names for layer in layers_of(letters, config)]
+    return [tensor(leaf, letters, layer) for leaf, letters in names for layer in layers_of(leaf, config)]
 
 
 def write_weights(folder: Path, tensors: list[Tensor], dtype: str, shard_bytes: int = 5 * 10**9) -> None:
@@ -97,7 +97,7 @@ def save_params(folder: str | Path, params: Params, config: GemmaConfig, config_
     leaves = dict(zip(leaf_names(config), jax.tree.leaves(params), strict=True))
 
     def read(leaf: str, layer: int, _: Any) -> np.ndarray:
-        return np.asarray(leaves[leaf][layer] if leaf.startswith("layers.") else leaves[leaf])
+        return np.asarray(leaves[leaf][layers_of(leaf, config).index(layer)] if leaf.startswith("layers.") else leaves[leaf])
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

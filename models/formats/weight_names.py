@@ -30,7 +30,14 @@ TABLE = {
     "layers.up":            ("layers.{}.mlp.up_proj",                       "blk.{}.ffn_up",                         "FD"),
     "layers.down":          ("layers.{}.mlp.down_proj",                     "blk.{}.ffn_down",                       "DF"),
     "layers.post_mlp_norm": ("layers.{}.post_feedforward_layernorm",        "blk.{}.post_ffw_norm",                  "D"),
+    "layers.layer_gate":    ("layers.{}.per_layer_input_gate",              "blk.{}.inp_gate",                       "UD"),
+    "layers.layer_out":     ("layers.{}.per_layer_projection",              "blk.{}.proj",                           "DU"),
+    "layers.post_layer_norm":("layers.{}.post_per_layer_input_norm",        "blk.{}.post_norm",                      "D"),
+    "layers.scale":         ("layers.{}.layer_scalar",                      "blk.{}.layer_output_scale",             "1"),
     "final_norm":           ("norm",                                        "output_norm",                           "D"),
+    "per_layer.table":      ("embed_tokens_per_layer",                      "per_layer_token_embd",                  "VZ"),
+    "per_layer.projection": ("per_layer_model_projection",                  "per_layer_model_proj",                  "ZD"),
+    "per_layer.norm":       ("per_layer_projection_norm",                   "per_layer_proj_norm",                   "U"),
 }
 GEMMA1_PRE_MLP_NORM = "layers.{}.post_attention_layernorm"  # Hugging Face's name in a model with two norms per layer
 
@@ -75,23 +82,30 @@ class Place:
         return replace(self, name=self.name.format(layer))
 
 
+def without_kind(leaf: str) -> str:
+    """The leaf's name in the tables: "layers.q" for "layers.local.q"."""
+    parts = leaf.split(".")
+    return f"{parts[0]}.{parts[-1]}" if len(parts) == 3 else leaf
+
+
 def hugging_face(leaf: str, config: GemmaConfig) -> Place:
     """Where a Hugging Face folder stores a leaf of our tree, such as "layers.q"; the name is without its "model."."""
+    leaf = without_kind(leaf)
     name, _, letters = TABLE[leaf]
     if leaf == "layers.pre_mlp_norm" and not config.post_norms:
         name = GEMMA1_PRE_MLP_NORM
-    return Place(name + ".weight", letters)
+    return Place(name if leaf == "layers.scale" else name + ".weight", letters)
 
 
 def gguf(leaf: str) -> Place:
     """Where a GGUF file stores a leaf of our tree."""
-    _, name, letters = TABLE[leaf]
+    _, name, letters = TABLE[without_kind(leaf)]
     return Place(name + ".weight", letters, offset=1.0 if "norm" in leaf else 0.0)
 
 
 def flax(leaf: str) -> list[Place]:
     """Where a Flax tree may store a leaf of our tree."""
-    return [Place(*form) for form in FLAX[leaf]]
+    return [Place(*form) for form in FLAX[without_kind(leaf)]]
 
 
 def array_shape(letters: str, config: GemmaConfig, rank: int = 0) -> tuple[int, ...]:
