@@ -158,6 +158,7 @@ class Config:
     adam_b1: float = flag(0.9, "decay of AdamW's first moment", "optimizer", least=0, below=1)
     adam_b2: float = flag(0.99, "decay of AdamW's second moment", "optimizer", least=0, below=1)
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this global norm", "optimizer", above=0)
+    train_per_layer: bool = flag(False, "Gemma 4: train the table of per-layer embeddings too", "optimizer")
     updates_per_rollout: int = flag(1, "mu: optimizer updates on each rollout", "optimizer", above=0)
     microbatches: int = flag(
         1, "gradient accumulation: parts that the prompts of a step are split into", "optimizer", above=0, free=True

@@ -24,7 +24,7 @@ from grpo.config import PRESETS
 from grpo.errors import ConfigError
 from grpo.rollout import Completions
 from grpo.step import Run
-from grpo.update import AGGREGATIONS, TrainState, batch_loss, frozen, init_state, policy, sampling_params, starting_point
+from grpo.update import AGGREGATIONS, TrainState, batch_loss, init_state, policy, reference_of, sampling_params, starting_point
 from models.gemma import Params
 from models.sharding import STORE, check_divides, to_host
 
@@ -59,7 +59,7 @@ def load(preset: str = "tiny", **settings: Any) -> Policy:
     with jax.set_mesh(run.mesh):
         weights = run.base.load(run.mesh, STORE, "float32")
         trained, base = starting_point(weights, run.model, run.train.dtype, run.config.seed, run.update)
-        reference = (base or frozen(trained, run.train.dtype)) if run.config.beta else None
+        reference = reference_of(trained, base, run.train.dtype, run.update) if run.config.beta else None
         return Policy(run, init_state(trained, run.update), base, reference)
 
 

@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
+from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
 from grpo.batch import Batch, split, unsplit
 from grpo.loss import dapo_weights, dr_grpo_weights, grpo_loss, grpo_weights
-from models.gemma import Adapted, ExecutionConfig, GemmaConfig, Params, axes, forward_group, token_logprobs
+from models.gemma import Adapted, ExecutionConfig, GemmaConfig, Params, axes, forward_group, split_table, token_logprobs
 from models.lora import Adapters, adapter_axes, attach, attached, init_adapters
 from models.sharding import STORE, MeshJit
 
@@ -47,6 +48,7 @@ class UpdateConfig:
     lora_rank: int
     lora_alpha: float
     lora_targets: str
+    train_per_layer: bool
 
     @classmethod
     def of(cls, config: Any) -> "UpdateConfig":
@@ -87,17 +89,35 @@ def starting_point(
 ) -> tuple[Params | Adapters, Params | None]:
     """(what is trained, the frozen base below it): the weights and None, or with LoRA fresh adapters and the weights.
 
-    With LoRA the weights are cast to `dtype`, and the float32 ones are freed.
+    Without LoRA the base of a Gemma 4 is its table of per-layer embeddings, unless that is trained too. What is frozen is cast
+    to `dtype`, and the float32 numbers are freed.
     """
     if not config.lora_rank:
-        return weights, None
+        if not freezes_table(model, config):
+            return weights, None
+        trained, table = split_table(weights)
+        return trained, narrow(table, dtype)
     adapters = init_adapters(jax.random.key(seed), model, config.lora_names, config.lora_rank, STORE)
     return adapters, narrow(weights, dtype)
 
 
 def policy(trained: Any, base: Params | None, config: UpdateConfig) -> Params:
-    """The weights of the policy: the trained ones, or the frozen base with the trained adapters attached."""
-    return trained if base is None else attach(base, trained, config.lora_scale)
+    """The weights of the policy: the trained ones, those and the frozen table, or the frozen base with adapters attached."""
+    if base is None:
+        return trained
+    if config.lora_rank:
+        return attach(base, trained, config.lora_scale)
+    return replace(trained, per_layer=replace(trained.per_layer, table=base.per_layer.table))
+
+
+def freezes_table(model: GemmaConfig, config: UpdateConfig) -> bool:
+    """Whether the table of per-layer embeddings is all that is frozen."""
+    return bool(model.per_layer_dim and not config.train_per_layer and not config.lora_rank)
+
+
+def reference_of(trained: Any, base: Params | None, dtype: str, config: UpdateConfig) -> Params:
+    """The policy as it is now, as the frozen reference of the KL. With fresh adapters it is the base itself."""
+    return base if base is not None and config.lora_rank else policy(frozen(trained, dtype), base, config)
 
 
 @jax.jit
@@ -132,7 +152,7 @@ def init_state(params: Any, config: UpdateConfig) -> TrainState:
 def sampling_params(params: Params, model: GemmaConfig, execution: ExecutionConfig) -> Params:
     """Parameters for sampling: cast once a step, resharded so that no weight moves while decoding. Adapters stay apart.
 
-    On one device the frozen base below adapters has its dtype and its place already, and is not copied.
+    What is frozen has its dtype already; where it has its place too, as on one device, it is not copied.
     """
     moved = moved_params(params, model, execution)
     return jax.tree.map(lambda new, old: old if new is None else new, moved, params, is_leaf=lambda leaf: leaf is None)
@@ -142,12 +162,15 @@ def sampling_params(params: Params, model: GemmaConfig, execution: ExecutionConf
 def moved_params(params: Params, model: GemmaConfig, execution: ExecutionConfig) -> Params:
     """`sampling_params`, with None for each weight that stays where it is."""
     adapted = attached(params)
-    letters, alone = axes(model), jax.sharding.get_abstract_mesh().size == 1
+    letters, mesh = axes(model), jax.sharding.get_abstract_mesh()
     if adapted:
         letters = attach(letters, adapter_axes(model, adapted), next(iter(adapted.values())).scale)
 
     def use(leaf: Array, letters: str) -> Array | None:
-        stays = adapted and "J" not in letters and alone and leaf.dtype == execution.dtype
+        frozen = ("J" not in letters) if adapted else letters == "VZ" and leaf.dtype != "float32"  # as what is trained
+        placed = NamedSharding(mesh, execution.at(letters))
+        in_place = mesh.size == 1 or placed.is_equivalent_to(jax.typeof(leaf).sharding, leaf.ndim)
+        stays = frozen and in_place and leaf.dtype == execution.dtype
         return None if stays else execution.use(leaf, letters)
 
     return jax.tree.map(use, params, letters)

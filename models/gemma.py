@@ -260,6 +260,12 @@ def leaf_name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
+def split_table(params: Params) -> tuple[Params, Params]:
+    """The weights without the table of per-layer embeddings, and that table alone."""
+    rest = replace(params, per_layer=replace(params.per_layer, table=None))
+    return rest, Params(None, None, None, per_layer=PerLayer(params.per_layer.table, None, None))
+
+
 def kind_of(leaf: str) -> str:
     """The kind of layers that a leaf belongs to; "" in a model of one kind, and for leaves outside layers."""
     parts = leaf.split(".")

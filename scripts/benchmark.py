@@ -39,7 +39,7 @@ from grpo.runs.workload import Workload, row_limits
 from grpo.session import plan_sessions
 from grpo.step import Run, one_step
 from grpo.timing import phase_seconds
-from grpo.update import frozen, init_state, sampling_params, starting_point
+from grpo.update import init_state, reference_of, sampling_params, starting_point
 from models.bounds import roofline
 from models.bounds.roofline import Bound, Chip
 from models.gemma import ExecutionConfig, Params, init_params
@@ -131,7 +131,7 @@ def measure(run: Run, config: BenchmarkConfig) -> dict[str, list[float]]:
     figures: dict[str, list[float]] = defaultdict(list)
     with jax.set_mesh(run.mesh):
         trained, base = starting_point(random_weights(run), run.model, run.train.dtype, config.seed, run.update)
-        reference = (base or frozen(trained, run.train.dtype)) if config.beta else None
+        reference = reference_of(trained, base, run.train.dtype, run.update) if config.beta else None
         state = init_state(trained, run.update)
         del trained
         shapes = config.repeats if config.mean_length else 1  # packing gives each set of lengths a shape of its own

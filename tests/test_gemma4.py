@@ -87,7 +87,7 @@ def test_gradients_of_every_weight_equal_transformers(model, name, remat):
     assert seen == {key for key in reference if key.startswith("gradient/")}
 
 
-# --------------------------------------------------------------------------------------------------- the sampler and the trainer
+# ------------------------------------------------------------------------------------------------- the sampler and the trainer
 
 Q, G, P, C = 3, 3, 13, 12
 B = Q * G

@@ -173,6 +173,6 @@ def test_adapters_find_their_base_or_say_which_they_need(config, finished, tmp_p
     said = json.loads((other / "config.json").read_text())
     save_params(other, replace(weights, final_norm=weights.final_norm + 1), prepared.model, said)
     with pytest.raises(
-        ConfigError, match=r"other is not the model that .*moved/checkpoints/6 has adapters for; give --base_path"
+        ConfigError, match=r"other is not the model that .*moved/checkpoints/6 was trained on; give --base_path"
     ):
         find_model(moved, other).load(prepared.mesh, STORE, "float32")

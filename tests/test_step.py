@@ -15,7 +15,7 @@ import grpo.step
 from grpo.rollout import build_batch
 from grpo.runs.metrics import rollout_metrics
 from grpo.step import add_logprobs, one_step
-from grpo.update import completion_logprobs, frozen, init_state, learnable, starting_point
+from grpo.update import completion_logprobs, frozen, init_state, learnable, reference_of, starting_point
 from models.gemma import Adapted
 from models.lora import Adapter, attach
 
@@ -161,7 +161,7 @@ def test_nothing_to_learn_moves_nothing_and_one_group_that_differs_moves_the_pol
     equal, mixed = np.ones((Q, G)), np.array([[1, 1], [1, 2]])
     run = of_dtype(dtype, graded(equal), **changes)
     trained, base = starting_point(jax.tree.map(jnp.array, params), MODEL, dtype, 0, run.update)
-    reference = (base or frozen(trained, dtype)) if run.config.beta else None
+    reference = reference_of(trained, base, dtype, run.update) if run.config.beta else None
     state = init_state(trained, run.update)
     moments = jax.tree.map(lambda leaf: leaf + jnp.asarray(1, leaf.dtype), state.opt_state)
     state = replace(state, opt_state=moments)

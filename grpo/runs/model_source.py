@@ -33,6 +33,7 @@ from models.gemma import GemmaConfig, Params, shapes
 from models.lora import PROJECTIONS, Adapter, adapter_axes, attach
 from models.sharding import ROLLOUT, Rules, spec
 
+TABLE = "per_layer.table"
 # The files of a model folder other than its weights.
 DESCRIPTION = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
@@ -167,15 +168,33 @@ def find_checkpoint(folder: Path, run_dir: Path, base_path: str | Path, adapter_
         described = trained_from().folder
     config = read_config(described)
     load, read = partial(read_params, folder, config), partial(open_params, folder, config)
+    if config.per_layer_dim and f"params.{TABLE}" not in meta["digests"]:  # it was frozen: it is that of the base model
+        if not is_there:
+            raise ConfigError(f"{run_dir} has no {TABLE}, which is that of the model in {base_path}; give --base_path DIR")
+        under = trained_from()
+        read = partial(open_with_table, under, folder, meta, config)
+        load = lambda mesh, rules, dtype: place_params(read(), config, mesh, rules, dtype)  # noqa: E731
     return Model(folder, found, described, config, load, read, run_dir, meta, trained_from=trained_from)
 
 
 def read_adapters_of(base: Model, folder: Path, meta: dict[str, Any]) -> LoadedAdapters:
     """The adapters of a LoRA run's checkpoint. ConfigError unless they were trained on `base`."""
+    opened_base(base, folder, meta)
+    return read_adapters(folder)
+
+
+def opened_base(base: Model, folder: Path, meta: dict[str, Any]) -> Reader:
+    """A reader of the model that the checkpoint in `folder` builds on. ConfigError if `base` is another one."""
     assert base.open
     if read_digest(base.open(), base.config) != meta["belongs_to"]["model"]:
-        raise ConfigError(f"{base.path} is not the model that {folder} has adapters for; give --base_path DIR")
-    return read_adapters(folder)
+        raise ConfigError(f"{base.path} is not the model that {folder} was trained on; give --base_path DIR")
+    return base.open()
+
+
+def open_with_table(base: Model, folder: Path, meta: dict[str, Any], config: GemmaConfig) -> Reader:
+    """A reader of a checkpoint's weights, and of the frozen table of per-layer embeddings in its base model."""
+    frozen, trained = opened_base(base, folder, meta), open_params(folder, config)
+    return lambda leaf, layer, index: (frozen if leaf == TABLE else trained)(leaf, layer, index)
 
 
 def copy_description(model: Model, folder: Path) -> None:

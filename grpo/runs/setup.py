@@ -90,6 +90,9 @@ def check_shapes(config: Config, model: GemmaConfig, mesh: Mesh) -> None:
     sizes = {"hidden_size": model.embed_dim, "intermediate_size": model.mlp_dim, "vocab_size": model.vocab_size}
     for name, size in sizes.items():
         check_divides(name, size, mesh)
+    if config.train_per_layer and (config.lora_rank or not model.per_layer_dim):
+        why = "LoRA trains adapters only" if config.lora_rank else "this model has no table of per-layer embeddings"
+        raise ConfigError(f"train_per_layer true: {why}; leave it out")
     if not config.lora_rank:
         return
     for name, adapter in adapter_shapes(model, UpdateConfig.of(config).lora_names, config.lora_rank).items():

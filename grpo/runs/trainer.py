@@ -28,7 +28,16 @@ from grpo.runs.trackers import Trackers
 from grpo.session import Session
 from grpo.step import StepResult, one_step
 from grpo.timing import phase_seconds
-from grpo.update import TrainState, frozen, init_state, kept_by_rounding, policy, sampling_params, starting_point
+from grpo.update import (
+    TrainState,
+    frozen,
+    init_state,
+    kept_by_rounding,
+    policy,
+    reference_of,
+    sampling_params,
+    starting_point,
+)
 from models.gemma import Params
 from models.sharding import STORE, abstract_like
 
@@ -98,7 +107,7 @@ class Trainer:
         trained, self.base = starting_point(weights, run.model, run.train.dtype, config.seed, run.update)
         del weights
         self.abstract_state = abstract_like(partial(init_state, config=run.update), trained, mesh=run.mesh)
-        self.reference = (self.base or frozen(trained, run.train.dtype)) if config.beta else None
+        self.reference = reference_of(trained, self.base, run.train.dtype, run.update) if config.beta else None
         found = find_start(self.lineage, self.checkpoints, self.abstract_state, self.reference is not None)
         if found is None:
             self.done, self.state, self.provenance = 0, init_state(trained, run.update), []
@@ -172,7 +181,7 @@ class Trainer:
         """One step, timed and recorded: the number of programs that it compiled."""
         compiled, start = self.compiles.count, time.perf_counter()
         due = groups_due(step, self.run.sessions[-1].end, self.config)
-        rounds = self.base is not None and self.run.train.dtype != "float32"
+        rounds = self.config.lora_rank and self.run.train.dtype != "float32"
         adapters = frozen(self.state.params, "float32") if due and rounds else None
         with phase_seconds() as seconds:
             self.state, result = self.advance(step, session)
