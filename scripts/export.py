@@ -152,7 +152,7 @@ def sha256(file: Path) -> str:
 def config_of(model: Model, tokenizer: Tokenizer, dtype: str) -> dict:
     """The base model's config.json with the new dtype; of a multimodal model, that of its text part."""
     if (model.folder / "config.json").is_file():
-        values = text_config(read_json(model.folder / "config.json"))
+        values = text_config(model.folder / "config.json")
     else:
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
         values = config_json(model.config, ids)

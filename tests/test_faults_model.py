@@ -212,7 +212,7 @@ BAD_CONFIGS = {
     "a negative size": ({"head_dim": -8}, "head_dim '-8' must be"),
     "true for a size": ({"vocab_size": True}, "vocab_size 'True' must be"),
     "heads": ({"num_attention_heads": 3, "num_key_value_heads": 2}, "3 must be a multiple of num_key_value_heads 2"),
-    "odd heads": ({"head_dim": 7}, "head_dim 7 must be even"),
+    "odd heads": ({"head_dim": 7}, "requires an even rotary dimension, but got `head_dim`=7"),
     "a number for the architectures": ({"architectures": 5}, "architectures '5' must be a list"),
     "lists in the architectures": ({"architectures": [["x"]]}, "architecture ['x'] is unknown"),
     "a list for the text part": ({"text_config": [1]}, "text_config '[1]' must be an object"),
@@ -238,7 +238,7 @@ def test_fault_32_config_json_that_makes_no_sense(config, model, capsys, changes
     ("changes", "reason"),
     [
         ({"layer_types": 5}, "layer_types '5' must be a list"),
-        ({"layer_types": ["sliding", "sliding", "full"]}, "layer type 'sliding' must be sliding_attention or full_attention"),
+        ({"layer_types": ["sliding", "sliding", "full"]}, "`layer_types` entries must be in ('full_attention', 'sliding_attention'"),
         ({"layer_types": None, "sliding_window_pattern": -1}, "sliding_window_pattern '-1' must be"),
         ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar '0' must be a number above 0"),
         ({"sliding_window": "a"}, "sliding_window 'a' must be"),

@@ -4,6 +4,7 @@ weight_names.py maps the names of weights. Each device reads its own slices wher
 host memory besides what the devices hold. Not supported: pickled checkpoints (`.bin`, `.pth`), which could run code.
 """
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,19 +19,28 @@ from models import ModelError
 from models.formats.containers import Container, Settings, is_tree, locate, open_container, read_json
 from models.formats.weight_names import to_ours
 from models.gemma import FAR, GemmaConfig, Params, axes
-from models.presets import MODELS
+from models.presets import MODELS, TINY
 from models.sharding import Rules, spec
 
-FAMILIES = {
-    "GemmaForCausalLM": 1, "Gemma2ForCausalLM": 2, "Gemma3ForCausalLM": 3, "Gemma3ForConditionalGeneration": 3,
+FAMILIES = {"gemma": 1, "gemma2": 2, "gemma3": 3, "gemma3_text": 3}  # by transformers' model_type
+ARCHITECTURES = {  # for files that lack the model_type
+    "GemmaForCausalLM": "gemma", "Gemma2ForCausalLM": "gemma2", "Gemma3ForCausalLM": "gemma3_text",
+    "Gemma3ForConditionalGeneration": "gemma3",
 }  # fmt: skip
-
-# The defaults of transformers for keys that a config.json may lack. The first multimodal ones hold little besides sizes.
-DEFAULTS = {
-    1: {},
-    2: {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-    3: dict(vocab_size=262_208, num_attention_heads=8, num_key_value_heads=4, head_dim=256, query_pre_attn_scalar=256),
-}
+EMBEDDED = Path(__file__).parents[1] / "tiny" / "config.json"
+# Values of a config.json that are checked before transformers makes something of them.
+CHECKED: dict[type, tuple[str, ...]] = {
+    int: (
+        "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+        "vocab_size", "sliding_window", "sliding_window_pattern", "_sliding_window_pattern",
+    ),
+    float: (
+        "query_pre_attn_scalar", "rope_theta", "rope_local_base_freq", "rms_norm_eps", "attn_logit_softcapping",
+        "final_logit_softcapping",
+    ),
+    list: ("architectures", "layer_types"),
+    dict: ("rope_parameters", "rope_scaling", "text_config", "full_attention", "sliding_attention"),
+}  # fmt: skip
 
 
 def read_config(path: str | Path) -> GemmaConfig:
@@ -55,17 +65,23 @@ def read_config(path: str | Path) -> GemmaConfig:
 
 
 def parse_config(path: Path) -> GemmaConfig:
-    """Read a `config.json` with the keys of transformers 4 (`rope_theta`, ...) or 5 (`rope_parameters`). Raises ModelError."""
-    values, family = read_settings(path)
-    check_features(values)
+    """The dimensions in a `config.json`, as transformers reads it. Raises ModelError."""
+    given = Settings(path, read_json(path))
+    if given.values == read_json(EMBEDDED):  # transformers takes a second to start
+        return TINY
+    values = Settings(path, read_text_config(given))
+    family = FAMILIES[values.values["model_type"]]
+    check_features(values, family)
     heads, kv_heads, head_dim = (values.need(key) for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     if heads % kv_heads:
         raise ModelError(f"{path}: num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}")
     if head_dim % 2:
         raise ModelError(f"{path}: head_dim {head_dim} must be even")  # RoPE rotates pairs
     layers = values.need("num_hidden_layers")
-    local = local_layers(values, layers, family)
-    rope, rope_local = rope_parameters(values, family, any(local))
+    local = local_layers(values) if family > 1 else (False,) * layers
+    rope, rope_local = (rope_parameters(values, f"{kind}_attention") for kind in ("full", "sliding"))
+    if any(local) and rope_type(rope_local) != "default":
+        raise ModelError(f"{path}: rope_type {rope_type(rope_local)} of sliding_attention is not supported; default is needed")
     query_scalar = head_dim if family == 1 else values.need("query_pre_attn_scalar", float)
     return GemmaConfig(
         num_layers=layers,
@@ -78,81 +94,81 @@ def parse_config(path: Path) -> GemmaConfig:
         query_scale=query_scalar**-0.5,
         local_layers=local,
         sliding_window=values.need("sliding_window") if any(local) else FAR,
-        rope_base=rope.get("rope_theta", float, 1e6 if family == 3 else 1e4),
-        rope_local_base=rope_local.get("rope_theta", float, 1e4),
-        rope_factor=rope.get("factor", float, 1.0) if rope_type(rope) == "linear" else 1.0,
+        rope_base=rope.need("rope_theta", float),
+        rope_local_base=rope_local.need("rope_theta", float) if any(local) else 1e4,
+        rope_factor=rope.need("factor", float) if rope_type(rope) == "linear" else 1.0,
         attn_softcap=values.get("attn_logit_softcapping", float) if family > 1 else None,
         final_softcap=values.get("final_logit_softcapping", float) if family > 1 else None,
         post_norms=family > 1,
         qk_norms=family == 3,
-        norm_eps=values.get("rms_norm_eps", float, 1e-6),
+        norm_eps=values.need("rms_norm_eps", float),
     )
 
 
-def read_settings(path: Path) -> tuple[Settings, int]:
-    """The values of a `config.json`, its family's defaults below them, a multimodal model's text part above; and the family."""
-    given = Settings(path, read_json(path))
+def read_text_config(given: Settings) -> dict[str, Any]:
+    """What transformers reads in a `config.json`: one form for every dialect, with its defaults; of a multimodal one the text part.
+
+    Raises ModelError.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would advise to install torch
+    from transformers import CONFIG_MAPPING
+
+    text = given.part("text_config") if "text_config" in given.values else given
+    for part in (given, text, text.part("rope_parameters")):
+        for kind, keys in CHECKED.items():
+            for key in keys:
+                part.get(key, kind)
+    for key in ("num_hidden_layers", "hidden_size", "intermediate_size"):
+        text.need(key)  # the defaults are those of some model
     architecture = (given.get("architectures", list) or ["none"])[0]
-    if architecture not in list(FAMILIES):
-        raise ModelError(f"{path}: architecture {architecture} is unknown; one of {', '.join(FAMILIES)} is needed")
-    family = FAMILIES[architecture]
-    return Settings(path, DEFAULTS[family]) | given | given.part("text_config"), family
+    said = given.values.get("model_type") or ARCHITECTURES.get(str(architecture))
+    if said not in list(FAMILIES):
+        what = f"model_type {said}" if said else f"architecture {architecture}"
+        raise ModelError(f"{given.path}: {what} is unknown; one of {', '.join([*FAMILIES, *ARCHITECTURES])} is needed")
+    try:
+        config = CONFIG_MAPPING[said].from_dict(given.values)
+        values = config.get_text_config().to_dict()
+    except Exception as error:  # of many types
+        reason = " ".join(str(error).split())[:400]
+        raise ModelError(f"{given.path}: transformers cannot read it: {reason}") from None
+    return values | {"tie_word_embeddings": config.tie_word_embeddings and values["tie_word_embeddings"]}
 
 
-def check_features(values: Settings) -> None:
+def check_features(values: Settings, family: int) -> None:
     """Raises ModelError for a model with features that we do not implement."""
     path, said = values.path, values.values
-    activation = said.get("hidden_activation") or said.get("hidden_act") or "gelu_pytorch_tanh"
-    if activation not in ("gelu", "gelu_pytorch_tanh"):  # in a Gemma config "gelu" always means the tanh approximation
+    activation = said.get("hidden_act" if family == 1 else "hidden_activation")
+    if activation not in ("gelu_pytorch_tanh", "gelu_new"):  # two names of one function; "gelu" is another one
         raise ModelError(f"{path}: activation {activation} is unknown; gelu_pytorch_tanh is needed")
     if said.get("attention_bias") or said.get("use_bidirectional_attention"):
         raise ModelError(f"{path}: attention_bias and use_bidirectional_attention are not supported; both must be false")
-    if said.get("tie_word_embeddings") is False:
+    if not said["tie_word_embeddings"]:
         raise ModelError(f"{path}: tie_word_embeddings is false; a separate vocabulary head is not supported")
 
 
-def local_layers(values: Settings, layers: int, family: int) -> tuple[bool, ...]:
-    """Which layers have a sliding window: none in Gemma 1, every other one in 2 from the first on, five of six in 3."""
-    if family == 1:
-        return (False,) * layers
-    if kinds := values.get("layer_types", list):
-        for kind in kinds:
-            if kind not in ("sliding_attention", "full_attention"):
-                raise ModelError(f"{values.path}: layer type {kind!r} must be sliding_attention or full_attention")
-        if len(kinds) != layers:
-            raise ModelError(f"{values.path}: layer_types names {len(kinds)} layers, num_hidden_layers says {layers}")
-        return tuple(kind == "sliding_attention" for kind in kinds)
-    pattern = values.get("sliding_window_pattern", int) or values.get("_sliding_window_pattern", int, 6)
-    return tuple((i + 1) % (2 if family == 2 else pattern) != 0 for i in range(layers))
+def local_layers(values: Settings) -> tuple[bool, ...]:
+    """Which layers have a sliding window."""
+    kinds = values.need("layer_types", list)
+    for kind in kinds:
+        if kind not in ("sliding_attention", "full_attention"):
+            raise ModelError(f"{values.path}: layer type {kind!r} must be sliding_attention or full_attention")
+    return tuple(kind == "sliding_attention" for kind in kinds)
 
 
-def rope_parameters(values: Settings, family: int, has_local: bool) -> tuple[Settings, Settings]:
-    """`rope_theta`, `rope_type` and `factor`, as far as given, of global and of local layers. Raises ModelError."""
-    given, scaling = values.part("rope_parameters"), values.part("rope_scaling")
-    if scaling.values:  # older ones say "type"
-        scaling |= Settings(values.path, {"rope_type": rope_type(scaling)})
-    rope = Settings(values.path, {"rope_theta": values.get("rope_theta", float)}) | scaling
-    rope_local = Settings(values.path, {"rope_theta": values.get("rope_local_base_freq", float)})
-    if family < 3:
-        rope = rope_local = Settings(values.path, {"rope_theta": values.get("rope_theta", float)}) | given | scaling
-    else:
-        rope, rope_local = rope | given.part("full_attention"), rope_local | given.part("sliding_attention")
-    check_rope_type(rope, "global", ("default", "linear"))
-    if has_local:
-        check_rope_type(rope_local, "local", ("default",))
-    return rope, rope_local
-
-
-def check_rope_type(rope: Settings, kind: str, known: tuple[str, ...]) -> None:
-    """Raises ModelError for a RoPE that we do not implement in layers of this kind."""
-    if rope_type(rope) not in known:
-        raise ModelError(
-            f"{rope.path}: rope_type {rope_type(rope)} of {kind} layers is unknown; {' or '.join(known)} is needed"
-        )
+def rope_parameters(values: Settings, layers: str) -> Settings:
+    """`rope_theta`, `rope_type` and `factor` of "full_attention" or "sliding_attention" layers. Raises ModelError."""
+    rope = values.part("rope_parameters")
+    rope = rope.part(layers) if layers in rope.values else rope
+    if rope_type(rope) not in ("default", "linear"):
+        raise ModelError(f"{rope.path}: rope_type {rope_type(rope)} of {layers} is unknown; default or linear is needed")
+    if rope.values.get("type", rope_type(rope)) != rope_type(rope):
+        said = rope.values["type"]
+        raise ModelError(f"{rope.path}: transformers does not read the RoPE type {said} in \"type\"; \"rope_type\" is needed")
+    return rope
 
 
 def rope_type(rope: Settings) -> str:
-    return str(rope.values.get("rope_type") or rope.values.get("type") or "default")
+    return str(rope.values.get("rope_type"))
 
 
 def leaf_names(config: GemmaConfig) -> dict[str, str]:
