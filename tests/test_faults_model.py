@@ -210,7 +210,7 @@ BAD_CONFIGS = {
     "a fraction": ({"num_hidden_layers": 2.0}, "num_hidden_layers '2.0' must be a whole number"),
     "no layers": ({"num_hidden_layers": 0}, "must be a whole number above 0"),
     "a negative size": ({"head_dim": -8}, "head_dim '-8' must be"),
-    "true for a size": ({"vocab_size": True}, "vocab_size 'True' must be"),
+    "true for a size": ({"vocab_size": True}, "Field 'vocab_size' expected int, got bool (value: True)"),
     "heads": ({"num_attention_heads": 3, "num_key_value_heads": 2}, "3 must be a multiple of num_key_value_heads 2"),
     "odd heads": ({"head_dim": 7}, "requires an even rotary dimension, but got `head_dim`=7"),
     "a number for the architectures": ({"architectures": 5}, "architectures '5' must be a list"),
@@ -220,7 +220,7 @@ BAD_CONFIGS = {
     "a negative RoPE base": ({"rope_theta": -1}, "rope_theta '-1' must be a number above 0"),
     "RoPE as text": ({"rope_scaling": "x"}, "rope_scaling 'x' must be an object"),
     "RoPE as a list": ({"rope_parameters": [1]}, "rope_parameters '[1]' must be an object"),
-    "an epsilon that is text": ({"rms_norm_eps": "a"}, "rms_norm_eps 'a' must be a number above 0"),
+    "an epsilon that is text": ({"rms_norm_eps": "a"}, "Field 'rms_norm_eps' expected float, got str (value: 'a')"),
     "NaN": ({"rms_norm_eps": math.nan}, "rms_norm_eps 'nan' must be a number above 0"),
     "other layers": ({"num_hidden_layers": 3}, "weight layers.2.input_layernorm.weight is missing"),
     "another width": ({"hidden_size": 32}, "has shape (360, 16), config.json says (360, 32)"),
@@ -237,12 +237,12 @@ def test_fault_32_config_json_that_makes_no_sense(config, model, capsys, changes
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"layer_types": 5}, "layer_types '5' must be a list"),
+        ({"layer_types": 5}, "Field 'layer_types' expected a list, got int"),
         ({"layer_types": ["sliding", "sliding", "full"]}, "`layer_types` entries must be in ('full_attention', 'sliding_attention'"),
         ({"layer_types": None, "sliding_window_pattern": -1}, "sliding_window_pattern '-1' must be"),
         ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar '0' must be a number above 0"),
-        ({"sliding_window": "a"}, "sliding_window 'a' must be"),
-        ({"final_logit_softcapping": "x"}, "final_logit_softcapping 'x' must be"),
+        ({"sliding_window": "a"}, "Field 'sliding_window' expected int, got str (value: 'a')"),
+        ({"final_logit_softcapping": "x"}, "Field 'final_logit_softcapping' expected float, got str (value: 'x')"),
         ({"rope_parameters": {"full_attention": 5}}, "full_attention '5' must be an object"),
     ],
 )

@@ -28,19 +28,6 @@ ARCHITECTURES = {  # for files that lack the model_type
     "Gemma3ForConditionalGeneration": "gemma3",
 }  # fmt: skip
 EMBEDDED = Path(__file__).parents[1] / "tiny" / "config.json"
-# Values of a config.json that are checked before transformers makes something of them.
-CHECKED: dict[type, tuple[str, ...]] = {
-    int: (
-        "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-        "vocab_size", "sliding_window", "sliding_window_pattern", "_sliding_window_pattern",
-    ),
-    float: (
-        "query_pre_attn_scalar", "rope_theta", "rope_local_base_freq", "rms_norm_eps", "attn_logit_softcapping",
-        "final_logit_softcapping",
-    ),
-    list: ("architectures", "layer_types"),
-    dict: ("rope_parameters", "rope_scaling", "text_config", "full_attention", "sliding_attention"),
-}  # fmt: skip
 
 
 def read_config(path: str | Path) -> GemmaConfig:
@@ -114,12 +101,11 @@ def read_text_config(given: Settings) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING
 
     text = given.part("text_config") if "text_config" in given.values else given
-    for part in (given, text, text.part("rope_parameters")):
-        for kind, keys in CHECKED.items():
-            for key in keys:
-                part.get(key, kind)
     for key in ("num_hidden_layers", "hidden_size", "intermediate_size"):
         text.need(key)  # the defaults are those of some model
+    text.get("sliding_window_pattern", int), text.part("rope_scaling")  # of which transformers checks nothing
+    rope = text.part("rope_parameters")
+    rope.part("full_attention"), rope.part("sliding_attention")
     architecture = (given.get("architectures", list) or ["none"])[0]
     said = given.values.get("model_type") or ARCHITECTURES.get(str(architecture))
     if said not in list(FAMILIES):
