@@ -1,8 +1,8 @@
 """Gemma's tokenizer and chat template: text to token ids and back, and a question as a whole prompt.
 
-transformers reads a folder with a `tokenizer.json`, so its settings and its template mean what they mean there. Read without it:
-the embedded model, for its start, and a `tokenizer.model` alone (Kaggle, GGUF), which sentencepiece reads as it was trained.
-Folders without a template get Gemma's, the same in Gemma 1, 2 and 3.
+transformers reads them, so that a folder's files mean what they mean there. Read without it: the embedded model, for its start,
+and a `tokenizer.model` without `tokenizer.json` (Kaggle, GGUF), by sentencepiece. A folder without a template gets Gemma's, which
+is the same in Gemma 1, 2 and 3.
 
 Special ids are looked up by piece, because they differ: 107 is `<end_of_turn>` in Gemma 2 and a newline in Gemma 3. Text never
 encodes to a control piece: "<end_of_turn>" in a question is encoded as ordinary pieces, so it cannot end the turn. Nothing is
@@ -14,6 +14,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,8 @@ class Tokenizer:
     """The tokenizer of a model folder; made by `load_tokenizer`.
 
     `stop_ids` are the ids that end a completion, in training, evaluation, sampling and export alike: EOS, what ends a turn in
-    the template, and those that the folder states (`stated_stop_ids`, `eos_token`). `vocab_size` is one more
-    than the largest id, apart from that of Gemma 3's <image_soft_token>, which text-only models have no row for; `encode` never
-    returns it.
+    the template, and those that the folder states (`stated_stop_ids`, `eos_token`). `vocab_size` is one more than the largest
+    id, apart from that of Gemma 3's <image_soft_token>, which text-only models have no row for; `encode` never returns it.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class Tokenizer:
     ):
         """`ids` maps every piece to its id; `flagged` are the pieces that the file marks as control pieces.
 
-        `render` gives the turns of QUESTION in the folder's template, up to the answer or with it; `eos_id` is that of transformers,
-        which may be another than Gemma's.
+        `render` gives the turns of QUESTION in the folder's template, up to the answer or with it; `eos_id` is what
+        transformers takes for EOS, which may be another id.
         """
         self.folder = folder
         self._ids = ids
@@ -74,12 +74,14 @@ class Tokenizer:
         self._control_ids = {i for piece, i in ids.items() if piece in flagged or CONTROL.fullmatch(piece)}
         self._pieces = {i: piece for piece, i in ids.items()}
         self.vocab_size = 1 + max(i for piece, i in ids.items() if piece != "<image_soft_token>")
-        self._check_text_comes_back()
-        self._prompt = self._parts(render(None), control)
-        end = self._parts(render(ANSWER).partition(ANSWER)[2].lstrip(), control)[1:2]  # after the text before it, which is ""
+        self._template = render(None)
+        self._prompt = re.split(f"({control})", self._template)  # text, a control piece, text, and so on
+        end = re.match(control, render(ANSWER).partition(ANSWER)[2].lstrip())
         self.end_of_turn_id = self.piece_id(end[0]) if end else self.eos_id
         ends = [self.eos_id, self.end_of_turn_id, *([] if eos_id is None else [eos_id]), *stated_stop_ids(folder)]
         self.stop_ids = tuple(dict.fromkeys(ends))
+        self._check_text_comes_back()
+        self.encode_turn("")  # which looks up the template's control pieces
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without BOS and EOS. Control pieces in the text are encoded as ordinary pieces."""
@@ -92,7 +94,7 @@ class Tokenizer:
         """The ids of the chat template with `text` as the user's turn; the control pieces are the template's alone."""
         ids = []
         for i, part in enumerate(self._prompt):
-            ids += [self._ids[part]] if i % 2 else self.encode(part.replace(QUESTION, text))
+            ids += [self.piece_id(part)] if i % 2 else self.encode(part.replace(QUESTION, text))
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -107,8 +109,8 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """16 hex digits that identify all pieces, their ids, and how a sentence is split; equal for both file formats."""
         content = sorted(self._ids.items()), self.encode("Ann's 3 cats ate 12.50 kg,\n  one-third of it on Monday.")
-        if self._prompt != self._parts(gemma_template(), CONTROL.pattern):
-            content += (self._prompt,)
+        if self._template != gemma_template():
+            content += (self._template,)
         return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
     def piece_id(self, piece: str) -> int:
@@ -116,13 +118,6 @@ class Tokenizer:
         if piece not in self._ids:
             raise DataError(f'tokenizer in {self.folder} has no piece "{piece}": not a Gemma tokenizer')
         return self._ids[piece]
-
-    def _parts(self, rendered: str, control: str) -> list[str]:
-        """Text, a control piece, text, and so on."""
-        parts = re.split(f"({control})", rendered)
-        for piece in parts[1::2]:
-            self.piece_id(piece)
-        return parts
 
     def _check_text_comes_back(self) -> None:
         # Prompts are encoded in parts; other families' tokenizers may prepend a blank to each part or merge blanks.
@@ -151,16 +146,32 @@ def stated_stop_ids(folder: Path) -> tuple[int, ...]:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Load the `tokenizer.json` of a folder, or its `tokenizer.model` if there is no `tokenizer.json`.
+    """Load the tokenizer of a folder, from its `tokenizer.json` or `tokenizer.model`.
 
     Raises DataError when there is neither, and for a file that is damaged or not Gemma's.
     """
     folder = Path(folder)
-    if (folder / "tokenizer.json").is_file():
-        return _load_embedded(folder) if is_embedded(folder) else _load_folder(folder)
-    if (folder / "tokenizer.model").is_file():
-        return _load_sentencepiece(folder)
-    raise DataError(f"no tokenizer.json and no tokenizer.model in {folder}")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise DataError(f"no tokenizer.json and no tokenizer.model in {folder}")
+    loaded, stated = None, {}
+    if any((folder / name).is_file() for name in FILES) and not is_embedded(folder):
+        loaded = _load_transformers(folder)
+        stated = {"eos_id": loaded.eos_token_id}
+        if loaded.chat_template:
+            stated["render"] = partial(_render, loaded, folder)
+    if not (folder / "tokenizer.json").is_file():
+        return Tokenizer(folder, *_read_sentencepiece(folder), **stated)
+    import tokenizers
+
+    backend = loaded.backend_tokenizer if loaded else tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return Tokenizer(
+        folder,
+        backend.get_vocab(with_added_tokens=True),
+        {token.content for token in backend.get_added_tokens_decoder().values() if token.special},
+        lambda text: backend.encode(text, add_special_tokens=False).ids,
+        lambda ids: backend.decode(ids, skip_special_tokens=False),
+        **stated,
+    )
 
 
 def is_embedded(folder: Path) -> bool:
@@ -172,58 +183,44 @@ def is_embedded(folder: Path) -> bool:
     return all(content(folder / name) == content(EMBEDDED / name) for name in FILES)
 
 
-def _load_embedded(folder: Path) -> Tokenizer:
-    import tokenizers
-
-    return _of_backend(folder, tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")))
-
-
-def _load_folder(folder: Path) -> Tokenizer:
+def _load_transformers(folder: Path) -> Any:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would advise to install torch
     from transformers import AutoTokenizer
 
-    path = folder / "tokenizer.json"
     try:
-        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, mask_token=None)  # it would add a <mask>
+        loaded = AutoTokenizer.from_pretrained(
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            mask_token=None,  # it would add a <mask>
+        )
+        backend = loaded.backend_tokenizer
     except Exception as error:  # tokenizers has no exception types of its own, and transformers many
+        path = next(path for name in ("tokenizer.json", "tokenizer.model") if (path := folder / name).is_file())
         raise DataError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from error
-    backend = loaded.backend_tokenizer
     backend.no_truncation()  # the file may contain both, from someone's training
     backend.no_padding()
     own = backend.get_vocab(with_added_tokens=False)
     for piece in NEEDED:
         if piece not in own:  # transformers would add it, with an id that the model has no row for
             raise DataError(f'tokenizer in {folder} has no piece "{piece}": not a Gemma tokenizer')
-
-    def render(answer: str | None) -> str:
-        turns = [{"role": "user", "content": QUESTION}]
-        turns += [] if answer is None else [{"role": "assistant", "content": answer}]
-        try:
-            text = loaded.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None)
-        except Exception as error:  # a template may raise what it likes
-            raise DataError(f"chat template of {folder} fails: {' '.join(str(error).split())[:200]}") from error
-        if any(text.count(wanted) != 1 for wanted in (QUESTION, answer or QUESTION)):
-            raise DataError(f"chat template of {folder} does not show a question and its answer once, as they are")
-        return text
-
-    return _of_backend(folder, backend, render if loaded.chat_template else gemma_template, loaded.eos_token_id)
+    return loaded
 
 
-def _of_backend(
-    folder: Path, backend: Any, render: Callable[[str | None], str] = gemma_template, eos_id: int | None = None
-) -> Tokenizer:
-    return Tokenizer(
-        folder,
-        ids=backend.get_vocab(with_added_tokens=True),
-        flagged={token.content for token in backend.get_added_tokens_decoder().values() if token.special},
-        encode_text=lambda text: backend.encode(text, add_special_tokens=False).ids,
-        decode_ids=lambda ids: backend.decode(ids, skip_special_tokens=False),
-        render=render,
-        eos_id=eos_id,
-    )
+def _render(loaded: Any, folder: Path, answer: str | None) -> str:
+    turns = [{"role": "user", "content": QUESTION}]
+    turns += [] if answer is None else [{"role": "assistant", "content": answer}]
+    try:
+        text = loaded.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None)
+    except Exception as error:  # a template may raise what it likes
+        raise DataError(f"chat template of {folder} fails: {' '.join(str(error).split())[:200]}") from error
+    if any(text.count(wanted) != 1 for wanted in (QUESTION, answer or QUESTION)):
+        raise DataError(f"chat template of {folder} does not show a question and its answer once, as they are")
+    return text
 
 
-def _load_sentencepiece(folder: Path) -> Tokenizer:
+def _read_sentencepiece(folder: Path) -> tuple[dict[str, int], set[str], Callable, Callable]:
+    # transformers converts the file to another algorithm, which splits long runs of blanks into other pieces.
     import sentencepiece
 
     path = folder / "tokenizer.model"
@@ -232,10 +229,5 @@ def _load_sentencepiece(folder: Path) -> Tokenizer:
     except (RuntimeError, OSError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
     pieces = backend.id_to_piece(list(range(backend.vocab_size())))
-    return Tokenizer(
-        folder,
-        ids={piece: i for i, piece in enumerate(pieces)},
-        flagged={piece for i, piece in enumerate(pieces) if backend.is_control(i) or backend.is_unknown(i)},
-        encode_text=backend.encode,
-        decode_ids=backend.decode,
-    )
+    flagged = {piece for i, piece in enumerate(pieces) if backend.is_control(i) or backend.is_unknown(i)}
+    return {piece: i for i, piece in enumerate(pieces)}, flagged, backend.encode, backend.decode

@@ -238,7 +238,7 @@ def test_fault_32_config_json_that_makes_no_sense(config, model, capsys, changes
     ("changes", "reason"),
     [
         ({"layer_types": 5}, "Field 'layer_types' expected a list, got int"),
-        ({"layer_types": ["sliding", "sliding", "full"]}, "`layer_types` entries must be in ('full_attention', 'sliding_attention'"),
+        ({"layer_types": ["sliding", "sliding", "full"]}, "`layer_types` entries must be in ('full_attention', 'sliding"),
         ({"layer_types": None, "sliding_window_pattern": -1}, "sliding_window_pattern '-1' must be"),
         ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar '0' must be a number above 0"),
         ({"sliding_window": "a"}, "Field 'sliding_window' expected int, got str (value: 'a')"),

@@ -266,7 +266,8 @@ def test_a_folder_without_tokenizer_is_an_error(tmp_path):
 
 # Through transformers: the folder's own template, its eos_token, and what is read without it.
 
-TURNS = """{% for m in messages %}{{ START + ('model' if m.role == 'assistant' else m.role) + '\\n' + m.content | trim + END + '\\n' }}\
+TURNS = """{% for m in messages %}{{\
+ START + ('model' if m.role == 'assistant' else m.role) + '\\n' + m.content | trim + END + '\\n' }}\
 {% endfor %}{% if add_generation_prompt %}{{ START + 'model\\n' }}{% endif %}"""
 TURN = ("<start_of_turn>", "<end_of_turn>")
 SYSTEM_IS_REFUSED = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
@@ -310,9 +311,32 @@ def test_a_prompt_is_the_folders_own_template(small_tokenizer_folder, start, end
     assert ours.stop_ids == (ours.eos_id, ours.piece_id(end)) and ours.end_of_turn_id == ours.piece_id(end)
 
 
+def test_a_template_beside_a_tokenizer_model_is_used(small_sentencepiece, tmp_path):
+    """The pieces stay sentencepiece's: transformers converts the file, and splits long runs of blanks otherwise."""
+    shutil.copy(small_sentencepiece.folder / "tokenizer.model", tmp_path)
+    template = "{{ bos_token }}" + TURNS.replace("START", "'<start_of_turn>'").replace("END", "'<end_of_turn>'")
+    settings = {"tokenizer_class": "GemmaTokenizer", "chat_template": template.replace("'model", "'Ann")}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(tmp_path)
+    expected = encode_prompt(small_sentencepiece, "How many?")
+    end = len(small_sentencepiece.encode("model\n"))
+    assert encode_prompt(tokenizer, "How many?") == expected[:-end] + small_sentencepiece.encode("Ann\n")
+
+
+def test_code_in_a_folder_is_not_run(small_tokenizer_folder):
+    mark = small_tokenizer_folder / "executed"
+    (small_tokenizer_folder / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Evil: pass\n")
+    settings = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (small_tokenizer_folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(DataError, match=r"cannot read .*tokenizer\.json"):
+        load_tokenizer(small_tokenizer_folder)
+    assert not mark.exists()
+
+
 def test_stop_ids_are_one_union(small_tokenizer_folder):
     """EOS, the end of a turn by the template, the tokenizer's eos_token, and what generation_config.json lists."""
-    folder = with_template(small_tokenizer_folder, "{{ bos_token }}" + TURNS, "<|im_start|>", "<|im_end|>", eos_token="<unused0>")
+    end = {"eos_token": "<unused0>"}
+    folder = with_template(small_tokenizer_folder, "{{ bos_token }}" + TURNS, "<|im_start|>", "<|im_end|>", **end)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 9]}))
     tokenizer = load_tokenizer(folder)
     assert tokenizer.stop_ids == (1, tokenizer.piece_id("<|im_end|>"), tokenizer.piece_id("<unused0>"), 9)
@@ -326,8 +350,8 @@ def test_stop_ids_are_one_union(small_tokenizer_folder):
         ("{{ bos_token }}" + TURNS + "{{ raise_exception('no such role') }}", "chat template of .* fails: no such role"),
         ("{{ bos_token }}{% for", "chat template of .* fails: "),
         ("{{ bos_token }}Hello", "chat template of .* does not show a question and its answer once"),
-        ("{{ bos_token }}" + TURNS.replace("m.content", "(m.content + m.content)"), "does not show a question and its answer once"),
-        ("{{ bos_token }}" + TURNS.replace("m.content", "m.content | upper"), "does not show a question and its answer once"),
+        ("{{ bos_token }}" + TURNS.replace("m.content", "(m.content + m.content)"), "does not show a question"),
+        ("{{ bos_token }}" + TURNS.replace("m.content", "m.content | upper"), "does not show a question"),
         ("{{ bos_token }}<start_of_image>" + TURNS, 'has no piece "<start_of_image>"'),
     ],
 )

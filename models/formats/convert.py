@@ -62,8 +62,6 @@ def parse_config(path: Path) -> GemmaConfig:
     heads, kv_heads, head_dim = (values.need(key) for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     if heads % kv_heads:
         raise ModelError(f"{path}: num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}")
-    if head_dim % 2:
-        raise ModelError(f"{path}: head_dim {head_dim} must be even")  # RoPE rotates pairs
     layers = values.need("num_hidden_layers")
     local = local_layers(values) if family > 1 else (False,) * layers
     rope, rope_local = (rope_parameters(values, f"{kind}_attention") for kind in ("full", "sliding"))
@@ -93,7 +91,7 @@ def parse_config(path: Path) -> GemmaConfig:
 
 
 def read_text_config(given: Settings) -> dict[str, Any]:
-    """What transformers reads in a `config.json`: one form for every dialect, with its defaults; of a multimodal one the text part.
+    """What transformers reads in a `config.json`, of the text model: one form for every dialect, with its defaults.
 
     Raises ModelError.
     """
@@ -103,9 +101,10 @@ def read_text_config(given: Settings) -> dict[str, Any]:
     text = given.part("text_config") if "text_config" in given.values else given
     for key in ("num_hidden_layers", "hidden_size", "intermediate_size"):
         text.need(key)  # the defaults are those of some model
-    text.get("sliding_window_pattern", int), text.part("rope_scaling")  # of which transformers checks nothing
-    rope = text.part("rope_parameters")
-    rope.part("full_attention"), rope.part("sliding_attention")
+    text.get("sliding_window_pattern", int)  # transformers checks none of these
+    text.part("rope_scaling")
+    for kind in ("full_attention", "sliding_attention"):
+        text.part("rope_parameters").part(kind)
     architecture = (given.get("architectures", list) or ["none"])[0]
     said = given.values.get("model_type") or ARCHITECTURES.get(str(architecture))
     if said not in list(FAMILIES):
@@ -149,7 +148,7 @@ def rope_parameters(values: Settings, layers: str) -> Settings:
         raise ModelError(f"{rope.path}: rope_type {rope_type(rope)} of {layers} is unknown; default or linear is needed")
     if rope.values.get("type", rope_type(rope)) != rope_type(rope):
         said = rope.values["type"]
-        raise ModelError(f"{rope.path}: transformers does not read the RoPE type {said} in \"type\"; \"rope_type\" is needed")
+        raise ModelError(f'{rope.path}: transformers passes over "type": "{said}" of RoPE; "rope_type" is needed')
     return rope
 
 
