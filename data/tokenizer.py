@@ -1,8 +1,8 @@
 """Gemma's tokenizer and chat template: text to token ids and back, and a question as a whole prompt.
 
 transformers reads them, so that a folder's files mean what they mean there. Read without it: the embedded model, for its start,
-and a `tokenizer.model` without `tokenizer.json` (Kaggle, GGUF), by sentencepiece. A folder without a template gets Gemma's, which
-is the same in Gemma 1, 2 and 3.
+and a `tokenizer.model` without `tokenizer.json` (Kaggle, GGUF), by sentencepiece. A folder without a template gets the one of
+Gemma 1, 2 and 3.
 
 Special ids are looked up by piece, because they differ: 107 is `<end_of_turn>` in Gemma 2 and a newline in Gemma 3. Text never
 encodes to a control piece: "<end_of_turn>" in a question is encoded as ordinary pieces, so it cannot end the turn. Nothing is
