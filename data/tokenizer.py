@@ -29,7 +29,10 @@ CONTROL = re.compile(
 )
 NEEDED = ("<pad>", "<eos>", "<bos>")
 EMBEDDED = Path(__file__).parents[1] / "models" / "tiny"
-FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
+FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json",
+)  # fmt: skip
 QUESTION, ANSWER = "\ue000question\ue001", "\ue000answer\ue001"  # what stands for them in a rendered template
 
 

@@ -107,7 +107,6 @@ def test_a_projection_is_turned_and_nothing_else(mesh):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_transformers_reads_what_we_write(name, tmp_path, mesh):
     pytest.importorskip("torch")
-    pytest.importorskip("transformers")
     source, reference = REFERENCES / name, np.load(REFERENCES / name / "reference.npz")
     save_params(tmp_path, read(source, mesh), read_config(source), json.loads((source / "config.json").read_text()))
     rows = [row[:length] for row, length in zip(reference["tokens"], reference["lengths"], strict=True)]
