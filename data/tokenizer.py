@@ -154,7 +154,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     Raises DataError when there is neither, and for a file that is damaged or not Gemma's.
     """
     folder = Path(folder)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if not has_tokenizer(folder):
         raise DataError(f"no tokenizer.json and no tokenizer.model in {folder}")
     loaded, stated = None, {}
     if any((folder / name).is_file() for name in FILES) and not is_embedded(folder):
@@ -175,6 +175,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         lambda ids: backend.decode(ids, skip_special_tokens=False),
         **stated,
     )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 def is_embedded(folder: Path) -> bool:

@@ -148,24 +148,6 @@ def test_peft_loads_our_adapters_and_computes_what_we_merge(base, tmp_path, mesh
     expect_close(model.load(mesh, STORE, "float32"), find_model(path, base, ALPHA).load(mesh, STORE, "float32"))
 
 
-@pytest.mark.long
-def test_what_peft_itself_writes_is_read(base, tmp_path, mesh):
-    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
-    for slora in (False, True):
-        settings = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "down_proj"], use_rslora=slora)
-        theirs = peft.get_peft_model(load(base), settings)
-        with torch.no_grad():
-            for name, weight in theirs.named_parameters():
-                if "lora_B" in name:
-                    weight.copy_(0.2 * torch.randn(weight.shape))
-        folder = tmp_path / f"peft{slora}"
-        theirs.save_pretrained(folder)
-        theirs.merge_and_unload().save_pretrained(tmp_path / f"merged{slora}")
-        model = find_model(folder, base)
-        merged = load_params(tmp_path / f"merged{slora}", model.config, mesh, STORE)
-        expect_close(model.load(mesh, STORE, "float32"), merged)
-
-
 def test_sampling_with_adapters_is_sampling_of_the_exported_folder(base, tmp_path, monkeypatch):
     """The recipe of a Tunix run on Gemma 2: import, look at it, export."""
     path, _ = write_tunix(tmp_path / "lora")

@@ -295,7 +295,7 @@ def test_errors_of_config_json_name_the_key(folder):
         ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "transformers cannot read it"),
         ({"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2.0}}}, "rope_type yarn of full_attention"),
         ({"rope_parameters": None, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type dynamic of full"),
-        ({"rope_scaling": {"type": "linear", "factor": 8.0}}, 'passes over "type": "linear" of RoPE; "rope_type" is needed'),
+        ({"rope_scaling": {"type": "linear", "factor": 8.0}}, 'passes over "type": "linear" of RoPE; write "rope_type"'),
         ({"rope_parameters": {"sliding_attention": LINEAR}}, "rope_type linear of sliding_attention is not supported; default"),
     ],
 )

@@ -64,9 +64,8 @@ def parse_config(path: Path) -> GemmaConfig:
         raise ModelError(f"{path}: num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}")
     layers = values.need("num_hidden_layers")
     local = local_layers(values) if family > 1 else (False,) * layers
-    rope, rope_local = (rope_parameters(values, f"{kind}_attention") for kind in ("full", "sliding"))
-    if any(local) and rope_type(rope_local) != "default":
-        raise ModelError(f"{path}: rope_type {rope_type(rope_local)} of sliding_attention is not supported; default is needed")
+    rope = rope_parameters(values, "full_attention", ("default", "linear"))
+    rope_local = rope_parameters(values, "sliding_attention", ("default",)) if any(local) else None
     query_scalar = head_dim if family == 1 else values.need("query_pre_attn_scalar", float)
     return GemmaConfig(
         num_layers=layers,
@@ -80,8 +79,8 @@ def parse_config(path: Path) -> GemmaConfig:
         local_layers=local,
         sliding_window=values.need("sliding_window") if any(local) else FAR,
         rope_base=rope.need("rope_theta", float),
-        rope_local_base=rope_local.need("rope_theta", float) if any(local) else 1e4,
-        rope_factor=rope.need("factor", float) if rope_type(rope) == "linear" else 1.0,
+        rope_local_base=rope_local.need("rope_theta", float) if rope_local else 1e4,
+        rope_factor=rope.need("factor", float) if rope.values["rope_type"] == "linear" else 1.0,
         attn_softcap=values.get("attn_logit_softcapping", float) if family > 1 else None,
         final_softcap=values.get("final_logit_softcapping", float) if family > 1 else None,
         post_norms=family > 1,
@@ -140,20 +139,18 @@ def local_layers(values: Settings) -> tuple[bool, ...]:
     return tuple(kind == "sliding_attention" for kind in kinds)
 
 
-def rope_parameters(values: Settings, layers: str) -> Settings:
+def rope_parameters(values: Settings, layers: str, known: tuple[str, ...]) -> Settings:
     """`rope_theta`, `rope_type` and `factor` of "full_attention" or "sliding_attention" layers. Raises ModelError."""
     rope = values.part("rope_parameters")
     rope = rope.part(layers) if layers in rope.values else rope
-    if rope_type(rope) not in ("default", "linear"):
-        raise ModelError(f"{rope.path}: rope_type {rope_type(rope)} of {layers} is unknown; default or linear is needed")
-    if rope.values.get("type", rope_type(rope)) != rope_type(rope):
-        said = rope.values["type"]
-        raise ModelError(f'{rope.path}: transformers passes over "type": "{said}" of RoPE; "rope_type" is needed')
+    kind = rope.values["rope_type"]
+    if kind not in known:
+        raise ModelError(f"{rope.path}: rope_type {kind} of {layers} is not supported; {' or '.join(known)} is needed")
+    if rope.values.get("type", kind) != kind:
+        raise ModelError(
+            f'{rope.path}: transformers passes over "type": "{rope.values["type"]}" of RoPE; write "rope_type"'
+        )
     return rope
-
-
-def rope_type(rope: Settings) -> str:
-    return str(rope.values.get("rope_type"))
 
 
 def leaf_names(config: GemmaConfig) -> dict[str, str]:
