@@ -1,9 +1,7 @@
-"""Prompts: questions in Gemma's chat template, as token ids.
+"""Prompts: questions in the model's chat template, as token ids.
 
-The template is `<bos><start_of_turn>user\\n{text}<end_of_turn>\\n<start_of_turn>model\\n`, the same in Gemma 1, 2 and 3.
-Gemma has no system role, so the system prompt opens the user's turn. Control ids are placed here; text never encodes to
-one (tokenizer.py). A prompt that is too long is dropped and reported, never truncated, because a question without its
-end has another answer. Not supported: several turns.
+Gemma 1 and 2 have no system role, so the system prompt opens the user's turn. A prompt that is too long is dropped and
+reported, never truncated, because a question without its end has another answer. Not supported: several turns.
 """
 
 from collections.abc import Sequence
@@ -23,15 +21,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
 
     Raises DataError unless it has exactly one BOS: with two, or none, Gemma's accuracy collapses.
     """
-    ids = [
-        tokenizer.bos_id,
-        tokenizer.start_of_turn_id,
-        *tokenizer.encode("user\n" + text.strip()),
-        tokenizer.end_of_turn_id,
-        *tokenizer.encode("\n"),
-        tokenizer.start_of_turn_id,
-        *tokenizer.encode("model\n"),
-    ]
+    ids = tokenizer.encode_turn(text.strip())
     if ids.count(tokenizer.bos_id) != 1:
         raise DataError(f"prompt has {ids.count(tokenizer.bos_id)} BOS tokens, must have one: {text[:60]!r}")
     return ids

@@ -1,16 +1,23 @@
-"""Gemma's tokenizer, from a `tokenizer.json` or a `tokenizer.model`: text to token ids and back.
+"""Gemma's tokenizer and chat template: text to token ids and back, and a question as a whole prompt.
 
-Special ids are looked up by piece, because they differ: 107 is `<end_of_turn>` in Gemma 2 and a newline in Gemma 3. Text
-never encodes to a control piece: "<end_of_turn>" in a question is encoded as ordinary pieces, so it cannot end the turn.
-prompts.py places control ids, BOS included; nothing is truncated or padded here.
+transformers reads them, so that a folder's files mean what they mean there. Read without it: the embedded model, for its start,
+and a `tokenizer.model` without `tokenizer.json` (Kaggle, GGUF), by sentencepiece. A folder without a template gets the one of
+Gemma 1, 2 and 3.
+
+Special ids are looked up by piece, because they differ: 107 is `<end_of_turn>` in Gemma 2 and a newline in Gemma 3. Text never
+encodes to a control piece: "<end_of_turn>" in a question is encoded as ordinary pieces, so it cannot end the turn. Nothing is
+truncated or padded here.
 """
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from data import DataError
 
@@ -18,17 +25,29 @@ from data import DataError
 # file formats flag different ones: <unused7> is a control piece in tokenizer.model but not in tokenizer.json. Runs of
 # blanks and HTML tags are whole pieces too, but they are text.
 CONTROL = re.compile(
-    r"<(pad|eos|bos|unk|mask|2mass|unused\d+|(start|end)_of_(turn|image)|image_soft_token)>|\[multimodal\]|\[@BOS@\]"
+    r"<(?:pad|eos|bos|unk|mask|2mass|unused\d+|(?:start|end)_of_(?:turn|image)|image_soft_token)>|\[multimodal\]|\[@BOS@\]"
 )
-NEEDED = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>")
+NEEDED = ("<pad>", "<eos>", "<bos>")
+EMBEDDED = Path(__file__).parents[1] / "models" / "tiny"
+FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json",
+)  # fmt: skip
+QUESTION, ANSWER = "\ue000question\ue001", "\ue000answer\ue001"  # what stands for them in a rendered template
+
+
+def gemma_template(answer: str | None = None) -> str:
+    """The turns of a question in Gemma's template: up to the answer, or with it."""
+    turns = f"<bos><start_of_turn>user\n{QUESTION}<end_of_turn>\n<start_of_turn>model\n"
+    return turns if answer is None else f"{turns}{answer}<end_of_turn>\n"
 
 
 class Tokenizer:
     """The tokenizer of a model folder; made by `load_tokenizer`.
 
-    `stop_ids` are the ids that end a completion: EOS, end-of-turn, and those that the folder states (`stated_stop_ids`), in
-    training, evaluation, sampling and export alike. `vocab_size` is one more than the largest id, apart
-    from that of Gemma 3's <image_soft_token>, which text-only models have no row for; `encode` never returns it.
+    `stop_ids` are the ids that end a completion, in training, evaluation, sampling and export alike: EOS, what ends a turn in
+    the template, and those that the folder states (`stated_stop_ids`, `eos_token`). `vocab_size` is one more than the largest
+    id, apart from that of Gemma 3's <image_soft_token>, which text-only models have no row for; `encode` never returns it.
     """
 
     def __init__(
@@ -38,24 +57,34 @@ class Tokenizer:
         flagged: set[str],
         encode_text: Callable[[str], list[int]],
         decode_ids: Callable[[list[int]], str],
+        render: Callable[[str | None], str] = gemma_template,
+        eos_id: int | None = None,
     ):
-        """`ids` maps every piece to its id; `flagged` are the pieces that the file marks as control pieces."""
+        """`ids` maps every piece to its id; `flagged` are the pieces that the file marks as control pieces.
+
+        `render` gives the turns of QUESTION in the folder's template, up to the answer or with it; `eos_id` is what
+        transformers takes for EOS, which may be another id.
+        """
         self.folder = folder
         self._ids = ids
         self._encode_text = encode_text
         self._decode_ids = decode_ids
-        for piece in NEEDED:
-            if piece not in ids:
-                raise DataError(f'tokenizer in {folder} has no piece "{piece}": not a Gemma tokenizer')
-        self.pad_id, self.eos_id, self.bos_id, self.start_of_turn_id, self.end_of_turn_id = (ids[p] for p in NEEDED)
-        self.stop_ids = tuple(dict.fromkeys((self.eos_id, self.end_of_turn_id, *stated_stop_ids(folder))))
+        self.pad_id, self.eos_id, self.bos_id = map(self.piece_id, NEEDED)
         unnamed = sorted(piece for piece in flagged if not CONTROL.fullmatch(piece))
+        control = "|".join([CONTROL.pattern, *map(re.escape, unnamed)])
         # A look-ahead finds every place where a control piece starts, even inside another one.
-        self._control_start = re.compile(f"(?={'|'.join([CONTROL.pattern, *map(re.escape, unnamed)])})")
+        self._control_start = re.compile(f"(?={control})")
         self._control_ids = {i for piece, i in ids.items() if piece in flagged or CONTROL.fullmatch(piece)}
         self._pieces = {i: piece for piece, i in ids.items()}
         self.vocab_size = 1 + max(i for piece, i in ids.items() if piece != "<image_soft_token>")
+        self._template = render(None)
+        self._prompt = re.split(f"({control})", self._template)  # text, a control piece, text, and so on
+        end = re.match(control, render(ANSWER).partition(ANSWER)[2].lstrip())
+        self.end_of_turn_id = self.piece_id(end[0]) if end else self.eos_id
+        ends = [self.eos_id, self.end_of_turn_id, *([] if eos_id is None else [eos_id]), *stated_stop_ids(folder)]
+        self.stop_ids = tuple(dict.fromkeys(ends))
         self._check_text_comes_back()
+        self.encode_turn("")  # which looks up the template's control pieces
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without BOS and EOS. Control pieces in the text are encoded as ordinary pieces."""
@@ -63,6 +92,13 @@ class Tokenizer:
         # text cannot form one again.
         cuts = [0, *(match.start() + 1 for match in self._control_start.finditer(text)), len(text)]
         return [i for start, end in pairwise(cuts) for i in self._encode_text(text[start:end])]
+
+    def encode_turn(self, text: str) -> list[int]:
+        """The ids of the chat template with `text` as the user's turn; the control pieces are the template's alone."""
+        ids = []
+        for i, part in enumerate(self._prompt):
+            ids += [self.piece_id(part)] if i % 2 else self.encode(part.replace(QUESTION, text))
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids` (ints or a numpy row). Control pieces (pad, BOS, EOS, turns, unused ones) are left out."""
@@ -76,12 +112,14 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """16 hex digits that identify all pieces, their ids, and how a sentence is split; equal for both file formats."""
         content = sorted(self._ids.items()), self.encode("Ann's 3 cats ate 12.50 kg,\n  one-third of it on Monday.")
+        if self._template != gemma_template():
+            content += (self._template,)
         return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
     def piece_id(self, piece: str) -> int:
         """The id of a piece, spelled as in the vocabulary (a blank is "▁"). Raises DataError for an unknown piece."""
         if piece not in self._ids:
-            raise DataError(f'tokenizer in {self.folder} has no piece "{piece}"')
+            raise DataError(f'tokenizer in {self.folder} has no piece "{piece}": not a Gemma tokenizer')
         return self._ids[piece]
 
     def _check_text_comes_back(self) -> None:
@@ -111,39 +149,85 @@ def stated_stop_ids(folder: Path) -> tuple[int, ...]:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Load the `tokenizer.json` of a folder, or its `tokenizer.model` if there is no `tokenizer.json`.
+    """Load the tokenizer of a folder, from its `tokenizer.json` or `tokenizer.model`.
 
     Raises DataError when there is neither, and for a file that is damaged or not Gemma's.
     """
     folder = Path(folder)
-    if (folder / "tokenizer.json").is_file():
-        return _load_json(folder)
-    if (folder / "tokenizer.model").is_file():
-        return _load_sentencepiece(folder)
-    raise DataError(f"no tokenizer.json and no tokenizer.model in {folder}")
-
-
-def _load_json(folder: Path) -> Tokenizer:
-    # `tokenizers` only: transformers gives the same result but takes seconds to import.
+    if not has_tokenizer(folder):
+        raise DataError(f"no tokenizer.json and no tokenizer.model in {folder}")
+    loaded, stated = None, {}
+    if any((folder / name).is_file() for name in FILES) and not is_embedded(folder):
+        loaded = _load_transformers(folder)
+        stated = {"eos_id": loaded.eos_token_id}
+        if loaded.chat_template:
+            stated["render"] = partial(_render, loaded, folder)
+    if not (folder / "tokenizer.json").is_file():
+        return Tokenizer(folder, *_read_sentencepiece(folder), **stated)
     import tokenizers
 
-    path = folder / "tokenizer.json"
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library has no exception types of its own
-        raise DataError(f"cannot read {path}: {error}") from error
-    backend.no_truncation()  # the file may contain both, from someone's training
-    backend.no_padding()
+    backend = loaded.backend_tokenizer if loaded else tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     return Tokenizer(
         folder,
-        ids=backend.get_vocab(with_added_tokens=True),
-        flagged={token.content for token in backend.get_added_tokens_decoder().values() if token.special},
-        encode_text=lambda text: backend.encode(text, add_special_tokens=False).ids,
-        decode_ids=lambda ids: backend.decode(ids, skip_special_tokens=False),
+        backend.get_vocab(with_added_tokens=True),
+        {token.content for token in backend.get_added_tokens_decoder().values() if token.special},
+        lambda text: backend.encode(text, add_special_tokens=False).ids,
+        lambda ids: backend.decode(ids, skip_special_tokens=False),
+        **stated,
     )
 
 
-def _load_sentencepiece(folder: Path) -> Tokenizer:
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def is_embedded(folder: Path) -> bool:
+    """Whether a folder has the embedded model's tokenizer, as its own folder and its runs have."""
+
+    def content(path: Path) -> bytes | None:
+        return path.read_bytes() if path.is_file() else None
+
+    return all(content(folder / name) == content(EMBEDDED / name) for name in FILES)
+
+
+def _load_transformers(folder: Path) -> Any:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would advise to install torch
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            mask_token=None,  # it would add a <mask>
+        )
+        backend = loaded.backend_tokenizer
+    except Exception as error:  # tokenizers has no exception types of its own, and transformers many
+        path = next(path for name in ("tokenizer.json", "tokenizer.model") if (path := folder / name).is_file())
+        raise DataError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from error
+    backend.no_truncation()  # the file may contain both, from someone's training
+    backend.no_padding()
+    own = backend.get_vocab(with_added_tokens=False)
+    for piece in NEEDED:
+        if piece not in own:  # transformers would add it, with an id that the model has no row for
+            raise DataError(f'tokenizer in {folder} has no piece "{piece}": not a Gemma tokenizer')
+    return loaded
+
+
+def _render(loaded: Any, folder: Path, answer: str | None) -> str:
+    turns = [{"role": "user", "content": QUESTION}]
+    turns += [] if answer is None else [{"role": "assistant", "content": answer}]
+    try:
+        text = loaded.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None)
+    except Exception as error:  # a template may raise what it likes
+        raise DataError(f"chat template of {folder} fails: {' '.join(str(error).split())[:200]}") from error
+    if any(text.count(wanted) != 1 for wanted in (QUESTION, answer or QUESTION)):
+        raise DataError(f"chat template of {folder} does not show a question and its answer once, as they are")
+    return text
+
+
+def _read_sentencepiece(folder: Path) -> tuple[dict[str, int], set[str], Callable, Callable]:
+    # transformers converts the file to another algorithm, which splits long runs of blanks into other pieces.
     import sentencepiece
 
     path = folder / "tokenizer.model"
@@ -152,10 +236,5 @@ def _load_sentencepiece(folder: Path) -> Tokenizer:
     except (RuntimeError, OSError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
     pieces = backend.id_to_piece(list(range(backend.vocab_size())))
-    return Tokenizer(
-        folder,
-        ids={piece: i for i, piece in enumerate(pieces)},
-        flagged={piece for i, piece in enumerate(pieces) if backend.is_control(i) or backend.is_unknown(i)},
-        encode_text=backend.encode,
-        decode_ids=backend.decode,
-    )
+    flagged = {piece for i, piece in enumerate(pieces) if backend.is_control(i) or backend.is_unknown(i)}
+    return {piece: i for i, piece in enumerate(pieces)}, flagged, backend.encode, backend.decode

@@ -22,3 +22,5 @@ MODELS: dict[str, GemmaConfig] = {
     "gemma3-270m":      gemma3(18,  640, 4, 1, 256,  2_048, 262_144, 256**-0.5, local(18, 6)),
     "gemma2-6m":        gemma2( 4,  256, 4, 2,  64,  1_024,   8_192,  64**-0.5, local(4, 2)),  # for any machine
 }
+# The embedded model, whose config.json is read without transformers.
+TINY = gemma3(3, 128, 4, 1, 32, 384, 616, 32**-0.5, (True, False, True), sliding_window=64, rope_base=1e4)

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from grpo.config import flag
 from grpo.errors import ConfigError, RunError
 from grpo.reports.model_card import model_card
 from grpo.runs.cli import run_script
 from grpo.runs.flags import parse
-from grpo.runs.model_source import DESCRIPTION, Model, find_model, has_tokenizer
+from grpo.runs.model_source import DESCRIPTION, Model, find_model
 from grpo.runs.setup import check_tokenizer
 from models.formats.adapters import write_peft
 from models.formats.containers import read_json
@@ -152,7 +152,7 @@ def sha256(file: Path) -> str:
 def config_of(model: Model, tokenizer: Tokenizer, dtype: str) -> dict:
     """The base model's config.json with the new dtype; of a multimodal model, that of its text part."""
     if (model.folder / "config.json").is_file():
-        values = text_config(read_json(model.folder / "config.json"))
+        values = text_config(model.folder / "config.json")
     else:
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
         values = config_json(model.config, ids)

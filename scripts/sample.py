@@ -19,12 +19,12 @@ import numpy as np
 
 from data.batches import pad_prompts
 from data.prompts import encode_prompt, render_prompt
-from data.tokenizer import Tokenizer, load_tokenizer, stated_stop_ids
+from data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer, stated_stop_ids
 from grpo.config import TINY_MODEL, flag
 from grpo.errors import ConfigError
 from grpo.runs.cli import run_script
 from grpo.runs.flags import parse
-from grpo.runs.model_source import Model, find_model, has_tokenizer
+from grpo.runs.model_source import Model, find_model
 from grpo.runs.setup import check_tokenizer
 from models.gemma import ExecutionConfig
 from models.sampler import Sampling, row_keys, sample

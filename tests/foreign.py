@@ -157,7 +157,7 @@ def write_gguf(path: Path, folder: Path, kind: str = "F32") -> None:
         if name.startswith("layers."):
             _, i, rest = name.split(".", 2)
             name = f"blk.{i}.{words[rest]}"
-        name = {"embed_tokens": "token_embd", "norm": "output_norm"}.get(name, name) + ".weight"
+        name = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}.get(name, name) + ".weight"
         if array.ndim == 1:
             writer.add_tensor(name, array.astype(np.float32) + 1)  # llama.cpp's norms carry the 1
         else:

@@ -345,7 +345,9 @@ def test_a_run_brings_its_base_its_held_out_problems_and_its_settings(one_device
 
 def test_greedy_answers_are_those_of_transformers_generate(gemma270m):
     """Token for token, on prompts of several lengths in one batch beside samples at a temperature."""
-    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    import transformers
+
+    torch = pytest.importorskip("torch")
     model, tokenizer = find_model(gemma270m), load_tokenizer(gemma270m)
     config = replace(PRESETS["tiny"], prompts_per_step=2, group_size=2, max_new_tokens=24)
     problems, prompt_ids, _ = drop_long(make_problems(4, 0, "test"), tokenizer, "Think, then answer.", 100)

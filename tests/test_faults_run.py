@@ -130,7 +130,7 @@ def test_fault_26_control_pieces_and_tags_in_text(config, silent):
     tokenizer = prepared.tokenizer
     for ids in prepared.prompt_ids:
         assert ids[0] == tokenizer.bos_id and ids.count(tokenizer.bos_id) == 1
-        assert (ids.count(tokenizer.end_of_turn_id), ids.count(tokenizer.start_of_turn_id)) == (1, 2)
+        assert (ids.count(tokenizer.end_of_turn_id), ids.count(tokenizer.piece_id("<start_of_turn>"))) == (1, 2)
         assert tokenizer.eos_id not in ids
         assert "<answer>" in tokenizer.decode(ids)
     assert all(record["components"]["answer_tags"] == 0 for record in silent["completions"])

@@ -89,7 +89,6 @@ def test_logits_equal_transformers_with_padding_left_right_and_none(model, name)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_equal_transformers_on_weights_made_now(model, name, tmp_path):
     pytest.importorskip("torch")
-    pytest.importorskip("transformers")
     make(name, tmp_path, seed=1000 + len(name))
     expect_references(model, tmp_path)
 
@@ -104,7 +103,6 @@ def test_both_dialects_of_config_json_mean_the_same(name, tmp_path):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_transformers_reads_our_older_dialect_alike(name, tmp_path):
     pytest.importorskip("torch")
-    pytest.importorskip("transformers")
     (tmp_path / "config.json").write_bytes((REFERENCES / name / "config_v4.json").read_bytes())
     (tmp_path / "model.safetensors").symlink_to(REFERENCES / name / "model.safetensors")
     reference = np.load(REFERENCES / name / "reference.npz")
@@ -431,7 +429,6 @@ def test_the_embedding_scale_is_rounded_as_transformers_does(width):
 @pytest.fixture(scope="module")
 def real(gemma270m, mesh):
     pytest.importorskip("torch")
-    pytest.importorskip("transformers")
     config = read_config(gemma270m)
     return config, load_params(gemma270m, config, mesh, STORE), load(gemma270m), load_tokenizer(gemma270m)
 

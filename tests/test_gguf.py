@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from foreign import write_gguf
 from make_references import REFERENCES, VARIANTS
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from grpo.runs.model_source import find_model
 from models import ModelError
@@ -90,6 +90,23 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path):
     file.write_bytes(data.replace(b"blk.1.attn_q.weight", b"blk.1.attn_z.weight"))
     with pytest.raises(ModelError, match=r"model.gguf: weight blk\.1\.attn_q\.weight is missing"):
         find_model(file).load(make_mesh(devices=jax.devices()[:1]), STORE, "float32")
+
+
+def test_a_head_of_its_own_is_refused_and_a_copy_is_passed_over(tmp_path, mesh):
+    tensors = load_file(REFERENCES / "gemma2-gqa" / "model.safetensors")
+    for factor in (1, 2):
+        folder = tmp_path / str(factor)
+        folder.mkdir()
+        shutil.copy(REFERENCES / "gemma2-gqa" / "config.json", folder)
+        head = tensors["model.embed_tokens.weight"] * np.float32(factor)
+        save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors")
+        write_gguf(folder / "model.gguf", folder)
+        load = find_model(folder / "model.gguf").load
+        if factor == 1:
+            load(mesh, STORE, "float32")
+        else:
+            with pytest.raises(ModelError, match=r"output\.weight differs from token_embd\.weight; a separate vocabulary head"):
+                load(mesh, STORE, "float32")
 
 
 def test_without_the_package_it_is_named(tmp_path, monkeypatch):

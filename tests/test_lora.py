@@ -60,7 +60,6 @@ def relative(ours, theirs) -> float:
 @pytest.mark.parametrize("name", ["gemma1-mqa", "gemma2-gqa", "gemma3-gqa"])
 def test_outputs_and_gradients_equal_pefts(name, one_device):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
-    pytest.importorskip("transformers")
     config = read_config(REFERENCES / name)
     params, adapters = load_params(REFERENCES / name, config, one_device, STORE), random_adapters(config)
     modules = {p: f"{'mlp' if p in ('gate', 'up', 'down') else 'self_attn'}.{p}_proj" for p in PROJECTIONS}

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from data.tokenizer import has_tokenizer
 from grpo.config import HUBS
 from grpo.errors import ConfigError
 from grpo.runs.checkpoint import open_params, read_adapters, read_digest, read_meta, read_params, saved_steps
@@ -114,10 +115,6 @@ def find_model(path: str | Path, base_path: str | Path = "", adapter_alpha: floa
     return Model(
         asked, f"{kind} {found}", folder, config, partial(load_params, found, config), partial(open_weights, found, config)
     )
-
-
-def has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 def find_base(what: str, base_path: str | Path) -> Model:

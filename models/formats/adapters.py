@@ -38,9 +38,10 @@ READ = (
 WITHOUT_EFFECT = (
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout",
     "megatron_core", "qalora_group_size", "ensure_weight_tying", "runtime_config",
+    "fan_in_fan_out",  # of another kind of layer than Gemma has
 )  # fmt: skip
 NEEDED = {
-    "peft_type": ["LORA"], "bias": ["none"], "use_dora": [False], "fan_in_fan_out": [False],
+    "peft_type": ["LORA"], "bias": ["none"], "use_dora": [False],
     "init_lora_weights": [True, False, "gaussian", "orthogonal"],
 }  # fmt: skip
 CACHED = 2**16  # elements of a product that are computed at a time, few enough to stay in the CPU's cache

@@ -1,9 +1,10 @@
-"""Load a checkpoint of Gemma 1, 2 or 3, in any format that containers.py reads, as `GemmaConfig` and `Params` on a mesh.
+"""Load a checkpoint of Gemma 1, 2, 3 or 4, in any format that containers.py reads, as `GemmaConfig` and `Params` on a mesh.
 
 weight_names.py maps the names of weights. Each device reads its own slices where the format allows it, so no whole array is in
 host memory besides what the devices hold. Not supported: pickled checkpoints (`.bin`, `.pth`), which could run code.
 """
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,19 +19,18 @@ from models import ModelError
 from models.formats.containers import Container, Settings, is_tree, locate, open_container, read_json
 from models.formats.weight_names import to_ours
 from models.gemma import FAR, GemmaConfig, Params, axes, kind_of, leaf_name, leaf_shape
-from models.presets import MODELS
+from models.presets import MODELS, TINY
 from models.sharding import Rules, spec
 
-FAMILIES = {
-    "GemmaForCausalLM": 1, "Gemma2ForCausalLM": 2, "Gemma3ForCausalLM": 3, "Gemma3ForConditionalGeneration": 3,
+FAMILIES = {  # by transformers' model_type
+    "gemma": 1, "gemma2": 2, "gemma3": 3, "gemma3_text": 3, "gemma4": 4, "gemma4_text": 4, "gemma4_unified": 4,
+    "gemma4_unified_text": 4,
 }  # fmt: skip
-
-# The defaults of transformers for keys that a config.json may lack. The first multimodal ones hold little besides sizes.
-DEFAULTS = {
-    1: {},
-    2: {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-    3: dict(vocab_size=262_208, num_attention_heads=8, num_key_value_heads=4, head_dim=256, query_pre_attn_scalar=256),
-}
+ARCHITECTURES = {  # for files that lack the model_type
+    "GemmaForCausalLM": "gemma", "Gemma2ForCausalLM": "gemma2", "Gemma3ForCausalLM": "gemma3_text",
+    "Gemma3ForConditionalGeneration": "gemma3", "Gemma4ForCausalLM": "gemma4_text", "Gemma4ForConditionalGeneration": "gemma4",
+}  # fmt: skip
+EMBEDDED = Path(__file__).parents[1] / "tiny" / "config.json"
 
 
 def read_config(path: str | Path) -> GemmaConfig:
@@ -55,23 +55,22 @@ def read_config(path: str | Path) -> GemmaConfig:
 
 
 def parse_config(path: Path) -> GemmaConfig:
-    """Read a `config.json` with the keys of transformers 4 (`rope_theta`, ...) or 5 (`rope_parameters`). Raises ModelError."""
-    raw = read_json(path)
-    if str(raw.get("model_type")).startswith("gemma4"):
-        from transformers import CONFIG_MAPPING
-
-        return parse_gemma4(Settings(path, CONFIG_MAPPING[raw["model_type"]].from_dict(raw).get_text_config().to_dict()))
-    values, family = read_settings(path)
-    check_features(values)
+    """The dimensions in a `config.json`, as transformers reads it. Raises ModelError."""
+    given = Settings(path, read_json(path))
+    if given.values == read_json(EMBEDDED):  # transformers takes a second to start
+        return TINY
+    values = Settings(path, read_text_config(given))
+    family = FAMILIES[values.values["model_type"]]
+    check_features(values, family)
     heads, kv_heads, head_dim = (values.need(key) for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     if heads % kv_heads:
         raise ModelError(f"{path}: num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}")
-    if head_dim % 2:
-        raise ModelError(f"{path}: head_dim {head_dim} must be even")  # RoPE rotates pairs
     layers = values.need("num_hidden_layers")
-    local = local_layers(values, layers, family)
-    rope, rope_local = rope_parameters(values, family, any(local))
-    query_scalar = head_dim if family == 1 else values.need("query_pre_attn_scalar", float)
+    local = local_layers(values) if family > 1 else (False,) * layers
+    known = ("default", "linear", "proportional") if family == 4 else ("default", "linear")
+    rope = rope_parameters(values, "full_attention", known)
+    rope_local = rope_parameters(values, "sliding_attention", ("default",)) if any(local) else None
+    query_scalar = {1: head_dim, 4: 1}.get(family) or values.need("query_pre_attn_scalar", float)
     return GemmaConfig(
         num_layers=layers,
         embed_dim=values.need("hidden_size"),
@@ -83,60 +82,40 @@ def parse_config(path: Path) -> GemmaConfig:
         query_scale=query_scalar**-0.5,
         local_layers=local,
         sliding_window=values.need("sliding_window") if any(local) else FAR,
-        rope_base=rope.get("rope_theta", float, 1e6 if family == 3 else 1e4),
-        rope_local_base=rope_local.get("rope_theta", float, 1e4),
-        rope_factor=rope.get("factor", float, 1.0) if rope_type(rope) == "linear" else 1.0,
+        rope_base=rope.need("rope_theta", float),
+        rope_local_base=rope_local.need("rope_theta", float) if rope_local else 1e4,
+        rope_factor=1.0 if rope.values["rope_type"] == "default" else rope.get("factor", float, 1.0),
         attn_softcap=values.get("attn_logit_softcapping", float) if family > 1 else None,
         final_softcap=values.get("final_logit_softcapping", float) if family > 1 else None,
         post_norms=family > 1,
-        qk_norms=family == 3,
-        norm_eps=values.get("rms_norm_eps", float, 1e-6),
+        qk_norms=family > 2,
+        norm_eps=values.need("rms_norm_eps", float),
+        **(gemma4_fields(values, local, rope) if family == 4 else {}),
     )
 
 
-def parse_gemma4(values: Settings) -> GemmaConfig:
-    """The dimensions of a Gemma 4, from its `config.json` as transformers reads it. Raises ModelError."""
-    path, said, layers = values.path, values.values, values.need("num_hidden_layers")
+def gemma4_fields(values: Settings, local: tuple[bool, ...], rope: Settings) -> dict[str, Any]:
+    """The fields of `GemmaConfig` that only Gemma 4 has. Raises ModelError."""
+    path, said = values.path, values.values
     if said.get("enable_moe_block"):
         raise ModelError(f"{path}: enable_moe_block is true; experts are not supported")
-    if said.get("vocab_size_per_layer_input", said["vocab_size"]) != said["vocab_size"]:
-        raise ModelError(f"{path}: vocab_size_per_layer_input and vocab_size must be equal")
-    local = tuple(kind == "sliding_attention" for kind in values.need("layer_types", list))
-    of_layer = {int(layer): sizes for layer, sizes in values.part("per_layer_config").values.items()}
-    of_global = [of_layer.get(layer, {}) for layer in range(layers) if not local[layer]]
-    unlike = [layer for layer in of_layer if local[layer] or of_layer[layer] != of_global[0]]
-    if unlike or set(of_global[0]) - {"head_dim", "num_key_value_heads"}:
-        raise ModelError(f"{path}: per_layer_config must give all global layers the same head_dim and num_key_value_heads")
     shared, per_layer = (said.get(key) and values.need(key) for key in ("num_kv_shared_layers", "hidden_size_per_layer_input"))
-    rope = values.part("rope_parameters")
+    if per_layer and said["vocab_size_per_layer_input"] != said["vocab_size"]:
+        raise ModelError(f"{path}: vocab_size_per_layer_input and vocab_size must be equal")
     if shared and not set(local[-shared:]) <= set(local[:-shared]):
         raise ModelError(f"{path}: num_kv_shared_layers {shared} leaves no layer of each type with keys and values of its own")
-    turned, turned_local = rope.part("full_attention"), rope.part("sliding_attention")
-    check_rope_type(turned, "global", ("default", "linear", "proportional"))
-    check_rope_type(turned_local, "local", ("default",))
-    width, kv_heads = values.need("intermediate_size"), values.need("num_key_value_heads")
-    return GemmaConfig(
-        num_layers=layers,
-        embed_dim=values.need("hidden_size"),
-        num_heads=values.need("num_attention_heads"),
-        num_kv_heads=kv_heads,
-        head_dim=values.need("head_dim"),
-        mlp_dim=width,
-        vocab_size=values.need("vocab_size"),
-        query_scale=1.0,
-        local_layers=local,
-        sliding_window=values.need("sliding_window"),
-        rope_base=turned.need("rope_theta", float),
-        rope_local_base=turned_local.need("rope_theta", float),
-        rope_factor=turned.get("factor", float, 1.0),
-        final_softcap=values.get("final_logit_softcapping", float),
-        post_norms=True,
-        qk_norms=True,
-        norm_eps=values.need("rms_norm_eps", float),
+    width, sizes = said["intermediate_size"], said["per_layer_config"].items()
+    sizes = {int(layer): Settings(path, one) for layer, one in sizes}
+    of_global = [sizes.pop(layer, Settings(path, {})) for layer, is_local in enumerate(local) if not is_local]
+    if sizes or any(one.values != of_global[0].values for one in of_global):
+        raise ModelError(f"{path}: per_layer_config must give all full_attention layers the same sizes, and no other layer any")
+    if other := set(of_global[0].values) - {"head_dim", "num_key_value_heads"}:
+        raise ModelError(f"{path}: {min(other)} in per_layer_config is not supported")
+    return dict(
         norm_offset=0.0,
-        global_head_dim=of_global[0].get("head_dim", said["head_dim"]),
-        global_kv_heads=of_global[0].get("num_key_value_heads", kv_heads),
-        rope_fraction=turned.get("partial_rotary_factor", float, 1.0) if rope_type(turned) == "proportional" else 1.0,
+        global_head_dim=of_global[0].get("head_dim", int, said["head_dim"]),
+        global_kv_heads=of_global[0].get("num_key_value_heads", int, said["num_key_value_heads"]),
+        rope_fraction=rope.get("partial_rotary_factor", float, 1.0) if rope.values["rope_type"] == "proportional" else 1.0,
         values_are_keys=bool(said.get("attention_k_eq_v")),
         shared_layers=shared or 0,
         shared_mlp_dim=width * 2 if said.get("use_double_wide_mlp") else width,
@@ -144,70 +123,66 @@ def parse_gemma4(values: Settings) -> GemmaConfig:
     )
 
 
-def read_settings(path: Path) -> tuple[Settings, int]:
-    """The values of a `config.json`, its family's defaults below them, a multimodal model's text part above; and the family."""
-    given = Settings(path, read_json(path))
+def read_text_config(given: Settings) -> dict[str, Any]:
+    """What transformers reads in a `config.json`, of the text model: one form for every dialect, with its defaults.
+
+    Raises ModelError.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would advise to install torch
+    from transformers import CONFIG_MAPPING
+
+    text = given.part("text_config") if "text_config" in given.values else given
+    for key in ("num_hidden_layers", "hidden_size", "intermediate_size"):
+        text.need(key)  # the defaults are those of some model
+    text.get("sliding_window_pattern", int)  # transformers checks none of these
+    text.part("rope_scaling")
+    for kind in ("full_attention", "sliding_attention"):
+        text.part("rope_parameters").part(kind)
     architecture = (given.get("architectures", list) or ["none"])[0]
-    if architecture not in list(FAMILIES):
-        raise ModelError(f"{path}: architecture {architecture} is unknown; one of {', '.join(FAMILIES)} is needed")
-    family = FAMILIES[architecture]
-    return Settings(path, DEFAULTS[family]) | given | given.part("text_config"), family
+    said = given.values.get("model_type") or ARCHITECTURES.get(str(architecture))
+    if said not in list(FAMILIES):
+        what = f"model_type {said}" if said else f"architecture {architecture}"
+        raise ModelError(f"{given.path}: {what} is unknown; one of {', '.join([*FAMILIES, *ARCHITECTURES])} is needed")
+    try:
+        config = CONFIG_MAPPING[said].from_dict(given.values)
+        values = config.get_text_config().to_dict()
+    except Exception as error:  # of many types
+        reason = " ".join(str(error).split())[:400]
+        raise ModelError(f"{given.path}: transformers cannot read it: {reason}") from None
+    return values | {"tie_word_embeddings": config.tie_word_embeddings and values["tie_word_embeddings"]}
 
 
-def check_features(values: Settings) -> None:
+def check_features(values: Settings, family: int) -> None:
     """Raises ModelError for a model with features that we do not implement."""
     path, said = values.path, values.values
-    activation = said.get("hidden_activation") or said.get("hidden_act") or "gelu_pytorch_tanh"
-    if activation not in ("gelu", "gelu_pytorch_tanh"):  # in a Gemma config "gelu" always means the tanh approximation
+    activation = said.get("hidden_act" if family == 1 else "hidden_activation")
+    if activation not in ("gelu_pytorch_tanh", "gelu_new"):  # two names of one function; "gelu" is another one
         raise ModelError(f"{path}: activation {activation} is unknown; gelu_pytorch_tanh is needed")
-    if said.get("attention_bias") or said.get("use_bidirectional_attention"):
+    if said.get("attention_bias") or said.get("use_bidirectional_attention") not in (None, False, "vision"):
         raise ModelError(f"{path}: attention_bias and use_bidirectional_attention are not supported; both must be false")
-    if said.get("tie_word_embeddings") is False:
+    if not said["tie_word_embeddings"]:
         raise ModelError(f"{path}: tie_word_embeddings is false; a separate vocabulary head is not supported")
 
 
-def local_layers(values: Settings, layers: int, family: int) -> tuple[bool, ...]:
-    """Which layers have a sliding window: none in Gemma 1, every other one in 2 from the first on, five of six in 3."""
-    if family == 1:
-        return (False,) * layers
-    if kinds := values.get("layer_types", list):
-        for kind in kinds:
-            if kind not in ("sliding_attention", "full_attention"):
-                raise ModelError(f"{values.path}: layer type {kind!r} must be sliding_attention or full_attention")
-        if len(kinds) != layers:
-            raise ModelError(f"{values.path}: layer_types names {len(kinds)} layers, num_hidden_layers says {layers}")
-        return tuple(kind == "sliding_attention" for kind in kinds)
-    pattern = values.get("sliding_window_pattern", int) or values.get("_sliding_window_pattern", int, 6)
-    return tuple((i + 1) % (2 if family == 2 else pattern) != 0 for i in range(layers))
+def local_layers(values: Settings) -> tuple[bool, ...]:
+    """Which layers have a sliding window."""
+    kinds = values.need("layer_types", list)
+    for kind in kinds:
+        if kind not in ("sliding_attention", "full_attention"):
+            raise ModelError(f"{values.path}: layer type {kind!r} must be sliding_attention or full_attention")
+    return tuple(kind == "sliding_attention" for kind in kinds)
 
 
-def rope_parameters(values: Settings, family: int, has_local: bool) -> tuple[Settings, Settings]:
-    """`rope_theta`, `rope_type` and `factor`, as far as given, of global and of local layers. Raises ModelError."""
-    given, scaling = values.part("rope_parameters"), values.part("rope_scaling")
-    if scaling.values:  # older ones say "type"
-        scaling |= Settings(values.path, {"rope_type": rope_type(scaling)})
-    rope = Settings(values.path, {"rope_theta": values.get("rope_theta", float)}) | scaling
-    rope_local = Settings(values.path, {"rope_theta": values.get("rope_local_base_freq", float)})
-    if family < 3:
-        rope = rope_local = Settings(values.path, {"rope_theta": values.get("rope_theta", float)}) | given | scaling
-    else:
-        rope, rope_local = rope | given.part("full_attention"), rope_local | given.part("sliding_attention")
-    check_rope_type(rope, "global", ("default", "linear"))
-    if has_local:
-        check_rope_type(rope_local, "local", ("default",))
-    return rope, rope_local
-
-
-def check_rope_type(rope: Settings, kind: str, known: tuple[str, ...]) -> None:
-    """Raises ModelError for a RoPE that we do not implement in layers of this kind."""
-    if rope_type(rope) not in known:
-        raise ModelError(
-            f"{rope.path}: rope_type {rope_type(rope)} of {kind} layers is unknown; {' or '.join(known)} is needed"
-        )
-
-
-def rope_type(rope: Settings) -> str:
-    return str(rope.values.get("rope_type") or rope.values.get("type") or "default")
+def rope_parameters(values: Settings, layers: str, known: tuple[str, ...]) -> Settings:
+    """`rope_theta`, `rope_type` and `factor` of "full_attention" or "sliding_attention" layers. Raises ModelError."""
+    rope = values.part("rope_parameters")
+    rope = rope.part(layers) if layers in rope.values else rope
+    kind = rope.values["rope_type"]
+    if kind not in known:
+        raise ModelError(f"{rope.path}: rope_type {kind} of {layers} is not supported; {' or '.join(known)} is needed")
+    if rope.values.get("type", kind) != kind:
+        raise ModelError(f'{rope.path}: transformers passes over "type": "{rope.values["type"]}" of RoPE; write "rope_type"')
+    return rope
 
 
 def leaf_names(config: GemmaConfig) -> dict[str, str]:

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.formats.containers import INDEX, WHOLE
-from models.formats.convert import DEFAULTS, Reader, layers_of, leaf_names
+from models.formats.containers import INDEX, WHOLE, Settings, read_json
+from models.formats.convert import Reader, layers_of, leaf_names, read_text_config
 from models.formats.weight_names import array_shape, from_ours, hugging_face
 from models.gemma import GemmaConfig, Params, kind_of, shapes
 
@@ -105,15 +105,14 @@ def save_params(folder: str | Path, params: Params, config: GemmaConfig, config_
     write_json(folder / "config.json", config_json)
 
 
-def text_config(config_json: dict) -> dict:
-    """The `config.json` of the text model alone: readers of a multimodal one would look for weights that are not written."""
-    if "text_config" not in config_json:
-        return config_json
-    outer = {key: value for key, value in config_json.items() if not isinstance(value, dict)}
-    outer = {key: value for key, value in outer.items() if key.endswith("token_id") and "image" not in key} | {
-        key: config_json[key] for key in ("dtype", "torch_dtype", "transformers_version") if key in config_json
-    }
-    text = DEFAULTS[3] | outer | config_json["text_config"]
+def text_config(path: Path) -> dict:
+    """The values of a `config.json`; of a multimodal one those of the text model alone, whose weights alone are written."""
+    given = Settings(path, read_json(path))
+    if "text_config" not in given.values:
+        return given.values
+    kept = ("dtype", "torch_dtype", "transformers_version")
+    outer = {key: x for key, x in given.values.items() if key in kept or (key.endswith("token_id") and "image" not in key)}
+    text = read_text_config(given) | outer | given.values["text_config"]
     return text | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "tie_word_embeddings": True}
 
 
