@@ -1,7 +1,7 @@
 """Prompts: questions in the model's chat template, as token ids.
 
-Gemma 1 and 2 have no system role, so the system prompt opens the user's turn. A prompt that is too long is dropped and
-reported, never truncated, because a question without its end has another answer. Not supported: several turns.
+Where the template has no system role (Gemma 1, 2 and 3), the system prompt opens the user's turn. A prompt that is too long is
+dropped and reported, never truncated, because a question without its end has another answer. Not supported: several turns.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,15 @@ def render_prompt(question: str, system: str) -> str:
     return f"{system.strip()}\n\n{question.strip()}".strip()
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The token ids of the whole prompt with the user's `text`, which is stripped as in Gemma's own template.
+def encode_prompt(tokenizer: Tokenizer, text: str, system: str = "") -> list[int]:
+    """The token ids of the whole prompt with the user's `text`; it and `system` are stripped as in Gemma's own template.
 
     Raises DataError unless it has exactly one BOS: with two, or none, Gemma's accuracy collapses.
     """
-    ids = tokenizer.encode_turn(text.strip())
+    if tokenizer.has_system_role:
+        ids = tokenizer.encode_turn(text.strip(), system.strip())
+    else:
+        ids = tokenizer.encode_turn(render_prompt(text, system))
     if ids.count(tokenizer.bos_id) != 1:
         raise DataError(f"prompt has {ids.count(tokenizer.bos_id)} BOS tokens, must have one: {text[:60]!r}")
     return ids
@@ -34,7 +37,7 @@ def drop_long(
 
     Raises DataError when all are too long.
     """
-    prompts = [encode_prompt(tokenizer, render_prompt(p.question, system)) for p in problems]
+    prompts = [encode_prompt(tokenizer, p.question, system) for p in problems]
     pairs = list(zip(problems, prompts, strict=True))
     kept = [(problem, ids) for problem, ids in pairs if len(ids) <= width]
     if not kept:

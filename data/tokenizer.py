@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -33,11 +33,13 @@ FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "chat_template.json",
 )  # fmt: skip
-QUESTION, ANSWER = "\ue000question\ue001", "\ue000answer\ue001"  # what stands for them in a rendered template
+# What stands for them in a rendered template.
+QUESTION, ANSWER, INSTRUCTIONS = "\ue000question\ue001", "\ue000answer\ue001", "\ue000instructions\ue001"
+THOUGHTS = "<|channel>", "<channel|>"  # what a Gemma 4 thinks stands between them
 
 
-def gemma_template(answer: str | None = None) -> str:
-    """The turns of a question in Gemma's template: up to the answer, or with it."""
+def gemma_template(answer: str | None = None, system: str = "") -> str:
+    """The turns of a question in the template of Gemma 1 to 3, which has no system role: up to the answer, or with it."""
     turns = f"<bos><start_of_turn>user\n{QUESTION}<end_of_turn>\n<start_of_turn>model\n"
     return turns if answer is None else f"{turns}{answer}<end_of_turn>\n"
 
@@ -57,13 +59,13 @@ class Tokenizer:
         flagged: set[str],
         encode_text: Callable[[str], list[int]],
         decode_ids: Callable[[list[int]], str],
-        render: Callable[[str | None], str] = gemma_template,
+        render: Callable[[str | None, str], str] = gemma_template,
         eos_id: int | None = None,
     ):
         """`ids` maps every piece to its id; `flagged` are the pieces that the file marks as control pieces.
 
-        `render` gives the turns of QUESTION in the folder's template, up to the answer or with it; `eos_id` is what
-        transformers takes for EOS, which may be another id.
+        `render` gives the turns of QUESTION in the folder's template, up to the answer or with it, and after a system prompt or
+        without one; `eos_id` is what transformers takes for EOS, which may be another id.
         """
         self.folder = folder
         self._ids = ids
@@ -77,9 +79,16 @@ class Tokenizer:
         self._control_ids = {i for piece, i in ids.items() if piece in flagged or CONTROL.fullmatch(piece)}
         self._pieces = {i: piece for piece, i in ids.items()}
         self.vocab_size = 1 + max(i for piece, i in ids.items() if piece != "<image_soft_token>")
-        self._template = render(None)
-        self._prompt = re.split(f"({control})", self._template)  # text, a control piece, text, and so on
-        end = re.match(control, render(ANSWER).partition(ANSWER)[2].lstrip())
+        self._template, with_system = render(None, ""), render(None, INSTRUCTIONS)
+        # A system role puts the end of a turn between the system prompt and the question.
+        between = with_system.partition(INSTRUCTIONS)[2].partition(QUESTION)[0]
+        self.has_system_role = bool(re.search(control, between))
+        # text, a control piece, text, and so on
+        self._prompts = [re.split(f"({control})", template) for template in (self._template, with_system)]
+        opened, closed = (self._template.count(mark) for mark in THOUGHTS)
+        self._thought_ids = [ids[mark] for mark in THOUGHTS if mark in ids]
+        self._starts_in_thought = opened > closed
+        end = re.match(control, render(ANSWER, "").partition(ANSWER)[2].lstrip())
         self.end_of_turn_id = self.piece_id(end[0]) if end else self.eos_id
         ends = [self.eos_id, self.end_of_turn_id, *([] if eos_id is None else [eos_id]), *stated_stop_ids(folder)]
         self.stop_ids = tuple(dict.fromkeys(ends))
@@ -93,16 +102,35 @@ class Tokenizer:
         cuts = [0, *(match.start() + 1 for match in self._control_start.finditer(text)), len(text)]
         return [i for start, end in pairwise(cuts) for i in self._encode_text(text[start:end])]
 
-    def encode_turn(self, text: str) -> list[int]:
-        """The ids of the chat template with `text` as the user's turn; the control pieces are the template's alone."""
+    def encode_turn(self, text: str, system: str = "") -> list[int]:
+        """The ids of the chat template with `text` as the user's turn; the control pieces are the template's alone.
+
+        `system` becomes the system's turn, which only a template with a system role has.
+        """
         ids = []
-        for i, part in enumerate(self._prompt):
-            ids += [self.piece_id(part)] if i % 2 else self.encode(part.replace(QUESTION, text))
+        for i, part in enumerate(self._prompts[bool(system)]):
+            if i % 2:
+                ids.append(self.piece_id(part))
+            else:
+                pieces = re.split(f"({QUESTION}|{INSTRUCTIONS})", part)
+                ids += self.encode("".join({QUESTION: text, INSTRUCTIONS: system}.get(piece, piece) for piece in pieces))
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids` (ints or a numpy row). Control pieces (pad, BOS, EOS, turns, unused ones) are left out."""
-        return self._decode_ids([int(i) for i in ids if int(i) not in self._control_ids])
+        """The text of a completion's `ids` (ints or a numpy row), which rewards read.
+
+        Control pieces (pad, BOS, EOS, turns, unused ones) are left out, and so is what a Gemma 4 thinks: all between
+        `<|channel>` and `<channel|>`, or up to the end if the channel is not closed.
+        """
+        return self._decode_ids([i for i in self._outside_thoughts(map(int, ids)) if i not in self._control_ids])
+
+    def _outside_thoughts(self, ids: Iterable[int]) -> Iterator[int]:
+        inside = self._starts_in_thought
+        for i in ids:
+            if i in self._thought_ids:
+                inside = i == self._thought_ids[0]
+            elif not inside:
+                yield i
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
         """The text of each id. Joined they are the text, except that control pieces and bytes ("<0x0A>") appear by name."""
@@ -148,10 +176,11 @@ def stated_stop_ids(folder: Path) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
+def load_tokenizer(folder: str | Path, thinking: bool = False) -> Tokenizer:
     """Load the tokenizer of a folder, from its `tokenizer.json` or `tokenizer.model`.
 
-    Raises DataError when there is neither, and for a file that is damaged or not Gemma's.
+    `thinking` is the `enable_thinking` of its template. Raises DataError when there is neither, for a file that is damaged or
+    not Gemma's, and for a template that cannot switch thinking on.
     """
     folder = Path(folder)
     if not has_tokenizer(folder):
@@ -161,7 +190,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         loaded = _load_transformers(folder)
         stated = {"eos_id": loaded.eos_token_id}
         if loaded.chat_template:
-            stated["render"] = partial(_render, loaded, folder)
+            stated["render"] = partial(_render, loaded, folder, thinking)
+    if thinking and ("render" not in stated or stated["render"](None, "") == _render(loaded, folder, False, None, "")):
+        raise DataError(f"thinking true: the chat template of {folder} cannot switch it on; leave it out")
     if not (folder / "tokenizer.json").is_file():
         return Tokenizer(folder, *_read_sentencepiece(folder), **stated)
     import tokenizers
@@ -214,12 +245,15 @@ def _load_transformers(folder: Path) -> Any:
     return loaded
 
 
-def _render(loaded: Any, folder: Path, answer: str | None) -> str:
-    turns = [{"role": "user", "content": QUESTION}]
+def _render(loaded: Any, folder: Path, thinking: bool, answer: str | None, system: str) -> str:
+    turns = [{"role": "system", "content": system}] if system else []
+    turns += [{"role": "user", "content": QUESTION}]
     turns += [] if answer is None else [{"role": "assistant", "content": answer}]
     try:
-        text = loaded.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None)
+        text = loaded.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None, enable_thinking=thinking)
     except Exception as error:  # a template may raise what it likes
+        if system:  # as those of Gemma 1 and 2, which have no system role
+            return ""
         raise DataError(f"chat template of {folder} fails: {' '.join(str(error).split())[:200]}") from error
     if any(text.count(wanted) != 1 for wanted in (QUESTION, answer or QUESTION)):
         raise DataError(f"chat template of {folder} does not show a question and its answer once, as they are")

@@ -70,7 +70,8 @@ class Config:
         free=True,
     )  # fmt: skip
     pass_rates_keep: float = flag(0.0, "share of such problems that stays; 1: all", "data", least=0, most=1)
-    system_prompt: str = flag(SYSTEM, "opens the user's turn; the reward expects its tags", "data")
+    system_prompt: str = flag(SYSTEM, "the system's turn, or what opens the user's; the reward expects its tags", "data")
+    thinking: bool = flag(False, "Gemma 4: let the model think first; rewards do not see what it thinks", "data")
     seed: int = flag(0, "determines which problems, in what order, and every sample", "data", least=0, below=2**32)
     new_problems: int = flag(500, "problems that a session sees for the first time, drawn from --data; 0: all", "data", least=0)
     epochs: int = flag(1, "passes of a session over its problems", "data", above=0, free=True)

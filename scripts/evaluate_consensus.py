@@ -70,7 +70,8 @@ class ConsensusConfig:
     out: str = flag(
         "", "output directory; default: RUN_DIR/consensus, for a checkpoint RUN_DIR/consensus-STEP, else runs/NAME-consensus"
     )
-    system_prompt: str = flag("auto", "opens the user's turn; auto: the run's, or the default of training")
+    system_prompt: str = flag("auto", "the system's turn, or what opens the user's; auto: the run's, or that of training")
+    thinking: str = flag("auto", "Gemma 4: let the model think first; auto: as in the run", choices=("auto", "true", "false"))
     max_new_tokens: int = flag(0, "longest completion, the stop token included; 0: as in the run, or 512", least=0)
     max_prompt_tokens: int = flag(0, "problems with longer prompts are listed and count as wrong; 0: no limit", least=0)
     top_k: int = flag(0, "sample from the k most likely tokens; 0: all", least=0)
@@ -186,6 +187,7 @@ def sampling_settings(config: ConsensusConfig, run: Config, voters: int, devices
     return replace(
         run,
         system_prompt=run.system_prompt if config.system_prompt == "auto" else config.system_prompt,
+        thinking=run.thinking if config.thinking == "auto" else config.thinking == "true",
         max_new_tokens=config.max_new_tokens or run.max_new_tokens,
         max_prompt_tokens=config.max_prompt_tokens or 2**31 - 1,
         prompts_per_step=config.batch_size or max(run.rows // group // devices, 1) * devices, group_size=group, microbatches=1,
@@ -204,7 +206,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     problems = evaluation_problems(config, run, model)
     run = sampling_settings(config, run, len(temperatures), mesh.size)
     folder = Path(config.out) if config.out else default_folder(config.model_path, model)
-    relevant = ("system_prompt", "max_new_tokens", "max_prompt_tokens", "top_k", "top_p", "seed", "dtype")
+    relevant = ("system_prompt", "thinking", "max_new_tokens", "max_prompt_tokens", "top_k", "top_p", "seed", "dtype")
     settings = {"models": list(models)} | {name: getattr(run, name) for name in relevant}
     with open_evaluation(folder, problems, temperatures, settings) as evaluation, jax.set_mesh(mesh), Interrupts(0):
         for name, one in models.items():

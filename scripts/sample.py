@@ -38,7 +38,8 @@ class SampleConfig:
     adapter_alpha: float = flag(0.0, "alpha of adapters that do not store it")
     prompt: str = flag("", "text of the user's turn")
     ids: str = flag("", "prompts as token ids instead: a JSON list of lists, whose lengths may differ")
-    system_prompt: str = flag("", "text before the prompt in the user's turn")
+    system_prompt: str = flag("", "text before the prompt: the system's turn, or in the user's where there is none")
+    thinking: bool = flag(False, "Gemma 4: let the model think first; what it thinks is not printed")
     raw: bool = flag(False, "no chat template: <bos>, then the text")
     samples: int = flag(1, "completions per prompt")
     max_new_tokens: int = flag(128, "maximum length of a completion, the stop token included")
@@ -79,7 +80,7 @@ def read_ids(text: str, vocab_size: int) -> list[list[int]]:
 def main(argv: list[str]) -> dict[str, Any]:
     config = parse(SampleConfig, argv, __doc__ or "")
     source = find_model(config.model_path, config.base_path, config.adapter_alpha)
-    tokenizer = load_tokenizer(source.folder) if has_tokenizer(source.folder) or config.prompt else None
+    tokenizer = load_tokenizer(source.folder, config.thinking) if has_tokenizer(source.folder) or config.prompt else None
     if tokenizer:
         check_tokenizer(tokenizer, source.config)
     prompts = choose_prompts(config, tokenizer, source.config.vocab_size)
@@ -100,8 +101,9 @@ def choose_prompts(config: SampleConfig, tokenizer: Tokenizer | None, vocab_size
     if config.ids:
         return read_ids(config.ids, vocab_size)
     assert tokenizer
-    text = render_prompt(config.prompt, config.system_prompt)
-    return [[tokenizer.bos_id, *tokenizer.encode(text)] if config.raw else encode_prompt(tokenizer, text)]
+    if config.raw:
+        return [[tokenizer.bos_id, *tokenizer.encode(render_prompt(config.prompt, config.system_prompt))]]
+    return [encode_prompt(tokenizer, config.prompt, config.system_prompt)]
 
 
 def complete(

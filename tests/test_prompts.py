@@ -62,7 +62,7 @@ def test_blanks_around_the_users_text_change_nothing(small_tokenizer_folder):
 def test_long_prompts_are_dropped_whole_and_named():
     problems = [Problem(str(n), "x" * n, "1") for n in (3, 9, 5, 10, 4)]
 
-    tokenizer = SimpleNamespace(bos_id=-1, encode_turn=lambda text: [-1, *map(ord, f"user: {text}.")])
+    tokenizer = SimpleNamespace(bos_id=-1, has_system_role=False, encode_turn=lambda text: [-1, *map(ord, f"user: {text}.")])
     overhead = 1 + len("user: .")
     kept, ids, dropped = drop_long(problems, tokenizer, system="", width=overhead + 5)  # pyright: ignore[reportArgumentType]
     assert [p.id for p in kept] == ["3", "5", "4"]

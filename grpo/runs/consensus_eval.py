@@ -78,7 +78,7 @@ class Evaluation:
         self, name: str, model: Model, mesh: Mesh, config: Config, show: Callable[[list[Completion]], None]
     ) -> None:
         """Draw the missing samples of a model. `show` is called with the samples that have ended."""
-        tokenizer = load_tokenizer(model.folder)
+        tokenizer = load_tokenizer(model.folder, config.thinking)
         check_tokenizer(tokenizer, model.config)
         params = model.load_policy(mesh, activation_dtype(config.dtype))
         adapted = list(attached(params).values())

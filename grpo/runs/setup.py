@@ -57,7 +57,7 @@ def prepare(config: Config, demonstrated: bool = False) -> Setup:
     mesh = make_mesh(config.rollout_tp)
     base = find_model(config.model_path, config.base_path, config.adapter_alpha)
     check_shapes(config, base.config, mesh)
-    tokenizer = load_tokenizer(base.folder)
+    tokenizer = load_tokenizer(base.folder, config.thinking)
     check_tokenizer(tokenizer, base.config)
     problems, eval_problems = choose_problems(config, demonstrated)
     chosen = Chosen(problems, 0, 0, 0)

@@ -29,6 +29,7 @@ FAMILIES = {  # by transformers' model_type
 ARCHITECTURES = {  # for files that lack the model_type
     "GemmaForCausalLM": "gemma", "Gemma2ForCausalLM": "gemma2", "Gemma3ForCausalLM": "gemma3_text",
     "Gemma3ForConditionalGeneration": "gemma3", "Gemma4ForCausalLM": "gemma4_text", "Gemma4ForConditionalGeneration": "gemma4",
+    "Gemma4UnifiedForCausalLM": "gemma4_unified_text", "Gemma4UnifiedForConditionalGeneration": "gemma4_unified",
 }  # fmt: skip
 EMBEDDED = Path(__file__).parents[1] / "tiny" / "config.json"
 
@@ -84,7 +85,7 @@ def parse_config(path: Path) -> GemmaConfig:
         sliding_window=values.need("sliding_window") if any(local) else FAR,
         rope_base=rope.need("rope_theta", float),
         rope_local_base=rope_local.need("rope_theta", float) if rope_local else 1e4,
-        rope_factor=1.0 if rope.values["rope_type"] == "default" else rope.get("factor", float, 1.0),
+        rope_factor=rope_factor(rope),
         attn_softcap=values.get("attn_logit_softcapping", float) if family > 1 else None,
         final_softcap=values.get("final_logit_softcapping", float) if family > 1 else None,
         post_norms=family > 1,
@@ -92,6 +93,12 @@ def parse_config(path: Path) -> GemmaConfig:
         norm_eps=values.need("rms_norm_eps", float),
         **(gemma4_fields(values, local, rope) if family == 4 else {}),
     )
+
+
+def rope_factor(rope: Settings) -> float:
+    """What positions are divided by. A factor of the type "default" has no meaning; "proportional" may lack one."""
+    kind = rope.values["rope_type"]
+    return 1.0 if kind == "default" else rope.need("factor", float) if kind == "linear" else rope.get("factor", float, 1.0)
 
 
 def gemma4_fields(values: Settings, local: tuple[bool, ...], rope: Settings) -> dict[str, Any]:

@@ -19,6 +19,10 @@ from models.formats.convert import Reader, layers_of, leaf_names, read_text_conf
 from models.formats.weight_names import array_shape, from_ours, hugging_face
 from models.gemma import GemmaConfig, Params, kind_of, shapes
 
+TEXT_MODELS = {  # of multimodal ones
+    "gemma3_text": "Gemma3ForCausalLM", "gemma4_text": "Gemma4ForCausalLM", "gemma4_unified_text": "Gemma4UnifiedForCausalLM",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -112,8 +116,10 @@ def text_config(path: Path) -> dict:
         return given.values
     kept = ("dtype", "torch_dtype", "transformers_version")
     outer = {key: x for key, x in given.values.items() if key in kept or (key.endswith("token_id") and "image" not in key)}
-    text = read_text_config(given) | outer | given.values["text_config"]
-    return text | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "tie_word_embeddings": True}
+    read = read_text_config(given)
+    kind = read["model_type"]
+    named = {"architectures": [TEXT_MODELS[kind]], "model_type": kind, "tie_word_embeddings": True}
+    return read | outer | given.values["text_config"] | named
 
 
 def config_json(config: GemmaConfig, token_ids: dict[str, Any] | None = None) -> dict:

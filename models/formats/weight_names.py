@@ -128,5 +128,7 @@ def to_ours(read: Callable[[tuple], np.ndarray], place: Place, ours: str, index:
 
 
 def from_ours(array: np.ndarray, place: Place, ours: str) -> np.ndarray:
-    """One layer's weight as Hugging Face stores it, which has the same axes in another order."""
+    """One layer's weight as Hugging Face stores it, which has the same axes in another order, or one number as an array."""
+    if not ours:
+        return array.reshape(1)
     return np.ascontiguousarray(array.transpose([ours.index(c) for c in place.letters]))
