@@ -323,6 +323,7 @@ GRPO_ONLY = {
     "schedule", "carry_optimizer", "updates_per_rollout", "max_zero_variance_steps", "retention_problems", "inspect_groups",
 } | {field.name for field in dataclasses.fields(Config) if field.metadata["group"] == "reward"}  # fmt: skip
 
+LORA: dict[str, Any] = dict(epochs=10, rollout_tp=0, lora_rank=64, lora_alpha=64.0, learning_rate=1e-5)
 PRESETS: dict[str, Config] = {
     "tiny": Config(
         preset="tiny", model_path=TINY_MODEL, data="arithmetic", system_prompt="", new_problems=320, sessions=3,
@@ -333,7 +334,10 @@ PRESETS: dict[str, Config] = {
     "gemma3-1b": Config(preset="gemma3-1b", epochs=10, rollout_tp=0),
     "gemma-2b": Config(preset="gemma-2b", epochs=10, max_new_tokens=768, rollout_tp=0),
     "gemma2-2b": Config(preset="gemma2-2b", epochs=10, max_new_tokens=768, rollout_tp=0),
-    "gemma2-2b-lora": Config(
-        preset="gemma2-2b-lora", epochs=10, max_new_tokens=768, rollout_tp=0, lora_rank=64, lora_alpha=64.0, learning_rate=1e-5
-    ),
+    "gemma2-2b-lora": Config(preset="gemma2-2b-lora", max_new_tokens=768, **LORA),
+    "gemma3-1b-lora": Config(preset="gemma3-1b-lora", **LORA),
+    "gemma3-4b-lora": Config(preset="gemma3-4b-lora", **LORA),
+    "gemma4-e2b": Config(preset="gemma4-e2b", epochs=10, rollout_tp=0),
+    "gemma4-e2b-lora": Config(preset="gemma4-e2b-lora", **LORA),
+    "gemma4-e4b-lora": Config(preset="gemma4-e4b-lora", **LORA),
 }  # fmt: skip

@@ -1,23 +1,31 @@
 """Memory of a step: what stays resident on the devices, and which rematerialisation fits in what is left."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from grpo.batch import Batch
-from grpo.update import UpdateConfig
-from models.gemma import ExecutionConfig, GemmaConfig, shapes
+from grpo.update import UpdateConfig, freezes_table
+from models.gemma import ExecutionConfig, GemmaConfig, shapes, split_table
 from models.lora import count_adapters
 
 
 def resident_bytes(model: GemmaConfig, dtype: str, config: UpdateConfig) -> float:
     """Bytes of float32 weights, moments and gradients and of the frozen weights, all devices together."""
-    weights, width = sum(leaf.size for leaf in jax.tree.leaves(shapes(model))), jnp.dtype(dtype).itemsize
+    all_shapes, width = shapes(model), jnp.dtype(dtype).itemsize
+    weights = count(all_shapes)
     if config.lora_rank:
         return width * weights + 16 * count_adapters(model, config.lora_names, config.lora_rank)
-    return (16 + width * (config.beta > 0)) * weights
+    frozen = count(split_table(all_shapes)[1]) if freezes_table(model, config) else 0
+    return (16 + width * (config.beta > 0)) * (weights - frozen) + width * frozen
+
+
+def count(tree: Any) -> int:
+    """The numbers in a tree of arrays or their shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def choose_remat(
@@ -31,10 +39,16 @@ def choose_remat(
     if execution.remat != "auto":
         return execution
     slots = (batch.prompts.size + batch.packed.tokens.size) / config.microbatches
-    products = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim + 2 * model.embed_dim + 2 * model.mlp_dim
-    kept = slots * model.num_layers * products * jnp.dtype(execution.dtype).itemsize
+    numbers = sum(kind.num_layers * kept_by_layer(kind) for kind in model.kinds.values())
+    kept = slots * numbers * jnp.dtype(execution.dtype).itemsize
     needed = (resident_bytes(model, execution.dtype, config) + kept) / devices
     return replace(execution, remat="dots" if needed < 0.8 * memory else "full")
+
+
+def kept_by_layer(kind: GemmaConfig) -> int:
+    """Numbers that `dots` keeps of a token in one layer: the results of its products, and of attention."""
+    own = kind.num_kv_heads * (1 if kind.values_are_keys else 2) if kind.own_layers else 0
+    return (2 * kind.num_heads + own) * kind.head_dim + 2 * kind.embed_dim + 2 * kind.mlp_dim + 2 * kind.per_layer_dim
 
 
 def device_memory(mesh: Mesh) -> float:

@@ -154,7 +154,7 @@ def bounds(run: Run, config: BenchmarkConfig, chip: Chip, step: int) -> dict[str
     model, devices, tp = run.model, run.mesh.size, run.mesh.shape["tp"]
     width = jnp.dtype(run.train.dtype).itemsize
     prompts, lengths = [len(ids) for ids in run.prompt_ids], row_limits(config, step).tolist()
-    tokens = sum(prompts) + sum(lengths), sum(lengths), roofline.group_pairs(model, prompts, lengths)
+    tokens = sum(prompts) + sum(lengths), sum(lengths), roofline.group_products(model, prompts, lengths)
     adapters = count_adapters(model, run.update.lora_names, config.lora_rank)
     found = {
         "sampling_params": roofline.sampling_params_bound(model, chip, devices, tp, width=width, adapters=adapters),

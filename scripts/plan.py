@@ -44,12 +44,21 @@ from grpo.runs.cli import run_script
 from grpo.runs.flags import parse
 from grpo.runs.setup import check_shapes
 from grpo.runs.workload import Workload, row_limits
-from grpo.update import UpdateConfig, completion_logprobs, init_state, moved_params, policy, sampling_params, train_step
+from grpo.update import (
+    UpdateConfig,
+    completion_logprobs,
+    freezes_table,
+    init_state,
+    moved_params,
+    policy,
+    sampling_params,
+    train_step,
+)
 from models.bounds import hlo, roofline
 from models.bounds.roofline import GIB, Chip, find_chip
 from models.formats.convert import read_config
-from models.gemma import ExecutionConfig, GemmaConfig, axes
-from models.lora import adapter_axes, count_adapters
+from models.gemma import ExecutionConfig, GemmaConfig, Params, axes, shapes, split_table
+from models.lora import adapter_axes, adapter_shapes, count_adapters
 from models.presets import MODELS
 from models.sampler import Sampling, decode, prefill, row_keys
 from models.sharding import ROLLOUT, STORE, TRAIN, Rules, abstract_like, activation_dtype, make_mesh, spec
@@ -126,10 +135,6 @@ class Plan:
     dtype: str
 
     @property
-    def sizes(self) -> dict[str, int]:
-        return self.model.sizes | {"J": self.config.lora_rank}
-
-    @property
     def update(self) -> UpdateConfig:
         return UpdateConfig.of(self.config)
 
@@ -158,10 +163,29 @@ def lora_axes(plan: Plan) -> Any:
     return adapter_axes(plan.model, plan.update.lora_names) if plan.config.lora_rank else None
 
 
-def abstract_tree(plan: Plan, tree: Any, dtype: str) -> Any:
-    """Weights or adapters as they are stored, by their letters."""
-    sizes, mesh = plan.sizes, plan.mesh
-    return jax.tree.map(lambda a: abstract([sizes[letter] for letter in a], dtype, a, STORE, mesh), tree)
+def lora_shapes(plan: Plan) -> Any:
+    """The shapes of the adapters; None without LoRA."""
+    rank = plan.config.lora_rank
+    return adapter_shapes(plan.model, plan.update.lora_names, rank) if rank else None
+
+
+def stored_weights(plan: Plan, dtype: str) -> Params:
+    """The weights as they are stored."""
+    return abstract_tree(plan, axes(plan.model), shapes(plan.model), dtype)
+
+
+def abstract_tree(plan: Plan, letters: Any, shapes: Any, dtype: str) -> Any:
+    """Weights or adapters as they are stored, by their letters and shapes."""
+    return jax.tree.map(lambda a, leaf: abstract(leaf.shape, dtype, a, STORE, plan.mesh), letters, shapes)
+
+
+def starting_weights(plan: Plan) -> tuple[Any, Params | None]:
+    """What is trained, in float32, and the frozen base below it, as `grpo.update.starting_point` gives them."""
+    if plan.config.lora_rank:
+        return abstract_tree(plan, lora_axes(plan), lora_shapes(plan), "float32"), stored_weights(plan, plan.dtype)
+    if freezes_table(plan.model, plan.update):
+        return split_table(stored_weights(plan, "float32"))[0], split_table(stored_weights(plan, plan.dtype))[1]
+    return stored_weights(plan, "float32"), None
 
 
 @dataclass(frozen=True)
@@ -210,10 +234,12 @@ def programs(plan: Plan) -> dict[str, Program]:
     batch, train = abstract_batch(plan), training(plan)
     ungraded = replace(batch, mask=None, advantages=None)  # reference and old policy run while the rewards are computed
     adapters = lora_axes(plan)
-    state = on(partial(init_state, config=update), abstract_tree(plan, adapters or axes(model), "float32"))
-    frozen = abstract_tree(plan, axes(model), plan.dtype)
-    base, reference = frozen if config.lora_rank else None, frozen if config.beta else None  # with LoRA the same weights
-    weights, apart = policy(state.params, base, update), None if config.lora_rank else reference
+    trained, base = starting_weights(plan)
+    state = on(partial(init_state, config=update), trained)
+    reference = stored_weights(plan, plan.dtype) if config.beta else None
+    weights, apart = policy(state.params, base, update), reference  # what the reference has of its own: with LoRA nothing
+    if base is not None and reference is not None:
+        apart = None if config.lora_rank else split_table(reference)[0]
     params = on(partial(sampling_params, model=model, execution=sample), weights)
     prefilled = on(partial(prefill, config=model, execution=sample), params, batch.prompts, batch.lengths)
     temperatures, limits = (abstract([config.rows], dtype, "B", TRAIN, plan.mesh) for dtype in ("float32", "int32"))
@@ -222,8 +248,9 @@ def programs(plan: Plan) -> dict[str, Program]:
     old = logprobs if config.updates_per_rollout > 1 else None
     full_batch = replace(batch, ref_logprobs=logprobs if config.beta else None, old_logprobs=old)
     rate, rows = config.learning_rate, (keys, temperatures, limits)
-    unmoved = base if plan.mesh.size == 1 else None  # `sampling_params` does not copy it: sampling reads the base itself
-    beside = [state, apart if unmoved else base or apart]
+    in_place = plan.mesh.size == 1 or (not config.lora_rank and plan.mesh.shape["fsdp"] == 1)
+    unmoved = base if in_place else None  # `sampling_params` does not copy it: sampling reads the base itself
+    beside = [state, apart if unmoved else reference or base]
     found = {
         "sampling_params": Program(moved_params, (weights, model, sample), [state.opt_state, apart, unmoved], adapters),
         "prefill": Program(prefill, (params, batch.prompts, batch.lengths, model, sample), beside),
@@ -245,7 +272,7 @@ def bounds(plan: Plan) -> dict[str, roofline.Bound]:
         return {}
     devices, tp, width = plan.mesh.size, plan.mesh.shape["tp"], plan.width
     prompts, lengths = [config.max_prompt_tokens] * config.prompts_per_step, row_limits(config, 0).tolist()
-    tokens = sum(prompts) + sum(lengths), sum(lengths), roofline.group_pairs(model, prompts, lengths)
+    tokens = sum(prompts) + sum(lengths), sum(lengths), roofline.group_products(model, prompts, lengths)
     forward = roofline.logprobs_bound(model, chip, devices, *tokens, width=width)
     adapters = count_adapters(model, plan.update.lora_names, config.lora_rank)
     return {
@@ -261,8 +288,9 @@ def bounds(plan: Plan) -> dict[str, roofline.Bound]:
 def weight_shapes(plan: Plan, adapters: Any) -> set[tuple[int, ...]]:
     """Each matrix as it may travel: whole or a device's part, one layer or all; sizes sorted, as gradients come transposed."""
     found = set()
-    for leaf in jax.tree.leaves((axes(plan.model), adapters)):
-        shape = tuple(plan.sizes[letter] for letter in leaf)
+    letters, sizes = (axes(plan.model), adapters), (shapes(plan.model), lora_shapes(plan) if adapters else None)
+    for leaf, size in zip(jax.tree.leaves(letters), jax.tree.leaves(sizes), strict=True):
+        shape = size.shape
         for rules in (Rules(), STORE, ROLLOUT):
             part = NamedSharding(plan.mesh, spec(leaf, rules)).shard_shape(shape)
             found |= {part, part[1:]} if leaf.startswith("L") else {part}

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +13,16 @@ import pytest
 
 from models.bounds import hlo, roofline
 from models.bounds.roofline import CHIPS, Bound, Chip, find_chip
-from models.gemma import FAR, ExecutionConfig, GemmaConfig, forward, shapes, vocab_logits
+from models.gemma import FAR, ExecutionConfig, GemmaConfig, forward, leaf_name, shapes, vocab_logits
 from models.presets import MODELS
 from models.sharding import make_mesh
 
 GLOBAL = GemmaConfig(3, 16, 4, 2, 8, 32, 64, 8**-0.5, (False,) * 3)
 MIXED = replace(GLOBAL, local_layers=(True, False, True), sliding_window=5, post_norms=True, qk_norms=True)
+GEMMA4 = replace(  # two layers of each kind, all sizes different
+    MIXED, num_layers=8, local_layers=(True, False) * 4, norm_offset=0.0, global_head_dim=16, global_kv_heads=1,
+    shared_layers=4, shared_mlp_dim=48, per_layer_dim=12,
+)  # fmt: skip
 CHIP = Chip("even", flops=1e6, memory=1e9, bandwidth=1e5, link=1e4, links=2, hop=1e-3)
 
 
@@ -25,21 +30,23 @@ def windows(model: GemmaConfig) -> list[int]:
     return [model.sliding_window if local else FAR for local in model.local_layers]
 
 
-@pytest.mark.parametrize("model", [GLOBAL, *MODELS.values()])
+@pytest.mark.parametrize("model", [GLOBAL, GEMMA4, *MODELS.values()])
 def test_weights_are_those_of_the_model(model):
-    """All but the norms, which are under a thousandth."""
-    tree = shapes(model)
-    count = {name: math.prod(leaf.shape) for name, leaf in vars(tree.layers).items() if leaf is not None}
-    assert roofline.attention_weights(model) == sum(count[name] for name in "qkvo")
+    """All but the norms, which are under a thousandth, and the table of per-layer embeddings, of which a token reads a row."""
+    tree, count = shapes(model), Counter()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        count[leaf_name(path).rpartition(".")[2]] += leaf.size
+    per_layer = count["layer_gate"] + count["layer_out"] + count["projection"]
+    assert roofline.attention_weights(model) == sum(count[name] for name in "qkvo") + per_layer
     assert roofline.mlp_weights(model) == count["gate"] + count["up"] + count["down"]
     assert roofline.head_weights(model) == math.prod(tree.embedding.shape)
 
 
 @pytest.mark.parametrize("model", [GLOBAL, MIXED])
 @pytest.mark.parametrize(("start", "stop"), [(0, 1), (0, 4), (0, 9), (3, 5), (4, 12), (7, 8), (9, 9)])
-def test_attention_pairs_count_every_visible_key(model, start, stop):
+def test_attention_products_count_every_visible_key(model, start, stop):
     seen = sum(0 <= q - k < window for window in windows(model) for q in range(start, stop) for k in range(q + 1))
-    assert roofline.attention_pairs(model, start, stop) == seen
+    assert roofline.attention_products(model, start, stop) == seen * model.num_heads * model.head_dim
 
 
 @pytest.mark.parametrize("model", [GLOBAL, MIXED])
@@ -48,29 +55,31 @@ def test_attention_pairs_count_every_visible_key(model, start, stop):
 def test_keys_that_decoding_reads_are_those_the_next_token_sees(model, prompt, own):
     position = prompt + own
     visible = [k for window in windows(model) for k in range(position) if position - k < window]
-    assert roofline.shared_keys(model, prompt, own) == sum(k < prompt for k in visible)
-    assert roofline.own_keys(model, own) == sum(k >= prompt for k in visible)
+    width = model.num_kv_heads * model.head_dim
+    assert roofline.shared_keys(model, prompt, own) == width * sum(k < prompt for k in visible)
+    assert roofline.own_keys(model, own) == width * sum(k >= prompt for k in visible)
 
 
-def test_group_pairs_count_each_prompt_once():
-    pairs = roofline.group_pairs(MIXED, [4, 7], [2, 6, 3, 1])
+def test_group_products_count_each_prompt_once():
+    pairs = roofline.group_products(MIXED, [4, 7], [2, 6, 3, 1])
     sequences = [(0, 4), (0, 7), (4, 6), (4, 10), (7, 10), (7, 8)]
-    assert pairs == sum(roofline.attention_pairs(MIXED, *sequence) for sequence in sequences)
+    assert pairs == sum(roofline.attention_products(MIXED, *sequence) for sequence in sequences)
 
 
 @pytest.mark.parametrize("unroll", [False, True])
-def test_model_flops_are_the_products_of_the_compiled_forward_pass(unroll):
+@pytest.mark.parametrize("model", [MIXED, GEMMA4, replace(GEMMA4, values_are_keys=True, per_layer_dim=0)])
+def test_model_flops_are_the_products_of_the_compiled_forward_pass(model, unroll):
     """The program multiplies masked (query, key) pairs too, so that each row has T * T of them in each layer."""
     B, T = 2, 6
 
     def logits(params, tokens, positions):
         execution = ExecutionConfig(unroll=unroll)
-        hidden, _ = forward(params, tokens, positions, MIXED, execution)
-        return vocab_logits(hidden, params, MIXED, execution)
+        hidden, _ = forward(params, tokens, positions, model, execution)
+        return vocab_logits(hidden, params, model, execution)
 
     with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
         tokens = jax.ShapeDtypeStruct((B, T), jnp.int32)
-        module = hlo.parse(jax.jit(logits).lower(shapes(MIXED), tokens, tokens).compile().as_text())
+        module = hlo.parse(jax.jit(logits).lower(shapes(model), tokens, tokens).compile().as_text())
     products = 0
     for operation, where, times in hlo.operations(module, module.entry):
         if operation.kind == "dot":
@@ -78,8 +87,8 @@ def test_model_flops_are_the_products_of_the_compiled_forward_pass(unroll):
             summed = operation.attributes.partition("lhs_contracting_dims={")[2].partition("}")[0]
             summed = math.prod(left[int(axis)] for axis in summed.split(","))
             products += 2 * summed * math.prod(operation.shapes[0].dims) * times
-    pairs = MIXED.num_layers * B * T * T
-    assert products == roofline.forward_flops(MIXED, B * T, B * T, pairs)
+    heads = sum(kind.num_layers * kind.num_heads * kind.head_dim for kind in model.kinds.values())
+    assert products == roofline.forward_flops(model, B * T, B * T, heads * B * T * T)
 
 
 def test_an_update_on_one_chip_in_closed_form():
@@ -87,7 +96,7 @@ def test_an_update_on_one_chip_in_closed_form():
     D, A, E, F, V, L = 16, 32, 16, 32, 64, 3
     body, head = L * (2 * D * A + 2 * D * E + 3 * D * F), V * D
     bound = roofline.update_bound(GLOBAL, CHIP, 1, 100, 40, 500, width=2)
-    flops = 3 * (2 * body * 100 + 2 * head * 40 + 4 * A * 500)
+    flops = 3 * (2 * body * 100 + 2 * head * 40 + 4 * 500)
     read, state = 2 * 2 * (body + head), 28 * (body + head)
     assert (bound.flops, bound.memory_bytes, bound.network_bytes) == (flops, read + state, 0)
     assert bound.seconds == pytest.approx(max(flops / 1e6, read / 1e5) + state / 1e5)

@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from data.problems import Problem
 from grpo.config import Config
-from grpo.memory import resident_bytes
+from grpo.memory import count, resident_bytes
 from grpo.runs.run_dir import run_dir
 from grpo.runs.setup import Setup
-from models.gemma import shapes
+from grpo.update import freezes_table
+from models.gemma import shapes, split_table
 from models.lora import count_adapters
 
 LABEL = 12  # columns of what stands before each line of the plan
@@ -119,11 +120,13 @@ def state_bytes(run: Setup) -> float:
     config, model, n = run.config, run.model, run.mesh.size
     width = jnp.dtype(run.train.dtype).itemsize
     state = resident_bytes(model, run.train.dtype, run.update) / n
-    sampling_weights = sum(leaf.size for leaf in jax.tree.leaves(shapes(model))) * width / run.mesh.shape["tp"]
-    if config.lora_rank and n == 1:
-        sampling_weights = 0  # `sampling_params` does not copy the frozen base
+    copied = shapes(model)  # by `sampling_params`: all that is not frozen and in its place
+    if freezes_table(model, run.update) and run.mesh.shape["fsdp"] == 1:
+        copied = split_table(copied)[0]
+    sampling_weights = 0 if config.lora_rank and n == 1 else count(copied) * width / run.mesh.shape["tp"]
     slots = config.prompts_per_step * config.max_prompt_tokens + config.rows * config.max_new_tokens
-    cache = 2 * model.num_layers * model.num_kv_heads * model.head_dim * slots * width / n
+    numbers = sum(kind.own_layers * kind.num_kv_heads * kind.head_dim for kind in model.kinds.values())
+    cache = 2 * numbers * slots * width / n
     return state + sampling_weights + cache
 
 

@@ -89,13 +89,19 @@ def overlapped(chip: Chip, devices: int, flops: float, memory: float, network: f
 
 
 def attention_weights(model: GemmaConfig) -> int:
-    """Parameters of q, k, v and o in all layers."""
-    return 2 * model.num_layers * model.embed_dim * (model.num_heads + model.num_kv_heads) * model.head_dim
+    """Parameters of q, k, v and o in all layers, and of what makes per-layer embeddings: what sampling replicates."""
+
+    def of_layer(kind: GemmaConfig) -> int:
+        own = kind.num_kv_heads * (1 if kind.values_are_keys else 2) if kind.own_layers else 0
+        return kind.embed_dim * ((2 * kind.num_heads + own) * kind.head_dim + 2 * kind.per_layer_dim)
+
+    in_layers = sum(kind.num_layers * of_layer(kind) for kind in model.kinds.values())
+    return in_layers + model.embed_dim * model.num_layers * model.per_layer_dim
 
 
 def mlp_weights(model: GemmaConfig) -> int:
     """Parameters of gate, up and down in all layers."""
-    return 3 * model.num_layers * model.embed_dim * model.mlp_dim
+    return sum(3 * kind.num_layers * kind.embed_dim * kind.mlp_dim for kind in model.kinds.values())
 
 
 def head_weights(model: GemmaConfig) -> int:
@@ -103,44 +109,49 @@ def head_weights(model: GemmaConfig) -> int:
     return model.vocab_size * model.embed_dim
 
 
-def attention_pairs(model: GemmaConfig, start: int, stop: int) -> int:
-    """(query, key) pairs of one sequence with queries at positions start, ..., stop - 1, summed over layers."""
+def attention_products(model: GemmaConfig, start: int, stop: int) -> int:
+    """Products of a query's number and a key's number in one sequence with queries at positions start, ..., stop - 1.
+
+    Summed over layers and heads.
+    """
 
     def seen(window: int) -> int:
         """The sum of min(position + 1, window)."""
         full = min(max(window, start), stop)  # from this position on, a query sees a whole window
         return (full * (full + 1) - start * (start + 1)) // 2 + (stop - full) * window
 
-    return sum(seen(model.sliding_window if local else stop) for local in model.local_layers)
+    local, all_ = seen(model.sliding_window), seen(stop)
+    kinds = model.kinds.values()
+    return sum(k.num_heads * k.head_dim * sum(local if near else all_ for near in k.local_layers) for k in kinds)
 
 
-def forward_flops(model: GemmaConfig, body_tokens: int, head_tokens: int, pairs: int) -> float:
-    """Flops of one forward pass on all chips together; `pairs` is the sum of `attention_pairs` over sequences."""
+def forward_flops(model: GemmaConfig, body_tokens: int, head_tokens: int, products: int) -> float:
+    """Flops of one forward pass on all chips together; `products` is the sum of `attention_products` over sequences."""
     body = attention_weights(model) + mlp_weights(model)
     dense = 2 * (body * body_tokens + head_weights(model) * head_tokens)
-    return dense + 4 * model.num_heads * model.head_dim * pairs
+    return dense + 4 * products
 
 
-def group_pairs(model: GemmaConfig, prompts: Sequence[int], lengths: Sequence[int]) -> int:
-    """`attention_pairs` of prompts and completions with these lengths, Q and B, question-major; each prompt counts once."""
+def group_products(model: GemmaConfig, prompts: Sequence[int], lengths: Sequence[int]) -> int:
+    """`attention_products` of prompts and completions with these lengths, Q and B, question-major; each prompt counts once."""
     G = len(lengths) // len(prompts)
-    completions = (attention_pairs(model, prompts[b // G], prompts[b // G] + length) for b, length in enumerate(lengths))
-    return sum(attention_pairs(model, 0, prompt) for prompt in prompts) + sum(completions)
+    completions = (attention_products(model, prompts[b // G], prompts[b // G] + length) for b, length in enumerate(lengths))
+    return sum(attention_products(model, 0, prompt) for prompt in prompts) + sum(completions)
 
 
 def logprobs_bound(
-    model: GemmaConfig, chip: Chip, devices: int, body_tokens: int, head_tokens: int, pairs: int, *, width: int = 2
+    model: GemmaConfig, chip: Chip, devices: int, body_tokens: int, head_tokens: int, products: int, *, width: int = 2
 ) -> Bound:
     """Log-probabilities of `head_tokens`: weights are gathered layer by layer (FSDP), hidden states sent to the vocabulary."""
     body = attention_weights(model) + mlp_weights(model)
-    flops = forward_flops(model, body_tokens, head_tokens, pairs) / devices
+    flops = forward_flops(model, body_tokens, head_tokens, products) / devices
     memory = width * (body + head_weights(model) / devices)
     network = width * received(devices) * (body + head_tokens * model.embed_dim)
     return overlapped(chip, devices, flops, memory, network)
 
 
 def update_bound(
-    model: GemmaConfig, chip: Chip, devices: int, body_tokens: int, head_tokens: int, pairs: int, *, width: int = 2,
+    model: GemmaConfig, chip: Chip, devices: int, body_tokens: int, head_tokens: int, products: int, *, width: int = 2,
     adapters: int = 0,
 ) -> Bound:  # fmt: skip
     """One optimizer update: forward and backward pass each gather and read the weights, and the gradient is scattered once.
@@ -149,7 +160,7 @@ def update_bound(
     are those of the `adapters` (their number of parameters), and the weights have no gradient: two of three products remain.
     """
     body = attention_weights(model) + mlp_weights(model)
-    forward = logprobs_bound(model, chip, devices, body_tokens, head_tokens, pairs, width=width)
+    forward = logprobs_bound(model, chip, devices, body_tokens, head_tokens, products, width=width)
     flops = 3 * forward.flops
     if adapters:
         own = 2 * (body * body_tokens + head_weights(model) * head_tokens)  # the weights' products in one forward pass
@@ -180,8 +191,8 @@ def sampling_params_bound(
 def prefill_bound(model: GemmaConfig, chip: Chip, devices: int, tp: int, prompts: Sequence[int], *, width: int = 2) -> Bound:
     """Keys and values of prompts with these lengths; rows are sent to the MLP and back."""
     tokens = sum(prompts)
-    flops = forward_flops(model, tokens, 0, sum(attention_pairs(model, 0, prompt) for prompt in prompts)) / devices
-    kept = 2 * model.num_layers * model.num_kv_heads * model.head_dim * tokens / devices
+    flops = forward_flops(model, tokens, 0, sum(attention_products(model, 0, prompt) for prompt in prompts)) / devices
+    kept = 2 * sum(kv_width(kind) * kind.num_layers for kind in model.kinds.values()) * tokens / devices
     memory = width * (attention_weights(model) + mlp_weights(model) / tp + kept)
     network = width * 2 * model.num_layers * received(tp) * tokens / (devices // tp) * model.embed_dim
     return overlapped(chip, tp, flops, memory, network)
@@ -196,28 +207,36 @@ def decode_step_bound(
     group. In each layer the rows of a `tp` group are gathered for the MLP and its outputs are scattered back; they are gathered
     once more for the vocabulary, and one last exchange picks the token. Nothing overlaps with these: the next product waits.
     """
-    L, D, kv_width = model.num_layers, model.embed_dim, 2 * model.num_kv_heads * model.head_dim
+    L, D = model.num_layers, model.embed_dim
     G = rows / len(prompts)
-    pairs = sum(G * attention_pairs(model, prompt + own, prompt + own + 1) for prompt in prompts)
-    flops = forward_flops(model, rows, rows, 0) + 4 * model.num_heads * model.head_dim * pairs
+    products = sum(G * attention_products(model, prompt + own, prompt + own + 1) for prompt in prompts)
+    flops = forward_flops(model, rows, rows, products)
     keys = sum(shared_keys(model, prompt, own) + G * own_keys(model, own) for prompt in prompts)
     weights = attention_weights(model) + (mlp_weights(model) + head_weights(model)) / tp
-    memory = width * (weights + kv_width * keys / devices)
+    memory = width * (weights + 2 * keys / devices)
     network = width * (2 * L + 1) * received(tp) * rows / (devices // tp) * D
     latency = (2 * L + 2) * (tp // 2) * chip.hop
     seconds = max(flops / devices / chip.flops, memory / chip.bandwidth) + chip.network(network, tp) + latency
     return Bound(flops / devices, memory, network, seconds)
 
 
+def kv_width(kind: GemmaConfig) -> int:
+    """Numbers of a token's keys in one layer, as many as of its values; layers that share read those of another."""
+    return kind.num_kv_heads * kind.head_dim
+
+
 def own_keys(model: GemmaConfig, own: int) -> int:
-    """How many of a row's `own` earlier tokens its next token attends to, summed over layers."""
-    return sum(min(own, model.sliding_window - 1) if local else own for local in model.local_layers)
+    """Numbers of the keys of a row's `own` earlier tokens that its next token attends to, summed over layers."""
+    near = min(own, model.sliding_window - 1)
+    kinds = model.kinds.values()
+    return sum(kv_width(kind) * sum(near if local else own for local in kind.local_layers) for kind in kinds)
 
 
 def shared_keys(model: GemmaConfig, prompt: int, own: int) -> int:
-    """How many tokens of its prompt a row's next token attends to, after `own` tokens, summed over layers."""
-    left = max(model.sliding_window - 1 - own, 0)
-    return sum(min(prompt, left) if local else prompt for local in model.local_layers)
+    """Numbers of the keys of its prompt that a row's next token attends to, after `own` tokens, summed over layers."""
+    near = min(prompt, max(model.sliding_window - 1 - own, 0))
+    kinds = model.kinds.values()
+    return sum(kv_width(kind) * sum(near if local else prompt for local in kind.local_layers) for kind in kinds)
 
 
 def decode_bound(

@@ -111,8 +111,7 @@ def gemma4_fields(values: Settings, local: tuple[bool, ...], rope: Settings) -> 
         raise ModelError(f"{path}: vocab_size_per_layer_input and vocab_size must be equal")
     if shared and not set(local[-shared:]) <= set(local[:-shared]):
         raise ModelError(f"{path}: num_kv_shared_layers {shared} leaves no layer of each type with keys and values of its own")
-    width, sizes = said["intermediate_size"], said["per_layer_config"].items()
-    sizes = {int(layer): Settings(path, one) for layer, one in sizes}
+    sizes = {int(layer): Settings(path, one) for layer, one in said["per_layer_config"].items()}
     of_global = [sizes.pop(layer, Settings(path, {})) for layer, is_local in enumerate(local) if not is_local]
     if sizes or any(one.values != of_global[0].values for one in of_global):
         raise ModelError(f"{path}: per_layer_config must give all full_attention layers the same sizes, and no other layer any")
@@ -121,11 +120,11 @@ def gemma4_fields(values: Settings, local: tuple[bool, ...], rope: Settings) -> 
     return dict(
         norm_offset=0.0,
         global_head_dim=of_global[0].get("head_dim", int, said["head_dim"]),
-        global_kv_heads=of_global[0].get("num_key_value_heads", int, said["num_key_value_heads"]),
+        global_kv_heads=of_global[0].get("num_key_value_heads", int, 0),
         rope_fraction=rope.get("partial_rotary_factor", float, 1.0) if rope.values["rope_type"] == "proportional" else 1.0,
         values_are_keys=bool(said.get("attention_k_eq_v")),
         shared_layers=shared or 0,
-        shared_mlp_dim=width * 2 if said.get("use_double_wide_mlp") else width,
+        shared_mlp_dim=2 * said["intermediate_size"] if said.get("use_double_wide_mlp") else 0,
         per_layer_dim=per_layer or 0,
     )
 
