@@ -281,7 +281,7 @@ def test_errors_of_config_json_name_the_key(folder):
     "changes, reason",
     [
         ({"model_type": "llama"}, "model_type llama is unknown; one of gemma, gemma2, gemma3, gemma3_text, gemma4, "),
-        ({"model_type": None, "architectures": ["LlamaForCausalLM"]}, "architecture LlamaForCausalLM is unknown; one of gemma"),
+        ({"model_type": None, "architectures": ["LlamaForCausalLM"]}, "architecture LlamaForCausalLM is unknown; one of Gemma"),
         ({"model_type": None, "architectures": None}, "architecture none is unknown"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"num_hidden_layers": None}, "num_hidden_layers is missing"),

@@ -19,10 +19,12 @@ from test_gemma import close, our_logits
 
 from grpo.runs.model_source import find_model
 from models import ModelError
+from models.formats.convert import read_config
+from models.formats.save import text_config
 from models.sharding import STORE
 
 UNCHANGED = "computes what the folder computed before"
-G1, G2, G3 = "gemma1-mqa", "gemma2-gqa", "gemma3-gqa"
+G1, G2, G3, G4 = "gemma1-mqa", "gemma2-gqa", "gemma3-gqa", "gemma4-e2b"
 SAME = "computes what transformers computes"
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING = "model.embed_tokens.weight"
@@ -64,11 +66,11 @@ def stale_index(old_shard: bool) -> Callable[[Path], None]:
     return change
 
 
-def multimodal(prefix: str, **outer: Any) -> Callable[[Path], None]:
+def multimodal(prefix: str, kind: str = "gemma3", **outer: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         text = json.loads((folder / "config.json").read_text())
         vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-        values = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "vision_config": vision}
+        values = {"model_type": kind, **({"vision_config": vision} if kind == "gemma3" else {})}
         (folder / "config.json").write_text(json.dumps(values | {"text_config": text} | outer))
         renamed(r"^model\.", prefix)(folder)
 
@@ -138,6 +140,7 @@ FOLDERS: dict[str, tuple[str, Callable[[Path], None], str]] = {
     ),
     "vllm#48019: language_model.model.": (G3, multimodal("language_model.model."), UNCHANGED),
     "the text part: model.language_model.": (G3, multimodal("model.language_model."), UNCHANGED),
+    "the text part of Gemma 4": (G4, multimodal("model.language_model.", "gemma4"), UNCHANGED),
     "a multimodal model with a head of its own": (
         G3, multimodal("language_model.model.", tie_word_embeddings=False), "tie_word_embeddings is false",
     ),
@@ -180,6 +183,17 @@ def test_a_folder_computes_what_transformers_computes(name, tmp_path, mesh):
     pytest.importorskip("torch")
     folder, _ = changed(tmp_path, name)
     close(logits_of_folder(mesh, folder), real_logits(load(folder), *pad(ROWS, "right")), 1e-4)
+
+
+@pytest.mark.parametrize(("source", "kind"), [(G3, "gemma3"), (G4, "gemma4")])
+def test_what_is_exported_of_a_multimodal_model_is_a_text_model(source, kind, tmp_path):
+    shutil.copy(REFERENCES / source / "config.json", tmp_path)
+    text = {"text_config": json.loads((tmp_path / "config.json").read_text()), "model_type": kind, "eos_token_id": [1, 106]}
+    (tmp_path / "config.json").write_text(json.dumps(text))
+    written = text_config(tmp_path / "config.json")
+    assert written["model_type"] == f"{kind}_text" and written["architectures"] == [f"G{kind[1:]}ForCausalLM"]
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    assert read_config(tmp_path) == read_config(REFERENCES / source)
 
 
 ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {

@@ -26,7 +26,7 @@ FAMILIES = {  # by transformers' model_type
     "gemma": 1, "gemma2": 2, "gemma3": 3, "gemma3_text": 3, "gemma4": 4, "gemma4_text": 4, "gemma4_unified": 4,
     "gemma4_unified_text": 4,
 }  # fmt: skip
-ARCHITECTURES = {  # for files that lack the model_type
+ARCHITECTURES = {
     "GemmaForCausalLM": "gemma", "Gemma2ForCausalLM": "gemma2", "Gemma3ForCausalLM": "gemma3_text",
     "Gemma3ForConditionalGeneration": "gemma3", "Gemma4ForCausalLM": "gemma4_text", "Gemma4ForConditionalGeneration": "gemma4",
     "Gemma4UnifiedForCausalLM": "gemma4_unified_text", "Gemma4UnifiedForConditionalGeneration": "gemma4_unified",
@@ -148,7 +148,8 @@ def read_text_config(given: Settings) -> dict[str, Any]:
     said = given.values.get("model_type") or ARCHITECTURES.get(str(architecture))
     if said not in list(FAMILIES):
         what = f"model_type {said}" if said else f"architecture {architecture}"
-        raise ModelError(f"{given.path}: {what} is unknown; one of {', '.join([*FAMILIES, *ARCHITECTURES])} is needed")
+        known = FAMILIES if said else ARCHITECTURES
+        raise ModelError(f"{given.path}: {what} is unknown; one of {', '.join(known)} is needed")
     try:
         config = CONFIG_MAPPING[said].from_dict(given.values)
         values = config.get_text_config().to_dict()

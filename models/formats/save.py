@@ -15,13 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.formats.containers import INDEX, WHOLE, Settings, read_json
-from models.formats.convert import Reader, layers_of, leaf_names, read_text_config
+from models.formats.convert import ARCHITECTURES, Reader, layers_of, leaf_names, read_text_config
 from models.formats.weight_names import array_shape, from_ours, hugging_face
 from models.gemma import GemmaConfig, Params, kind_of, shapes
-
-TEXT_MODELS = {  # of multimodal ones
-    "gemma3_text": "Gemma3ForCausalLM", "gemma4_text": "Gemma4ForCausalLM", "gemma4_unified_text": "Gemma4UnifiedForCausalLM",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -117,8 +113,8 @@ def text_config(path: Path) -> dict:
     kept = ("dtype", "torch_dtype", "transformers_version")
     outer = {key: x for key, x in given.values.items() if key in kept or (key.endswith("token_id") and "image" not in key)}
     read = read_text_config(given)
-    kind = read["model_type"]
-    named = {"architectures": [TEXT_MODELS[kind]], "model_type": kind, "tie_word_embeddings": True}
+    architecture = next(name for name, kind in ARCHITECTURES.items() if kind == read["model_type"])
+    named = {"architectures": [architecture], "model_type": read["model_type"], "tie_word_embeddings": True}
     return read | outer | given.values["text_config"] | named
 
 
