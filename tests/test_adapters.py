@@ -196,7 +196,8 @@ def test_a_lora_run_is_exported_merged_or_as_its_adapters(lora_run, base, tmp_pa
     expect_close(find_model(adapters, base).load(mesh, STORE, "float32"), trained)
     assert (np.asarray(trained.layers.v) != np.asarray(find_model(base).load(mesh, STORE, "float32").layers.v)).all()
     settings = json.loads((adapters / "adapter_config.json").read_text())
-    assert (settings["r"], settings["lora_alpha"], settings["target_modules"]) == (RANK, 6, ["q_proj", "v_proj", "down_proj"])
+    assert (settings["r"], settings["lora_alpha"]) == (RANK, 6)
+    assert set(settings["target_modules"]) == {"q_proj", "v_proj", "down_proj"}
     rows = [np.arange(2, 20), np.arange(7, 15)]
     theirs = real_logits(peft.PeftModel.from_pretrained(load(base), str(adapters)).eval(), *pad(rows, "right"))
     np.testing.assert_allclose(theirs, real_logits(load(merged), *pad(rows, "right")), rtol=0, atol=1e-5)

@@ -1,6 +1,8 @@
 """Laws of scripts/sample.py and scripts/benchmark.py, called in process."""
 
 import importlib.util
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -60,6 +62,20 @@ def test_a_prompt_is_a_turn_of_the_template_and_its_completion_keeps_the_stop_to
         "completions"
     ]
     assert raw == raw_ids != by_text
+
+
+def test_an_id_that_the_folder_lists_ends_a_completion(tmp_path):
+    """lighteval#1279, vllm-mlx#610: with a tokenizer and without one; then an exported folder stops there as well."""
+    sample = load("sample")
+    words = ["--ids", "[[2,17,9]]", "--max_new_tokens", "8"]
+    (free,) = sample(words)["completions"]
+    assert len(free["token_ids"]) > 2
+    folder = Path(shutil.copytree(TINY_MODEL, tmp_path / "model"))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 5, free["token_ids"][1]]}))
+    for _ in range(2):
+        (stopped,) = sample([*words, "--model_path", str(folder)])["completions"]
+        assert stopped["token_ids"] == free["token_ids"][: 1 + free["token_ids"].index(free["token_ids"][1])]
+        (folder / "tokenizer.json").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(
