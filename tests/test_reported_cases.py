@@ -136,7 +136,7 @@ FOLDERS: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "torch's _orig_mod.": (G3, renamed("^", "_orig_mod."), "but _orig_mod.model.embed_tokens.weight is there"),
     "DDP's module.": (G3, renamed("^", "module."), "but module.model.embed_tokens.weight is there"),
     "FSDP's wrapper in every layer": (
-        G3, renamed(r"(layers\.\d+)", r"\1._fsdp_wrapped_module"), "weight layers.0.input_layernorm.weight is missing",
+        G3, renamed(r"(layers\.\d+)", r"\1._fsdp_wrapped_module"), "but layers.0._fsdp_wrapped_module.input_layernorm.weight",
     ),
     "vllm#48019: language_model.model.": (G3, multimodal("language_model.model."), UNCHANGED),
     "the text part: model.language_model.": (G3, multimodal("model.language_model."), UNCHANGED),

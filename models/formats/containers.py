@@ -111,7 +111,8 @@ class Container:
     def check(self, place: Place, config: GemmaConfig, rank: int = 0) -> None:
         """Raises ModelError unless there is an array of the right shape at `place`. `rank` is that of adapters."""
         if place.name not in self.names:
-            wrapped = [name for name in self.names if name.endswith(f".{place.name}")]
+            plain = {name: re.sub(r"(?<=\.)_\w+\.", "", f".{name}") for name in self.names}  # a._wrapper.b -> a.b
+            wrapped = [name for name in plain if plain[name].endswith(f".{place.name}")]
             hint = f", but {wrapped[0]} is there: save the model without its wrapper" if wrapped else ""
             raise ModelError(f"{self.path}: weight {place.name} is missing{hint}")
         found, wanted = self.shape(place.name), weight_names.array_shape(place.letters, config, rank)
