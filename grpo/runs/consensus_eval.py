@@ -29,11 +29,12 @@ from data.tokenizer import load_tokenizer
 from grpo.config import Config
 from grpo.errors import ConfigError
 from grpo.reports.consensus import WAYS, canonical, model_figures, paired
+from grpo.reports.jsonl import SAMPLE_KEYS, parse_json, rewrite
 from grpo.reward import canonical_text, flexible_answer, numeric_gold, parse_gold, stated_answer
 from grpo.runs.checkpoint import digest
 from grpo.runs.evaluate import Completion, complete
 from grpo.runs.grading import grade_completions
-from grpo.runs.metrics import JsonLines, rewrite, write_json
+from grpo.runs.metrics import JsonLines, write_json
 from grpo.runs.model_source import Model
 from grpo.runs.reward_worker import UserRewards
 from grpo.runs.run_dir import take_lock
@@ -56,7 +57,7 @@ class Evaluation:
         records = [asdict(problem) | {"gold": canonical_gold(problem.answer)} for problem in problems]
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
         rewrite(folder / "problems.jsonl", "".join(lines))
-        self.file = JsonLines(folder / "samples.jsonl", step=None)
+        self.file = JsonLines(folder / "samples.jsonl", None, *SAMPLE_KEYS, "flexible_answer", "format", "seconds")
 
     def claim(self, part: dict[str, Any]) -> None:
         """Record what the samples belong to. Raises ConfigError if they belong to something else."""
@@ -168,10 +169,10 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        settings = json.loads(path.read_text("utf-8"))
+        settings = parse_json(path.read_text("utf-8"))
     except ValueError:
         settings = {}
-    if "temperatures" not in settings:  # for example a run's directory
+    if not isinstance(settings, dict) or "temperatures" not in settings:  # for example a run's directory
         raise ConfigError(f"{path} does not belong to an evaluation; give another --out")
     return settings
 

@@ -65,7 +65,7 @@ def leave(error: BaseException) -> None:
 
 def is_main_process() -> bool:
     """Whether this process prints and writes the records."""
-    return jax.process_index() == 0
+    return not jax.distributed.is_initialized() or jax.process_index() == 0  # alone, it needs no device to know
 
 
 def print_main(text: str) -> None:

@@ -10,7 +10,6 @@
 The model is identified before any weight is read.
 """
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,7 +22,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from data.tokenizer import has_tokenizer
 from grpo.config import HUBS
-from grpo.errors import ConfigError
+from grpo.errors import ConfigError, RunError
+from grpo.reports.jsonl import rewrite
 from grpo.runs.checkpoint import open_params, read_adapters, read_digest, read_meta, read_params, saved_steps
 from grpo.runs.hub import download
 from models.formats.adapters import SETTINGS, LoadedAdapters, is_tunix, peft_folder, read_peft, read_tunix
@@ -195,10 +195,12 @@ def open_with_table(base: Model, folder: Path, meta: dict[str, Any], config: Gem
 
 
 def copy_description(model: Model, folder: Path) -> None:
-    """Copy config and tokenizer files, so that a run's directory can be read without its base model."""
+    """Copy config and tokenizer files, so that a run's directory can be read without its base model. RunError for a link."""
     folder.mkdir(exist_ok=True)
+    if folder.is_symlink():
+        raise RunError(f"{folder} is a link, and what it leads to would be overwritten; remove it")
     for name in DESCRIPTION:
         if (model.folder / name).is_file():
-            shutil.copyfile(model.folder / name, folder / name)
+            rewrite(folder / name, (model.folder / name).read_bytes())
     if not (folder / "config.json").is_file():
         write_json(folder / "config.json", config_json(model.config))

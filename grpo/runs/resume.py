@@ -4,7 +4,6 @@ A checkpoint's meta names what its state belongs to: fingerprints of model, toke
 settings, and the runs that it was relayed from.
 """
 
-import shutil
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from grpo.config import Config, current_names
 from grpo.errors import ConfigError, RunError
-from grpo.reports.jsonl import read_records
+from grpo.reports.jsonl import read_records, rewrite
 from grpo.runs.checkpoint import Checkpoints, Restored, differing, digest
 from grpo.runs.distributed import broadcast_from_main, is_main_process, print_main
 from grpo.runs.run_dir import check_settings
@@ -134,7 +133,7 @@ def relay(lineage: Lineage, checkpoints: Checkpoints, abstract_state: Any, refer
     if is_main_process():
         for name in ("metrics.jsonl", "evaluations.jsonl"):  # before the checkpoint, whose presence completes the relay
             if (source / name).is_file():
-                shutil.copyfile(source / name, lineage.folder / name)
+                rewrite(lineage.folder / name, (source / name).read_bytes())
     start = lineage.session(max(found.step, 1)).start
     if reference_needed and lineage.run.config.reference == "session_start" and 0 < start < found.step:
         first = theirs.restore(abstract_state, accept, only=start)
