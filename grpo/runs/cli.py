@@ -33,6 +33,7 @@ def run_script(main: Callable[[list[str]], dict[str, Any]], argv: list[str], sho
             raise
         if is_main_process():
             print_result(result, short)
+        leave()
 
 
 @contextmanager

@@ -5,7 +5,7 @@ The hubs' packages are needed only here. Licences of gated models are accepted i
 
 from pathlib import Path
 
-from grpo.errors import ConfigError
+from grpo.errors import ConfigError, first_line
 
 FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja")  # never a pickle
 
@@ -62,7 +62,3 @@ def download_kaggle(name: str) -> Path:
             404: "does not exist",
         }.get(status, f"could not be downloaded, and is not on this machine: {first_line(error)}")
     raise ConfigError(f"kaggle:{name} {reason}")
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -82,8 +82,7 @@ class UserRewards:
     @property
     def fingerprint(self) -> str:
         """SHA-256 prefix (16 hex digits) of the reward files."""
-        content = [(name, Path(path).read_bytes()) for name, path in self.files.items()]
-        return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+        return reward_fingerprint(self.files)
 
     def check(self, problems: list[Problem]) -> None:
         """Before a run: whether functions in TRL's form get what they ask for. ConfigError if not.
@@ -294,6 +293,11 @@ class Worker:
             print(
                 f"warning: a reward writes {text!r} to a pipe that is not its own; it is ignored", file=sys.stderr, flush=True
             )
+
+
+def reward_fingerprint(files: dict[str, str]) -> str:
+    content = [(name, Path(path).read_bytes()) for name, path in files.items()]
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
 def find_functions(spec: str) -> dict[str, str]:

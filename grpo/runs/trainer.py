@@ -22,7 +22,7 @@ from grpo.runs.metrics import CompileCounter, JsonLines, completion_records, ste
 from grpo.runs.model_source import copy_description
 from grpo.runs.resume import Lineage, find_start, rate_change, restore_session_start
 from grpo.runs.run_dir import open_run_dir
-from grpo.runs.setup import Setup, prepare
+from grpo.runs.setup import Setup, prepare, prepare_alike
 from grpo.runs.token_trace import groups_due, token_records
 from grpo.runs.trackers import Trackers
 from grpo.session import Session
@@ -51,9 +51,9 @@ def train(config: Config, kind: "type[Trainer] | None" = None) -> dict[str, Any]
     a signal asked for it.
     """
     started, compiles = time.monotonic(), CompileCounter()
-    join(config)
+    join(config.coordinator, config.processes, config.process_id)
     kind = kind or Trainer
-    run = kind.prepare(config)
+    run = prepare_alike(kind.prepare, config)
     with run.rewards, open_run_dir(config) as folder, jax.set_mesh(run.mesh), Interrupts(config.max_hours) as interrupts:
         print_main(kind.describe_plan(run))
         if is_main_process() and (caution := sampling_bias(config)):
