@@ -3,10 +3,14 @@
 Exit codes are those of outcome.py; a run stopped by SIGINT, SIGTERM or SIGHUP ends with 130, 143 or 129.
 """
 
+import glob
 import os
+import re
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,5 +72,19 @@ def keep_compiled_programs() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "grpo-gemma"))
+    if not isinstance(warnings.showwarning, partial):
+        warnings.showwarning = partial(replace_unreadable, warnings.showwarning)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def replace_unreadable(show: Callable[..., None], message: Warning | str, *rest: Any, **named: Any) -> None:
+    """jax warns of an entry of the cache that it cannot read, such as one that a kill has torn, and compiles the program, but
+    would never replace the entry. Without it, it writes a new one.
+    """
+    unreadable = re.match(r"Error reading persistent compilation cache entry for '([\w.<>-]+)'", str(message))
+    if not unreadable or not jax.config.jax_compilation_cache_dir:
+        return show(message, *rest, **named)
+    for entry in Path(jax.config.jax_compilation_cache_dir).glob(f"{glob.escape(unreadable[1])}-*-cache"):
+        with suppress(OSError):
+            entry.unlink()
