@@ -21,6 +21,7 @@ from typing import Any
 from data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from grpo.config import flag
 from grpo.errors import ConfigError, RunError
+from grpo.reports.jsonl import parse_json
 from grpo.reports.model_card import model_card
 from grpo.runs.cli import run_script
 from grpo.runs.flags import parse
@@ -60,6 +61,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     config = parse(ExportConfig, argv, __doc__ or "")
     model = find_model(config.model_path, config.base_path, config.adapter_alpha)
     print(model.line, file=sys.stderr)
+    if model.run_dir and (steps := planned_steps(model.run_dir)) > model.meta["step"]:
+        print(f"note: this is step {model.meta['step']} of a run of {steps} steps", file=sys.stderr)
     if not has_tokenizer(model.folder):
         raise ConfigError(f"{model.folder} holds no tokenizer.json and no tokenizer.model; copy the model's own there")
     tokenizer = load_tokenizer(model.folder)
@@ -88,6 +91,15 @@ def main(argv: list[str]) -> dict[str, Any]:
     size = sum(file.stat().st_size for file in out.iterdir())
     print(f"written to {out} in {dtype}", file=sys.stderr)
     return {"out": config.out, "model": model.line, "dtype": dtype, "files": sorted(sums), "bytes": size}
+
+
+def planned_steps(run_dir: Path) -> int:
+    """The last step of a run's last session; 0 if the run does not say."""
+    path = run_dir / "sessions.json"
+    try:
+        return max(int(session["last_step"]) for session in parse_json(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError, KeyError):
+        return 0
 
 
 # ------------------------------------------------------------------------------------------------------------------ the folder

@@ -10,6 +10,7 @@
 The model is identified before any weight is read.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -73,8 +74,16 @@ class Model:
 
     @property
     def line(self) -> str:
-        """Description, family and size."""
-        return f"{self.found}: {self.size}"
+        """Description, family and size, and whether it is a base model."""
+        return f"{self.found}: {self.size}{', a base model (no chat template)' if self.is_base else ''}"
+
+    @property
+    def is_base(self) -> bool:
+        """Whether a Gemma, whose tokenizer has settings, has no chat template in them: instruction tuning comes with one."""
+        settings = self.folder / "tokenizer_config.json"
+        if self.config.vocab_size < 200_000 or not settings.is_file() or any(self.folder.glob("chat_template.*")):
+            return False
+        return "chat_template" not in read_json(settings)
 
     @property
     def size(self) -> str:
@@ -87,7 +96,18 @@ def find_model(path: str | Path, base_path: str | Path = "", adapter_alpha: floa
 
     `adapter_alpha` is the alpha of adapters that do not store it. Raises ConfigError or ModelError if there is no model.
     """
+    try:
+        return look_up(path, base_path, adapter_alpha)
+    except RecursionError:
+        raise ConfigError(f"{path}: its base model leads back to itself; give the --base_path of another") from None
+
+
+def look_up(path: str | Path, base_path: str | Path, adapter_alpha: float) -> Model:
+    """`find_model`, unless it goes round in circles."""
     asked, path = Path(path), download(path)
+    if not path.exists():
+        hint = f"; if it is one of Hugging Face's, give hf:{path}" if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(asked)) else ""
+        raise ConfigError(f"{path} does not exist: a model is a folder or file on this machine, or hf:OWNER/NAME{hint}")
     if (path / "checkpoints").is_dir():
         steps = saved_steps(path / "checkpoints")
         if not steps:
