@@ -127,9 +127,7 @@ def start(address) -> Iterator:
     def start(process_id: int, *argv: str) -> subprocess.Popen:
         command = [sys.executable, "tests/joined.py", address, "2", str(process_id), *argv]
         env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "0"}
-        started.append(
-            subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
+        started.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
         return started[-1]
 
     yield start

@@ -129,7 +129,11 @@ def read_run(folder: Path, notes: list[str]) -> dict[str, Any]:
         "metrics": {name: [round_floats(step.get(name)) for step in steps] for name in names if name != "step"},
         "alarms": [[step["step"], name] for step in steps for name in step.get("alarms") or []],
         "evaluations": round_floats(list(read_records(folder / "evaluations.jsonl", notes, "step"))),
-        "sessions": [{key: len(x) if isinstance(x, list) else x for key, x in session.items()} for session in sessions if isinstance(session, dict)],
+        "sessions": [
+            {key: len(x) if isinstance(x, list) else x for key, x in session.items()}
+            for session in sessions
+            if isinstance(session, dict)
+        ],
         "result": round_floats(read_object(folder / "result.json", {}, notes)),
     }
 

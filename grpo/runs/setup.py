@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import Mesh
@@ -29,6 +29,9 @@ from models import ModelError
 from models.gemma import ExecutionConfig, GemmaConfig
 from models.lora import adapter_shapes
 from models.sharding import ROLLOUT, TRAIN, activation_dtype, check_divides, make_mesh
+
+
+P = TypeVar("P")
 
 
 @dataclass(frozen=True)
@@ -88,23 +91,32 @@ def prepare(config: Config, demonstrated: bool = False) -> Setup:
     )  # fmt: skip
 
 
-def prepare_alike(prepare: Callable[[Config], Setup], config: Config) -> Setup:
-    """`prepare(config)`. Of several processes, all raise ConfigError if one cannot, or if two work with something different."""
+def prepare_alike(config: Any, prepare: Callable[[], P], identity: Callable[[P], dict[str, str]]) -> P:
+    """`prepare()`. Of several processes, all raise ConfigError if one cannot, or if two work with something different.
+
+    `identity` names what was prepared, beyond code and settings, by fingerprints.
+    """
     if jax.process_count() == 1:
-        return prepare(config)
-    run, fault, mine = None, "", {"code": code_fingerprint()} | settings_of(config)
+        return prepare()
+    prepared, fault, mine = None, "", {"code": code_fingerprint()} | settings_of(config)
     try:
-        run = prepare(config)
-        mine |= {
-            "model": files_fingerprint(run.base), "tokenizer": run.tokenizer.fingerprint,
-            "reward file": reward_fingerprint(find_functions(config.reward)),
-            "set of problems": fingerprint(run.problems, run.eval_problems, run.prompt_ids, run.eval_ids, run.completion_ids),
-        }  # fmt: skip
+        prepared = prepare()
+        mine |= identity(prepared)
     except (ConfigError, DataError, ModelError, OSError) as error:
         fault = str(error)
     check_same(mine, fault)
-    assert run
-    return run
+    assert prepared is not None
+    return prepared
+
+
+def identity_of(run: Setup) -> dict[str, str]:
+    """Of what a training run works with on this machine."""
+    problems = run.problems, run.eval_problems, run.prompt_ids, run.eval_ids, run.completion_ids
+    reward = reward_fingerprint(find_functions(run.config.reward))
+    return {
+        "model": files_fingerprint(run.base), "tokenizer": run.tokenizer.fingerprint, "reward file": reward,
+        "set of problems": fingerprint(problems),
+    }  # fmt: skip
 
 
 def settings_of(config: Any) -> dict[str, str]:
