@@ -209,14 +209,15 @@ def cache_only_when_offline() -> Iterator[None]:
     """Without a network, the hub's packages look at their cache only: they would try for half a minute, and warn each time."""
     hub = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     modules = [sys.modules[name] for name in ("huggingface_hub.constants", "datasets.config") if name in sys.modules]
-    former = [module.HF_HUB_OFFLINE for module in modules]
+    former, offline = [module.HF_HUB_OFFLINE for module in modules], False
     try:
         if not getproxies():
-            socket.create_connection((hub.hostname, hub.port or {"http": 80}.get(hub.scheme, 443)), timeout=5.0).close()
+            socket.create_connection((hub.hostname, hub.port or (80 if hub.scheme == "http" else 443)), timeout=5.0).close()
     except OSError:
-        for module in modules:
-            module.HF_HUB_OFFLINE = True
+        offline = True
     try:
+        for module, value in zip(modules, former, strict=True):
+            module.HF_HUB_OFFLINE = value or offline
         yield
     finally:
         for module, value in zip(modules, former, strict=True):

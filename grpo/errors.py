@@ -7,8 +7,3 @@ class ConfigError(ValueError):
 
 class RunError(RuntimeError):
     """A run that cannot continue although its settings are valid. Exit code 1."""
-
-
-def first_line(error: Exception) -> str:
-    """What another package says of its error, as part of a line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

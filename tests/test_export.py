@@ -416,7 +416,7 @@ def test_links_planted_where_an_export_writes_are_not_followed(tmp_path):
     precious.mkdir()
     (precious / EXPORT.SUMS).write_text("mine")
     (tmp_path / "out.part").symlink_to(precious)
-    with pytest.raises(ConfigError, match="out.part exists and is not an earlier export"):
+    with pytest.raises(ConfigError, match=r"out\.part exists and is not an earlier export"):
         write_export(out, "x")
     (tmp_path / "out.part").unlink()
     (tmp_path / "out.part").mkdir()

@@ -73,7 +73,7 @@ def is_shallow(value: Any, levels: int) -> bool:
 
 
 def has_types(record: dict[str, Any], types: dict[str, Any]) -> bool:
-    """Whether each value has the type that `types` has for its key, if any, no whole number is absurd, and `JUDGED` have flags."""
+    """Whether each value has the type that `types` has for its key, no whole number is absurd, and `JUDGED` have flags."""
     for value, kind in [(value, types[key]) for key, value in record.items() if key in types]:
         if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and abs(value) >= 2**53):
             return False

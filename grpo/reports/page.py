@@ -121,7 +121,7 @@ def read_run(folder: Path, notes: list[str]) -> dict[str, Any]:
     """Settings, metrics as columns, alarms, evaluations, sessions and result of a run."""
     steps = list(read_records(folder / "metrics.jsonl", notes, "step"))
     names = dict.fromkeys(name for step in steps for name, value in step.items() if isinstance(value, (int, float)))
-    sessions = read_object(folder / "sessions.json", [], notes)
+    sessions = [session for session in read_object(folder / "sessions.json", [], notes) if isinstance(session, dict)]
     return {
         "name": folder.resolve().name,
         "config": current_names(read_object(folder / "config.json", {}, notes)),
@@ -129,11 +129,7 @@ def read_run(folder: Path, notes: list[str]) -> dict[str, Any]:
         "metrics": {name: [round_floats(step.get(name)) for step in steps] for name in names if name != "step"},
         "alarms": [[step["step"], name] for step in steps for name in step.get("alarms") or []],
         "evaluations": round_floats(list(read_records(folder / "evaluations.jsonl", notes, "step"))),
-        "sessions": [
-            {key: len(x) if isinstance(x, list) else x for key, x in session.items()}
-            for session in sessions
-            if isinstance(session, dict)
-        ],
+        "sessions": [{key: len(x) if isinstance(x, list) else x for key, x in session.items()} for session in sessions],
         "result": round_floats(read_object(folder / "result.json", {}, notes)),
     }
 

@@ -42,8 +42,8 @@ def run_script(main: Callable[[list[str]], dict[str, Any]], argv: list[str], sho
 
 @contextmanager
 def device_errors_explained() -> Iterator[None]:
-    """One line for a machine without the devices that were asked for, and for a lack of memory on a device or on the host, while
-    compiling or running: with what jax or XLA says, and what helps.
+    """One line for a machine without the devices that were asked for, and for a lack of memory on a device or on the host,
+    while compiling or running: with what jax or XLA says, and what helps.
     """
     try:
         yield

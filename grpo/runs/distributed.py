@@ -9,13 +9,14 @@ import os
 import sys
 import time
 import traceback
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from grpo.errors import ConfigError, first_line
+from grpo.errors import ConfigError
+from grpo.runs.hub import first_line
 from grpo.runs.peers import GONE, Watch, meet
 
 # Seconds without a heartbeat after which jax ends all processes, if peers.py has not; seconds that finished processes wait for
@@ -54,9 +55,8 @@ def join(coordinator: str, processes: int, process_id: int) -> None:
 def leave(error: BaseException | None = None) -> None:
     """The end of a script. If this process is one of several that has an error, it ends without waiting for the others."""
     code = (error.code or 0) if isinstance(error, SystemExit) else 1
-    if watch:
-        if error is None or isinstance(error, SystemExit):  # a bug says no farewell, so that the others end at once
-            watch.leave(failed=0 < int(code) < 128)  # a signal stops all of them
+    if watch and (error is None or isinstance(error, SystemExit)):  # a bug says no farewell: the others end at once
+        watch.leave(failed=error is not None and 0 < int(code) < 128)  # a signal stops all of them
     if error is None or not jax.distributed.is_initialized():
         return
     if not isinstance(error, SystemExit):

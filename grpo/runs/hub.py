@@ -6,7 +6,7 @@ The hubs' packages are needed only here. Licences of gated models are accepted i
 from pathlib import Path
 
 from data.problems import cache_only_when_offline
-from grpo.errors import ConfigError, first_line
+from grpo.errors import ConfigError
 
 FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja")  # never a pickle
 
@@ -64,3 +64,8 @@ def download_kaggle(name: str) -> Path:
             404: "does not exist",
         }.get(status, f"could not be downloaded, and is not on this machine: {first_line(error)}")
     raise ConfigError(f"kaggle:{name} {reason}")
+
+
+def first_line(error: Exception) -> str:
+    """What another package says of its error, as part of a line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -105,9 +105,8 @@ def find_model(path: str | Path, base_path: str | Path = "", adapter_alpha: floa
 def look_up(path: str | Path, base_path: str | Path, adapter_alpha: float) -> Model:
     """`find_model`, unless it goes round in circles."""
     asked, path = Path(path), download(path)
-    if not path.exists():
-        hint = f"; if it is one of Hugging Face's, give hf:{path}" if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(asked)) else ""
-        raise ConfigError(f"{path} does not exist: a model is a folder or file on this machine, or hf:OWNER/NAME{hint}")
+    if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(asked)):
+        raise ConfigError(f"{path} does not exist on this machine; a model of Hugging Face's hub is hf:{path}")
     if (path / "checkpoints").is_dir():
         steps = saved_steps(path / "checkpoints")
         if not steps:

@@ -5,6 +5,7 @@ nobody can read any more, such as a closed pipe or a log on a full disk, ends no
 """
 
 import errno
+import io
 import json
 import os
 import sys
@@ -19,7 +20,7 @@ from models import ModelError
 
 # What the file system may say of a path: a mistake of the user, or a machine that is at its end. Others are bugs of ours.
 WRONG_PATH = {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EROFS}
-MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE}
+MACHINE = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE}
 
 
 def run_main(main: Callable[[list[str]], dict[str, Any]], argv: list[str], short: Sequence[str] = ()) -> None:
@@ -45,9 +46,9 @@ def errors_as_exit_codes() -> Iterator[None]:
     except OSError as error:
         if error.filename is None or error.errno not in WRONG_PATH | MACHINE:
             raise
-        path = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes, os.PathLike)) else str(error.filename)
-        shown = path if len(path) <= 400 else f"{path[:100]}... ({len(path)} characters)"
-        fail(f"{shown}: {error.strerror}", code=2 if error.errno in WRONG_PATH else 1)
+        path = str(error.filename)
+        path = path if len(path) <= 400 else f"{path[:100]}... ({len(path)} characters)"
+        fail(f"{path}: {error.strerror}", code=2 if error.errno in WRONG_PATH else 1)
 
 
 def print_result(result: dict[str, Any], short: Sequence[str] = ()) -> None:
@@ -77,37 +78,35 @@ class LastingOutput:
 
     def __init__(self, stream: TextIO | None, number: int):
         self.number = number
-        if stream is None:  # it was closed when Python started
-            stream = self.nowhere()
-        elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
-        self.stream: TextIO = stream
+        self.stream = stream or self.nowhere()  # None: it was closed when Python started
+        if isinstance(self.stream, io.TextIOWrapper):
+            self.stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        self.attempt(lambda: self.stream.write(text))
+        self.attempt("write", text)
         return len(text)
 
     def flush(self) -> None:
-        self.attempt(lambda: self.stream.flush())
+        self.attempt("flush")
 
-    def attempt(self, output: Callable[[], Any]) -> None:
+    def attempt(self, method: str, *text: str) -> None:
         try:
-            output()
+            getattr(self.stream, method)(*text)
         except (OSError, ValueError) as error:  # ValueError: the stream was closed
-            reason = (isinstance(error, OSError) and error.strerror) or str(error)
             with suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # what is still buffered goes there too
             self.stream = self.nowhere()
             if self.number == 1:
+                reason = getattr(error, "strerror", None) or error
                 print(f"warning: standard output is gone ({reason}); nothing more is printed", file=sys.stderr, flush=True)
 
     def nowhere(self) -> TextIO:
-        """A stream to nowhere. A file descriptor that is free becomes one too: else the next file that is opened would get it."""
+        """A stream to nowhere. A descriptor that is free becomes one too: else the next file that is opened would get it."""
         try:
             os.fstat(self.number)
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.number)
-        return open(os.devnull, "w")  # noqa: SIM115 (until the program ends)
+        return open(os.devnull, "w")

@@ -2,8 +2,8 @@
 
 Before jax starts, process 0 listens on the coordinator's address until all others have called; a process id that is taken, and
 a number of processes that differs, are refused there. jax's coordinator then takes the port over. The connections stay: a
-process that dies closes its own, and one that hangs falls silent, which the others say in one line and end, before jax's runtime
-ends them with a stack of C++. Nobody is authenticated: the port must not be public.
+process that dies closes its own, and one that hangs falls silent, which the others say in one line and end, before jax's
+runtime ends them with a stack of C++. Nobody is authenticated: the port must not be public.
 """
 
 import json

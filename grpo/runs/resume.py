@@ -109,10 +109,15 @@ def find_start(lineage: Lineage, checkpoints: Checkpoints, abstract_state: Any, 
 
 
 def check_never_saved(lineage: Lineage) -> None:
-    """ConfigError when there is no checkpoint, but records say that there was one: a run never begins anew over them."""
+    """ConfigError when there is no checkpoint, but records say that there was one: a run never begins anew over them.
+
+    Records that are those of `relay_from` were copied by a relay that was killed at its start.
+    """
     folder, first = lineage.folder, min(lineage.run.config.save_every, lineage.run.sessions[0].end)
     done = max((record["step"] for record in read_records(folder / "metrics.jsonl", [], step=10**12)), default=0)
-    saved = broadcast_from_main(done > first or (folder / "result.json").exists())
+    origin = Path(lineage.run.config.relay_from) / "metrics.jsonl"
+    copied = done and origin.is_file() and origin.read_bytes() == (folder / "metrics.jsonl").read_bytes()
+    saved = broadcast_from_main((done > first and not copied) or (folder / "result.json").exists())
     if saved:
         raise ConfigError(
             f"{folder} has records up to step {done} and no checkpoint: {folder / 'checkpoints'} was deleted, moved, or is not "

@@ -305,8 +305,8 @@ def find_functions(spec: str) -> dict[str, str]:
     files: dict[str, str] = {}
     for name in filter(None, spec.split(",")):
         path, _, function = name.rpartition(":")
-        if not path:
-            raise ConfigError(f"reward {name!r} names no function; give {name if name.endswith('.py') else 'FILE.py'}:FUNCTION")
+        if name.endswith(".py"):
+            raise ConfigError(f"reward {name!r} names no function; give {name}:FUNCTION")
         if not Path(path).is_file():
             raise ConfigError(f"reward {name!r}: file {path!r} does not exist; give FILE.py:FUNCTION")
         if Path(path).suffix != ".py":

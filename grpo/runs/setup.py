@@ -30,7 +30,6 @@ from models.gemma import ExecutionConfig, GemmaConfig
 from models.lora import adapter_shapes
 from models.sharding import ROLLOUT, TRAIN, activation_dtype, check_divides, make_mesh
 
-
 P = TypeVar("P")
 
 

@@ -5,7 +5,6 @@ read, and nothing is unpickled. Not supported: orbax trees with stacked layers, 
 """
 
 import json
-import math
 import re
 from collections.abc import Iterable
 from functools import lru_cache
