@@ -6,12 +6,14 @@ Each ends in one line and an exit code, or is survived; docs/reliability.md coun
 import errno
 import io
 import json
+import math
 import os
 import resource
 import shutil
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -27,8 +29,8 @@ from training import devices, run
 
 import grpo.runs.metrics
 import grpo.runs.setup
-from data.problems import load_problems
-from grpo.config import Config
+from data.problems import Problem, load_problems
+from grpo.config import TINY_MODEL, Config
 from grpo.errors import ConfigError, RunError
 from grpo.reports.jsonl import parse_json, read_records, rewrite
 from grpo.reports.page import read_analyses, read_page, render
@@ -37,6 +39,7 @@ from grpo.runs.consensus_eval import open_evaluation
 from grpo.runs.metrics import JsonLines
 from grpo.runs.model_source import copy_description, find_model
 from grpo.runs.outcome import lasting_output, run_main
+from grpo.runs.reward_worker import UserRewards
 from grpo.runs.run_dir import open_run_dir
 from models import ModelError
 from scripts import evaluate_consensus, export, report, sample
@@ -134,7 +137,7 @@ def test_no_cluster_and_too_few_devices(config, capsys):
 @pytest.mark.parametrize("damage", [b"", b"torn"])
 def test_entries_of_the_compile_cache_that_cannot_be_read_are_replaced(damage, tmp_path, monkeypatch, recwarn):
     """By the process that meets them; it says nothing."""
-    before = jax.config.jax_compilation_cache_dir
+    before = jax.config.read("jax_compilation_cache_dir")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
     compilation_cache = pytest.importorskip("jax.experimental.compilation_cache.compilation_cache")
 
@@ -346,7 +349,7 @@ def test_an_array_of_a_gguf_file_that_is_longer_than_the_file(content, tmp_path)
     pytest.importorskip("gguf")
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
-    shutil.copy(Path(grpo.config.TINY_MODEL) / "config.json", tmp_path)
+    shutil.copy(Path(TINY_MODEL) / "config.json", tmp_path)
     model = find_model(path)
     with pytest.raises(ModelError, match="is not a whole GGUF file"):
         assert model.open and model.open()
@@ -557,3 +560,35 @@ def test_the_fault_of_one_process_is_that_of_all(config, monkeypatch):
         grpo.runs.setup.prepare_alike(config, lambda: find_model("nowhere"), lambda model: {})
     assert said["fault"].startswith("nowhere/config.json is missing") and said["learning_rate"] == "0.0003" and said["code"]
     assert "process_id" not in said
+
+
+# ---------------------------------------------------------------------------------------------------------------- the rewards
+
+REPLACES = """
+import json, os
+json.dumps = json.loads = lambda *args, **named: "x"
+
+def replaces(completion, problem):
+    return float(len(completion))
+
+def stops(completion, problem):
+    os.kill(os.getpid(), 19)
+    return 1.0
+"""
+
+
+def test_a_reward_that_replaces_json(tmp_path):
+    (tmp_path / "reward.py").write_text(REPLACES)
+    problems = [Problem(str(i), "q", "1") for i in range(3)]
+    with UserRewards(f"{tmp_path / 'reward.py'}:replaces") as rewards:
+        assert rewards.score(["a", "bb", "ccc"], problems) == {"replaces": [1.0, 2.0, 3.0]}
+
+
+def test_a_worker_that_stops_reading_is_ended_by_its_time(tmp_path):
+    """Its pipe is full and nobody reads it: writing waits no longer than the reward may take."""
+    (tmp_path / "reward.py").write_text(REPLACES)
+    began = time.monotonic()
+    with UserRewards(f"{tmp_path / 'reward.py'}:stops", timeout=0.5) as rewards:
+        values = rewards.score(["x" * 300_000] * 2, [Problem(str(i), "q", "1") for i in range(2)])
+        assert all(map(math.isnan, values["stops"]))
+    assert time.monotonic() - began < 20

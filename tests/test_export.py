@@ -372,7 +372,7 @@ def killed_at(number: int, call: Callable[[], None]) -> bool:
 
         for name in ("unlink", "rename", "rmdir", "mkdir", "open"):
             setattr(os, name, counted(getattr(os, name)))
-        EXPORT.exchange = counted(EXPORT.exchange)
+        setattr(EXPORT, "exchange", counted(EXPORT.exchange))  # noqa: B010 (a module that pyright does not know)
         call()
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9

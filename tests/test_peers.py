@@ -102,7 +102,7 @@ def test_a_process_that_is_gone_is_noticed(how, monkeypatch, capsys):
         monkeypatch.setattr(grpo.runs.peers, name, seconds)
     ours, theirs = socket.socketpair()
     ended, began = threading.Event(), time.monotonic()
-    watch = Watch({1: ours}, lambda code: (ended.set(), watch.over.set()))
+    watch = Watch({1: ours}, lambda code: ended.set() or watch.over.set())
     if how == "dies":
         theirs.close()
     elif how != "silent":

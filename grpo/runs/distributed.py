@@ -34,7 +34,7 @@ def join(coordinator: str, processes: int, process_id: int) -> None:
         if processes > 1:
             raise ConfigError(f"processes {processes} need a coordinator: HOST:PORT of process 0, or auto")
         return
-    limits = {"heartbeat_timeout_seconds": HEARTBEAT, "shutdown_timeout_seconds": SHUTDOWN}
+    limits: dict[str, Any] = {"heartbeat_timeout_seconds": HEARTBEAT, "shutdown_timeout_seconds": SHUTDOWN}
     try:
         if coordinator == "auto":
             jax.distributed.initialize(**limits)
