@@ -76,7 +76,7 @@ def _records(path: Path, *needed: str) -> Iterator[dict[str, Any]]:
             continue
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict) or not all(name in record for name in needed):
             raise DataError(f"pass_rates: {path}:{number} is no record of an evaluation: it needs {', '.join(needed)}")

@@ -10,13 +10,19 @@ every reported accuracy. Generated problems are in arithmetic.py, grading in grp
 
 import json
 import math
+import os
 import re
-from collections.abc import Callable, Iterable
+import socket
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from data import DataError
 from data.numbers import MAX_ANSWER_CHARS, gold_number, number_text
@@ -94,9 +100,10 @@ def load_problems(source: str, demonstrated: bool = False, reading: Reading = DE
     if path.suffix not in FORMATS and hub and not path.parent.is_dir():
         return _load_hub(hub[1], hub[2].split(":")[1:], parse)
     if path.suffix not in FORMATS:
+        hint = f"; did you mean {HUB_ID}?" if "gsm8k" in source.lower() else ""
         raise DataError(
             f'data "{source}" must be a .jsonl file, a .json file, a .parquet file, or a dataset of the hub, '
-            f"OWNER/NAME[:CONFIG][:SPLIT], such as {HUB_ID}:test"
+            f"OWNER/NAME[:CONFIG][:SPLIT], such as {HUB_ID}:test{hint}"
         )
     if not path.is_file():
         raise DataError(f'data file "{source}" does not exist')
@@ -187,13 +194,34 @@ def _load_hub(name: str, parts: list[str], parse: Parse) -> list[Problem]:
     try:
         from datasets import load_dataset
 
-        rows = load_dataset(name, *configs, split=split)
+        with cache_only_when_offline():
+            rows = load_dataset(name, *configs, split=split)
     except Exception as error:  # many types: network, cache, proxy, disk, the Hub itself
         raise DataError(
             f"cannot get {name} from the hub ({_first_line(error)}): "
             "check the network, or give a local .jsonl or .parquet file with --data"
         ) from error
     return _collect(":".join([name, *parts[:-1], split]), enumerate(rows, start=1), parse)
+
+
+@contextmanager
+def cache_only_when_offline() -> Iterator[None]:
+    """Without a network, the hub's packages look at their cache only: they would try for half a minute, and warn each time."""
+    hub = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    modules = [sys.modules[name] for name in ("huggingface_hub.constants", "datasets.config") if name in sys.modules]
+    former, offline = [module.HF_HUB_OFFLINE for module in modules], False
+    try:
+        if not getproxies():
+            socket.create_connection((hub.hostname, hub.port or (80 if hub.scheme == "http" else 443)), timeout=5.0).close()
+    except OSError:
+        offline = True
+    try:
+        for module, value in zip(modules, former, strict=True):
+            module.HF_HUB_OFFLINE = value or offline
+        yield
+    finally:
+        for module, value in zip(modules, former, strict=True):
+            module.HF_HUB_OFFLINE = value
 
 
 def _collect(name: str, rows: Iterable[tuple[int, Any]], parse: Parse) -> list[Problem]:

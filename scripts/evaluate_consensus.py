@@ -22,13 +22,16 @@ line of standard output is one line of JSON, shortened on a terminal; result.jso
 `broke`, `both_right`, `both_wrong`, `mcnemar_p` and `agreement` compare the trained model's vote with its single pass (tagged).
 """
 
+import itertools
 import sys
 import time
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from data.datasets import choose_problems
@@ -38,10 +41,12 @@ from grpo.errors import ConfigError
 from grpo.runs.cli import run_script
 from grpo.runs.consensus_eval import open_evaluation
 from grpo.runs.console import clock
+from grpo.runs.distributed import is_main_process, join, print_main
 from grpo.runs.evaluate import Completion
 from grpo.runs.flags import parse, parse_float
 from grpo.runs.interrupts import Interrupts, Stopped
 from grpo.runs.model_source import Model, find_model
+from grpo.runs.setup import files_fingerprint, fingerprint, prepare_alike
 from models.sharding import activation_dtype, check_divides, make_mesh
 
 SHORT = ("n", "fixed", "broke", "both_right", "both_wrong", "mcnemar_p", "agreement", "tokens_per_s")  # on a terminal
@@ -86,6 +91,9 @@ class ConsensusConfig:
     rollout_tp: int = flag(
         1, "devices that share one copy of the MLP and the vocabulary; 0: as many as possible, up to 8", least=0
     )
+    coordinator: str = flag("", "several processes, as in training: HOST:PORT of process 0, or auto")
+    processes: int = flag(1, "number of processes with --coordinator HOST:PORT; each runs this command", above=0)
+    process_id: int = flag(0, "index of this process", least=0)
     unroll: bool = flag(False, "unroll the layers, as a run may have: faster on a CPU, slower to compile")
 
     def __post_init__(self):
@@ -196,38 +204,71 @@ def sampling_settings(config: ConsensusConfig, run: Config, voters: int, devices
     )  # fmt: skip
 
 
-def main(argv: list[str]) -> dict[str, Any]:
-    config = parse(ConsensusConfig, argv, __doc__ or "")
+class Prepared(NamedTuple):
+    """What an evaluation works with, but for the weights."""
+
+    models: dict[str, Model]
+    temperatures: list[float]
+    mesh: Mesh
+    run: Config
+    problems: list[Problem]
+
+
+def prepare(config: ConsensusConfig) -> Prepared:
+    """Raises ConfigError, DataError or ModelError."""
     models, temperatures = find_models(config), read_temperatures(config)
-    model = models["trained"]
-    run, mesh = training_config(model), make_mesh(config.rollout_tp)
+    run, mesh = training_config(models["trained"]), make_mesh(config.rollout_tp)
     if config.batch_size:
         check_divides("batch_size", config.batch_size, mesh)
-    problems = evaluation_problems(config, run, model)
-    run = sampling_settings(config, run, len(temperatures), mesh.size)
-    folder = Path(config.out) if config.out else default_folder(config.model_path, model)
+    problems = evaluation_problems(config, run, models["trained"])
+    return Prepared(models, temperatures, mesh, sampling_settings(config, run, len(temperatures), mesh.size), problems)
+
+
+def identity_of(prepared: Prepared) -> dict[str, str]:
+    """What all processes must have alike."""
+    found = {f"{name} model": files_fingerprint(model) for name, model in prepared.models.items()}
+    return found | {"set of problems": fingerprint(prepared.problems)}
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    config = parse(ConsensusConfig, argv, __doc__ or "")
+    join(config.coordinator, config.processes, config.process_id)
+    models, temperatures, mesh, run, problems = prepare_alike(config, partial(prepare, config), identity_of)
+    folder = Path(config.out) if config.out else default_folder(config.model_path, models["trained"])
     relevant = ("system_prompt", "thinking", "max_new_tokens", "max_prompt_tokens", "top_k", "top_p", "seed", "dtype")
     settings = {"models": list(models)} | {name: getattr(run, name) for name in relevant}
-    with open_evaluation(folder, problems, temperatures, settings) as evaluation, jax.set_mesh(mesh), Interrupts(0):
+    with (
+        open_evaluation(folder, problems, temperatures, settings) as evaluation, jax.set_mesh(mesh),
+        Interrupts(0) as interrupts,
+    ):  # fmt: skip
         for name, one in models.items():
-            print(f"{name:12}{one.found}")
-        print(f"{'problems':12}{len(problems)}, {run.group_size} completions each, {run.rows} rows at a time")
-        print(f"{'evaluation':12}{folder}, has {len(evaluation.file.records)} samples", flush=True)
+            print_main(f"{name:12}{one.found}")
+        print_main(f"{'problems':12}{len(problems)}, {run.group_size} completions each, {run.rows} rows at a time")
+        print_main(f"{'evaluation':12}{folder}, has {len(evaluation.file.records)} samples")
         progress = SampleProgress(len(evaluation.file.records), len(models) * len(problems) * run.group_size)
+        batches = itertools.count()
+
+        def show(ended: list[Completion]) -> None:
+            if is_main_process():
+                progress.add(ended)
+            if jax.process_count() > 1 and interrupts.due(next(batches)):
+                interrupts.check()
+
         try:
             for name, one in models.items():
-                evaluation.draw_samples(name, one, mesh, run, progress.add)
+                evaluation.draw_samples(name, one, mesh, run, show)
         except Stopped as stopped:
             progress.close()
-            print(f"stopped by {stopped}; the same command resumes from there")
+            print_main(f"stopped by {stopped}; the same command resumes from there")
             raise
         finally:
             progress.close()
         result = evaluation.result(list(models))
-    print(result_table(result, len(temperatures)))
-    from grpo.reports.plots import draw_evaluation, draw_or_warn  # matplotlib takes a while to import
+    if is_main_process():
+        print(result_table(result, len(temperatures)))
+        from grpo.reports.plots import draw_evaluation, draw_or_warn  # matplotlib takes a while to import
 
-    draw_or_warn(draw_evaluation, folder, folder / "evaluation.png")
+        draw_or_warn(draw_evaluation, folder, folder / "evaluation.png")
     return result
 
 

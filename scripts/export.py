@@ -7,7 +7,9 @@ Any model that can be trained can be exported. Weights are copied one at a time.
 The last line of standard output is JSON.
 """
 
+import ctypes
 import hashlib
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -19,10 +21,12 @@ from typing import Any
 from data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from grpo.config import flag
 from grpo.errors import ConfigError, RunError
+from grpo.reports.jsonl import parse_json
 from grpo.reports.model_card import model_card
 from grpo.runs.cli import run_script
 from grpo.runs.flags import parse
 from grpo.runs.model_source import DESCRIPTION, Model, find_model
+from grpo.runs.run_dir import LOCK, take_lock
 from grpo.runs.setup import check_tokenizer
 from models.formats.adapters import write_peft
 from models.formats.containers import read_json
@@ -57,6 +61,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     config = parse(ExportConfig, argv, __doc__ or "")
     model = find_model(config.model_path, config.base_path, config.adapter_alpha)
     print(model.line, file=sys.stderr)
+    if model.run_dir and (steps := planned_steps(model.run_dir)) > model.meta["step"]:
+        print(f"note: this is step {model.meta['step']} of a run of {steps} steps", file=sys.stderr)
     if not has_tokenizer(model.folder):
         raise ConfigError(f"{model.folder} holds no tokenizer.json and no tokenizer.model; copy the model's own there")
     tokenizer = load_tokenizer(model.folder)
@@ -80,11 +86,20 @@ def main(argv: list[str]) -> dict[str, Any]:
         base = (model.under.path.name or "the base model") if model.under and config.lora == "peft" else ""
         card = model_card(out.name, model.size, dtype, base, model.run_dir, model.meta)
         (folder / "README.md").write_text(card, "utf-8")
-        sums = {file.name: sha256(file) for file in sorted(folder.iterdir()) if file.name != SUMS}
+        sums = {file.name: sha256(file) for file in sorted(folder.iterdir()) if file.name not in (SUMS, LOCK)}
         (folder / SUMS).write_text("".join(f"{found}  {name}\n" for name, found in sums.items()))
     size = sum(file.stat().st_size for file in out.iterdir())
     print(f"written to {out} in {dtype}", file=sys.stderr)
     return {"out": config.out, "model": model.line, "dtype": dtype, "files": sorted(sums), "bytes": size}
+
+
+def planned_steps(run_dir: Path) -> int:
+    """The last step of a run's last session; 0 if the run does not say."""
+    path = run_dir / "sessions.json"
+    try:
+        return max(int(session["last_step"]) for session in parse_json(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError, KeyError):
+        return 0
 
 
 # ------------------------------------------------------------------------------------------------------------------ the folder
@@ -92,36 +107,76 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 @contextmanager
 def new_folder(out: Path, model: Model) -> Iterator[Path]:
-    """OUT.part, renamed to OUT when the block ends without an error. Only an earlier export is ever replaced."""
-    part = out.parent / f"{out.name}.part"
+    """OUT.part, locked for this process, which takes the place of OUT when the block ends without an error.
+
+    At any time OUT is an earlier export or the new one, whole; only where the system cannot exchange two folders, the earlier
+    one is at OUT.replaced for a moment. Only an earlier export is ever replaced.
+    """
+    part, old = out.with_name(f"{out.name}.part"), out.with_name(f"{out.name}.replaced")
     if out.exists() and out.resolve() in (model.path.resolve(), model.folder.resolve()):
         raise ConfigError(f"out {out} is the model itself; give another folder")
-    for folder in (out, part):
-        if folder.exists() and not is_export(folder):
-            raise ConfigError(f"out: {folder} exists and is not an earlier export; remove it or give another --out")
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        for folder in (out, part):
+            if (folder.exists() or folder.is_symlink()) and not is_export(folder):
+                raise ConfigError(f"out: {folder} exists and is not an earlier export; remove it or give another --out")
+        part.mkdir(parents=True, exist_ok=True)
+        lock = take_lock(part)
+        if is_export(old) and not out.exists():  # a process was killed between two renames
+            old.rename(out)
+        remove(old)
+        empty(part)
         (part / SUMS).touch()  # marks the folder as an export, complete or not
     except OSError as error:
         raise ConfigError(f"out {out} cannot be written: {error.strerror}") from None
     try:
         yield part
-        if out.exists():
-            shutil.rmtree(out)
-        part.rename(out)
+        if not out.exists():
+            part.rename(out)
+        elif not exchange(part, out):
+            out.rename(old)
+            part.rename(out)
     except OSError as error:
         raise RunError(f"out {out} could not be written: {error.strerror or error}") from None
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        remove(part)
+        remove(old)
+        (out / LOCK).unlink(missing_ok=True)
+        os.close(lock)
+
+
+def empty(folder: Path) -> None:
+    """Remove what is in a folder but its lock. The sums go last: if this process is killed, it is an export until then."""
+    for file in sorted(folder.iterdir(), key=lambda file: file.name == SUMS):
+        if file.name != LOCK:
+            file.unlink()
+
+
+def remove(folder: Path) -> None:
+    """Remove an export, if the folder is one."""
+    if is_export(folder):
+        empty(folder)
+        (folder / LOCK).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Give each of two folders the other's name at once. False where the system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    AT_FDCWD, RENAME_EXCHANGE = -100, 2
+    return renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
 
 
 def is_export(folder: Path) -> bool:
     """Whether every file in a folder was written by an earlier export, so that the folder may be removed."""
-    if not folder.is_dir():
+    if not folder.is_dir() or folder.is_symlink():
         return False
-    present = {file.name for file in folder.iterdir()}
-    if not present or (folder.suffix == ".part" and SUMS in present):
+    present = {file.name for file in folder.iterdir()} - {LOCK}
+    if any(file.is_dir() for file in folder.iterdir()):
+        return False
+    if not present or (folder.suffix in (".part", ".replaced") and SUMS in present):
         return True
     listed = (folder / SUMS).read_text("utf-8").splitlines() if SUMS in present else []
     return {SUMS, *(line.partition("  ")[2] for line in listed)} == present

@@ -18,6 +18,7 @@ from typing import Any
 
 from grpo.config import check_fields, flag
 from grpo.errors import ConfigError, RunError
+from grpo.reports.jsonl import rewrite
 from grpo.reports.page import find_evaluations, read_analyses, read_page, render
 from grpo.reports.plots import draw_evaluation, draw_or_warn, draw_training
 from grpo.runs.flags import parse
@@ -52,7 +53,7 @@ def draw_plots(folder: Path, evaluation: Path | None) -> list[str]:
 
 def write_text(path: Path, text: str) -> None:
     try:
-        path.write_text(text, "utf-8")
+        rewrite(path, text)
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror}") from None
 

@@ -66,7 +66,7 @@ def read_ids(text: str, vocab_size: int) -> list[list[int]]:
     """Parse prompts such as `[[2,17,9],[2,5]]`. Raises ConfigError."""
     try:
         prompts = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         prompts = None
     shaped = isinstance(prompts, list) and prompts and all(isinstance(ids, list) and ids for ids in prompts)
     if not shaped or any(type(i) is not int for ids in prompts for i in ids):  # type: ignore[union-attr]

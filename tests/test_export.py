@@ -3,10 +3,12 @@
 import hashlib
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -343,3 +345,86 @@ def test_a_damaged_checkpoint_is_not_exported(run, tmp_path):
             assert not (tmp_path / "out").exists() and not (tmp_path / "out.part").exists()
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
     assert faults and all("is damaged" in fault for fault in faults)
+
+
+def write_export(out: Path, content: str) -> None:
+    """A small export."""
+    with EXPORT.new_folder(out, SimpleNamespace(path=Path("m"), folder=Path("m"))) as folder:
+        for name in ("config.json", "model.safetensors"):
+            (folder / name).write_text(content)
+        (folder / EXPORT.SUMS).write_text("".join(f"{content}  {name}\n" for name in ("config.json", "model.safetensors")))
+
+
+def killed_at(number: int, call: Callable[[], None]) -> bool:
+    """Whether a process that makes this call ends, killed, before its n-th change of a directory."""
+    if (child := os.fork()) == 0:
+        count = 0
+
+        def counted(change: Callable) -> Callable:
+            def changed(*args, **named):
+                nonlocal count
+                count += 1
+                if count == number:
+                    os._exit(9)
+                return change(*args, **named)
+
+            return changed
+
+        for name in ("unlink", "rename", "rmdir", "mkdir", "open"):
+            setattr(os, name, counted(getattr(os, name)))
+        setattr(EXPORT, "exchange", counted(EXPORT.exchange))  # noqa: B010 (a module that pyright does not know)
+        call()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.filterwarnings("ignore:os.fork", "ignore:This process")
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_an_export_killed_at_any_moment_leaves_the_old_or_the_new_one(tmp_path, exchanges, monkeypatch):
+    """Whole, and the same command then works, without leftovers; also where two folders cannot be exchanged."""
+    if not exchanges:
+        monkeypatch.setattr(EXPORT, "exchange", lambda one, other: False)
+    out, number, seen = tmp_path / "out", 1, []
+    write_export(out, "old")
+    while killed_at(number, lambda: write_export(out, "new")):
+        place = out if out.exists() else tmp_path / "out.replaced"
+        assert exchanges is False or place == out
+        found = {file.name: file.read_text() for file in place.iterdir() if file.name != EXPORT.LOCK}
+        assert set(found) == {"config.json", "model.safetensors", EXPORT.SUMS}
+        seen.append(found["config.json"])
+        assert found["model.safetensors"] == seen[-1] and seen[-1] in found[EXPORT.SUMS]
+        write_export(out, "old")
+        assert sorted(path.name for path in tmp_path.rglob("*")) == ["SHA256SUMS", "config.json", "model.safetensors", "out"]
+        assert (out / "config.json").read_text() == "old"
+        number += 1
+    assert {"old", "new"} == set(seen) and number > 8
+    assert (out / "config.json").read_text() == "new"
+
+
+def test_two_exports_into_one_folder_do_not_mix(tmp_path):
+    out = tmp_path / "out"
+    with EXPORT.new_folder(out, SimpleNamespace(path=Path("m"), folder=Path("m"))) as folder:
+        (folder / "config.json").write_text("first")
+        with pytest.raises(ConfigError, match="is in use by process"):
+            write_export(out, "second")
+        (folder / EXPORT.SUMS).write_text("x  config.json\n")
+    assert [file.name for file in sorted(out.iterdir())] == [EXPORT.SUMS, "config.json"]
+
+
+def test_links_planted_where_an_export_writes_are_not_followed(tmp_path):
+    precious, out = tmp_path / "precious", tmp_path / "out"
+    precious.mkdir()
+    (precious / EXPORT.SUMS).write_text("mine")
+    (tmp_path / "out.part").symlink_to(precious)
+    with pytest.raises(ConfigError, match=r"out\.part exists and is not an earlier export"):
+        write_export(out, "x")
+    (tmp_path / "out.part").unlink()
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / EXPORT.LOCK).symlink_to(precious / EXPORT.SUMS)
+    with pytest.raises(ConfigError, match="cannot be written: Too many levels of symbolic links"):
+        write_export(out, "x")
+    (tmp_path / "out.part" / EXPORT.LOCK).unlink()
+    for name in ("config.json", EXPORT.SUMS):
+        (tmp_path / "out.part" / name).symlink_to(precious / EXPORT.SUMS)
+    write_export(out, "x")
+    assert [(file.name, file.read_text()) for file in precious.iterdir()] == [(EXPORT.SUMS, "mine")]

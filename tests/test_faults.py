@@ -89,7 +89,8 @@ class Launcher:
         self.steps = steps  # of session 1; session 2 has twice as many
         self.files = {"model_path": folder / "model", "reward": f"{folder / 'rewards.py'}:variety"}
 
-    def __call__(self, *argv: str, devices: int = 1, traced: bool = True, **environment: str) -> Process:
+    def __call__(self, *argv: str, devices: int = 1, traced: bool = True, shell: str = "", **environment: str) -> Process:
+        """`shell` is a line for bash, whose "$@" is the command."""
         env = os.environ | {
             "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_ENABLE_COMPILATION_CACHE": "1",
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"), "PYTHONUNBUFFERED": "1",
@@ -100,6 +101,7 @@ class Launcher:
         base = [f"--{name}={value}" for name, value in ({"new_problems": 2 * self.steps} | SMALL | self.files).items()]
         base = [flag for flag in base if flag.split("=")[0] not in {flag.split("=")[0] for flag in given}]
         command = [sys.executable, script, *base, *argv]
+        command = ["bash", "-c", shell, "bash", *command] if shell else command
         popen = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.started.append(popen)
         return Process(popen)
@@ -244,6 +246,24 @@ def test_fault_6_a_second_signal_ends_at_once(launch):
     assert time.monotonic() - began < 4
 
 
+@pytest.mark.parametrize(
+    ("shell", "reason"),
+    [
+        ('"$@" | head -3; exit ${PIPESTATUS[0]}', "Broken pipe"),
+        pytest.param('exec "$@" >/dev/full', "No space left on device", marks=pytest.mark.long),
+        pytest.param('exec "$@" >&-', "", marks=pytest.mark.long),
+    ],
+    ids=["head", "full", "closed"],
+)
+def test_fault_36_an_output_that_is_gone(launch, shell, reason, tmp_path):
+    """`train.py | head`: one warning, and the run trains and saves to its end."""
+    process = launch("--run_dir", str(tmp_path), "--new_problems=8", shell=shell)
+    assert process.end() == 0, process.errors()
+    said = [line for line in process.errors().splitlines() if line.startswith("warning: standard output is gone")]
+    assert said == ([f"warning: standard output is gone ({reason}); nothing more is printed"] if reason else [])
+    assert json.loads((tmp_path / "result.json").read_text())["finished"] and (tmp_path / "checkpoints" / "12").is_dir()
+
+
 @pytest.mark.long
 def test_the_hours_are_over(launch, whole):
     """--max_hours: saved, and ended without an error; the same command goes on."""
@@ -325,6 +345,33 @@ def test_fault_8_the_disk_fills_while_a_checkpoint_is_written(small_disk, monkey
         assert [path.name for path in checkpoints.folder.iterdir()] == ["1"]
         restored = checkpoints.restore(state, lambda meta: None)
         assert restored is not None and (restored.state["leaf"] == state["leaf"]).all()
+
+
+@pytest.mark.long
+def test_fault_8_the_kernel_lets_no_checkpoint_be_written(launch):
+    """A limit of the size of files (40 KB), which root has too: a warning, then the end; no half of a checkpoint stays."""
+    folder = launch.folder / "limited"
+    process = launch("--run_dir", str(folder), shell='ulimit -f 40; exec "$@"')
+    assert process.end() == 1
+    said = [line for line in process.errors().splitlines() if "could not be saved" in line]
+    assert [line.split()[0] for line in said] == ["warning:", "error:"]
+    assert not list((folder / "checkpoints").iterdir())
+
+
+@pytest.mark.long
+def test_faults_1_to_5_lora_killed_and_a_relay_killed_at_its_start(launch, tmp_path):
+    """Adapters: killed in a step and in a save. The relay that follows is killed while it copies the first one's state."""
+    lora = "--lora_rank=2", "--lora_alpha=4", "--reference=session_start", "--new_problems=8"
+    one, two, whole = tmp_path / "one", tmp_path / "two", tmp_path / "whole"
+    launch(f"--run_dir={whole}", *lora).result()
+    for phase in ("update", "save"):
+        kill(launch, phase, 2, 0.01, f"--run_dir={one}", "--session=1", *lora)
+    launch(f"--run_dir={one}", "--session=1", *lora).result()
+    relay = f"--run_dir={two}", "--session=2", f"--relay_from={one}", *lora
+    kill(launch, "save", 1, 0.01, *relay)
+    launch(*relay).result()
+    for name in ("metrics", "result", "digests"):
+        assert records(two)[name] == records(whole)[name], name
 
 
 @pytest.mark.long

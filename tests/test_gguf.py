@@ -112,7 +112,7 @@ def test_a_head_of_its_own_is_refused_and_a_copy_is_passed_over(tmp_path, mesh):
 def test_without_the_package_it_is_named(tmp_path, monkeypatch):
     file = written(tmp_path, "gemma2-gqa")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ModelError, match=r"needs the package gguf: pip install 'grpo-gemma\[gguf\]'"):
+    with pytest.raises(ModelError, match=r'needs the package gguf: pip install -e "\.\[gguf\]"'):
         open_container(file)
 
 

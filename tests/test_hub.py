@@ -132,7 +132,7 @@ def test_a_repository_without_safetensors_is_not_loaded_as_half_of_one(hub):
 def test_a_package_that_is_missing_is_named(monkeypatch):
     for package, name, extra in (("huggingface_hub", "hf:me/tiny", "hub"), ("kagglehub", "kaggle:a/b/flax/c", "kaggle")):
         monkeypatch.setitem(sys.modules, package, None)
-        with pytest.raises(ConfigError, match=rf"needs the package {package}: pip install 'grpo-gemma\[{extra}\]'"):
+        with pytest.raises(ConfigError, match=rf'needs the package {package}: pip install -e "\.\[{extra}\]"'):
             download(name)
 
 

@@ -113,7 +113,7 @@ def closure(path: Path) -> set[Path]:
     ("name", "files", "lines"),
     [
         ("grpo/loss.py", 1, 150), ("grpo/config.py", 2, 400), ("grpo/update.py", 7, 1600), ("grpo/step.py", 15, 2900),
-        ("scripts/report.py", 13, 3000),
+        ("scripts/report.py", 13, 3050),
     ],
 )  # fmt: skip
 def test_what_one_must_read_is_bounded(name, files, lines, record_property):

@@ -105,7 +105,7 @@ def by_length(samples: Records, problems: Records, unit: str) -> list[dict[str, 
     if not lengths:
         return []
     most = sorted([*lengths, *gold])[int(0.98 * (len(lengths) + len(gold)))]
-    width = next(w * 10**p for p in range(9) for w in (1, 2, 5) if most < BINS * w * 10**p)
+    width = next(w * 10**p for p in range(20) for w in (1, 2, 5) if most < BINS * w * 10**p)
     last = most // width
 
     def bin_of(length: int) -> int:
@@ -279,7 +279,7 @@ def hard_cases(samples: Records, problems: Records) -> list[dict[str, Any]]:
         if not models or not all((model, id) in greedy and id in votes[model] for model in models):
             continue
         attempts = {model: (greedy[model, id], votes[model][id]) for model in models}
-        if not any(first["accuracy"]["tagged"] or vote(voters)[1] for first, voters in attempts.values()):
+        if not any(first["accuracy"].get("tagged") or vote(voters)[1] for first, voters in attempts.values()):
             case = {key: problem[key] for key in ("id", "question", "answer", "solution")}
             cases.append(case | {model: answers_of(*samples) for model, samples in attempts.items()})
     return cases

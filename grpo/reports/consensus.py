@@ -32,7 +32,12 @@ def canonical(number: Decimal | str | None) -> Answer:
 
 def gold_of(problem: Mapping[str, Any]) -> str:
     """The gold answer of a line of problems.jsonl, as samples are compared with it; older lines hold numbers only."""
-    return problem["gold"] if "gold" in problem else str(canonical(problem["answer"]))
+    if "gold" in problem:
+        return problem["gold"]
+    try:
+        return str(canonical(problem["answer"]))
+    except ArithmeticError:  # no number
+        return problem["answer"]
 
 
 def majority_vote(answers: Sequence[Answer], temperatures: Sequence[float]) -> Answer:

@@ -25,14 +25,13 @@ from grpo.config import current_names
 from grpo.errors import ConfigError
 from grpo.reports import analysis
 from grpo.reports.consensus import gold_of, majority_vote
-from grpo.reports.jsonl import read_records
+from grpo.reports.jsonl import SAMPLE_KEYS, parse_json, read_records
 
 TEMPLATE = Path(__file__).with_name("page.html")
 # Bit b of a completion's `flags`; the script in page.html has the same list.
 FLAGS = ("tagged", "strict", "flexible", "reasoning_tags", "answer_tags", "violation", "truncated")
 COMPLETION_KEYS = ("step", "problem", "text")
-PROBLEM_KEYS = ("id", "question", "answer")
-SAMPLE_KEYS = ("model", "problem", "sample", "text", "answer")
+PROBLEM_KEYS = ("id", "question", "answer", "solution")
 GROUP_KEYS = ("step", "problem", "question", "beta", "unbiased_kl", "epsilon_low", "epsilon_high", "tis_cap")
 TOKEN_COLUMNS = ("ids", "logprobs", "sampler_logprobs", "old_logprobs", "ref_logprobs", "ratio", "kl", "clipped", "weight")
 
@@ -90,7 +89,8 @@ def find_evaluations(run: Path) -> list[Path]:
 
 def read_analyses(run_dir: Path, page: dict[str, Any], evaluation: Path | None) -> dict[str, Any]:
     """All analyses of the first run and of its evaluation, as `grpo.reports.analysis` documents them."""
-    lines = [list(read_records(run_dir / f"{name}.jsonl", [], "step")) for name in ("metrics", "evaluations", "completions")]
+    keys = {"metrics": (), "evaluations": (), "completions": (*COMPLETION_KEYS, "accuracy", "length")}
+    lines = [list(read_records(run_dir / f"{name}.jsonl", [], "step", *needed)) for name, needed in keys.items()]
     analyses: dict[str, Any] = {"run": round_floats(analysis.analyse_run(*lines)), "gain_by_model": page["gain_by_model"]}
     if evaluation:
         samples = list(read_records(evaluation / "samples.jsonl", [], *SAMPLE_KEYS))
@@ -121,7 +121,7 @@ def read_run(folder: Path, notes: list[str]) -> dict[str, Any]:
     """Settings, metrics as columns, alarms, evaluations, sessions and result of a run."""
     steps = list(read_records(folder / "metrics.jsonl", notes, "step"))
     names = dict.fromkeys(name for step in steps for name, value in step.items() if isinstance(value, (int, float)))
-    sessions = read_object(folder / "sessions.json", [], notes)
+    sessions = [session for session in read_object(folder / "sessions.json", [], notes) if isinstance(session, dict)]
     return {
         "name": folder.resolve().name,
         "config": current_names(read_object(folder / "config.json", {}, notes)),
@@ -243,12 +243,20 @@ def read_problems(config: dict[str, Any], notes: list[str]) -> dict[str, Problem
 def read_tokens(path: Path, limit: float, notes: list[str]) -> list[dict[str, Any]]:
     """The groups whose tokens were saved. A column of equal values becomes that value."""
     keys = ("step", "problem", "completions")
-    sizes = {number: len(json.dumps(group)) for number, group in enumerate(read_records(path, notes, *keys))}
+    sizes = {n: len(json.dumps(group)) for n, group in enumerate(read_records(path, notes, *keys)) if all_columns(group)}
     kept = set(spread(sizes, limit))
     if len(kept) < len(sizes):
         notes.append(f"Tokens of {len(sizes) - len(kept):,} of {len(sizes):,} groups are not in this page (--megabytes)")
     groups = [group for number, group in enumerate(read_records(path, [], *keys)) if number in kept]
     return [token_columns(current_names(group)) for group in groups]
+
+
+def all_columns(group: dict[str, Any]) -> bool:
+    """Whether each completion of a line of tokens.jsonl is an object with its row and pieces, and lists as columns."""
+    rows = group["completions"]
+    if not all(isinstance(row, dict) and {"row", "pieces"} <= row.keys() for row in rows):
+        return False
+    return all(isinstance(row.get(name, []), list) for row in rows for name in ("pieces", *TOKEN_COLUMNS))
 
 
 def token_columns(group: dict[str, Any]) -> dict[str, Any]:
@@ -282,6 +290,8 @@ def read_evaluation(folder: Path, limit: float, notes: list[str]) -> dict[str, A
             f"evaluation {str(folder)!r} holds no evaluation: it needs config.json with temperatures and problems.jsonl"
         )
     temperatures, ids = settings["temperatures"], [problem["id"] for problem in problems]
+    if not isinstance(temperatures, list) or not all(isinstance(t, (int, float)) for t in temperatures):
+        raise ConfigError(f"evaluation {str(folder)!r}: temperatures {str(temperatures)[:40]} must be a list of numbers")
     by_model = {name: [sample for sample in samples if sample["model"] == name] for name in ("base", "trained")}
     by_model = {name: mine for name, mine in by_model.items() if mine}
     missing = len(by_model) * len(problems) * (1 + len(temperatures)) - len(samples)
@@ -330,11 +340,14 @@ def read_votes(samples: list[dict[str, Any]], ids: list[str], temperatures: list
 
 
 def read_object(path: Path, missing: Any, notes: list[str]) -> Any:
-    """The value in a JSON file; `missing` if there is no such file or it is not JSON."""
+    """The value in a JSON file; `missing` if there is no such file, or what it holds is not JSON or of another type."""
     try:
-        return json.loads(path.read_text("utf-8")) if path.is_file() else missing
+        value = parse_json(path.read_text("utf-8")) if path.is_file() else missing
+        if type(value) is not type(missing):
+            raise ValueError(f"a {type(missing).__name__} is needed")
+        return value
     except ValueError as error:
-        notes.append(f"skipped {path.name}: it is not JSON ({error})")
+        notes.append(f"skipped {path.name}: {error}")
         return missing
 
 

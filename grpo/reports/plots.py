@@ -5,7 +5,6 @@ statistics are those of analysis.py and consensus.py.
 """
 
 import io
-import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +33,7 @@ from grpo.reports.analysis import (
     within_problem,
 )
 from grpo.reports.consensus import wilson
-from grpo.reports.jsonl import read_records
+from grpo.reports.jsonl import parse_json, read_records, rewrite
 
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
 GREY = "#8A8A8A"
@@ -81,9 +80,7 @@ def save_figure(figure: Figure, headline: str, note: str, path: Path) -> None:
     canvas.draw()
     picture = io.BytesIO()
     Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(128).save(picture, "png", optimize=True)
-    part = path.with_suffix(".part")
-    part.write_bytes(picture.getvalue())
-    part.replace(path)
+    rewrite(path, picture.getvalue())
 
 
 def label_panel(ax: Axes, title: str, x: str, y: str, columns: int, rows: int) -> None:
@@ -162,8 +159,8 @@ class StepPanels:
 def draw_training(folder: Path, path: Path) -> None:
     """Draw the dashboard of the run in `folder`. Panels show what there is: a run may have one step, no evaluation, no KL."""
     metrics, evaluations = (read_lines(folder / f"{name}.jsonl", "step") for name in ("metrics", "evaluations"))
-    sessions = json.loads((folder / "sessions.json").read_text("utf-8"))
-    config = json.loads((folder / "config.json").read_text("utf-8"))
+    sessions = parse_json((folder / "sessions.json").read_text("utf-8"))
+    config = parse_json((folder / "config.json").read_text("utf-8"))
     with rc_context(STYLE):
         figure = Figure(figsize=(15, 7.2), layout=ConstrainedLayoutEngine(h_pad=0.1))
         grid = figure.add_gridspec(2, 4, width_ratios=(1.45, 1, 1, 1))
@@ -323,7 +320,7 @@ def draw_evaluation(folder: Path, path: Path) -> None:
     """Draw the dashboard of the evaluation in `folder`. Raises RunError if it is not finished."""
     if not (folder / "result.json").is_file():
         raise RunError(f"{folder} has no result.json: finish the evaluation first")
-    result = json.loads((folder / "result.json").read_text("utf-8"))
+    result = parse_json((folder / "result.json").read_text("utf-8"))
     result["models"] = {name: figures for name, figures in result["models"].items() if figures}  # base may be None
     problems = read_lines(folder / "problems.jsonl", "id")
     samples = read_lines(folder / "samples.jsonl", "model", "problem", "sample")

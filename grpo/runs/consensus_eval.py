@@ -29,11 +29,13 @@ from data.tokenizer import load_tokenizer
 from grpo.config import Config
 from grpo.errors import ConfigError
 from grpo.reports.consensus import WAYS, canonical, model_figures, paired
+from grpo.reports.jsonl import SAMPLE_KEYS, parse_json, rewrite
 from grpo.reward import canonical_text, flexible_answer, numeric_gold, parse_gold, stated_answer
 from grpo.runs.checkpoint import digest
+from grpo.runs.distributed import broadcast_from_main, is_main_process
 from grpo.runs.evaluate import Completion, complete
 from grpo.runs.grading import grade_completions
-from grpo.runs.metrics import JsonLines, rewrite, write_json
+from grpo.runs.metrics import JsonLines, write_json
 from grpo.runs.model_source import Model
 from grpo.runs.reward_worker import UserRewards
 from grpo.runs.run_dir import take_lock
@@ -46,17 +48,18 @@ from models.sharding import ROLLOUT, activation_dtype
 class Evaluation:
     """An evaluation in its directory. `temperatures` are those of the samples that vote."""
 
-    def __init__(self, folder: Path, problems: list[Problem], temperatures: list[float], settings: dict[str, Any]):
-        self.folder, self.problems, self.temperatures = folder, problems, temperatures
-        self.config: dict[str, Any] = read_settings(folder / "config.json")
+    def __init__(self, folder: Path, problems: list[Problem], temperatures: list[float], config: dict[str, Any]):
+        """`config`: what the samples in the directory belong to, as far as there are some."""
+        self.folder, self.problems, self.temperatures, self.config = folder, problems, temperatures, config
         self.too_long: dict[str, list[str]] = {}  # by model: problems that count as wrong because their prompts are too long
-        content = [(problem.id, problem.question, problem.answer) for problem in problems]
-        fingerprint = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
-        self.claim(settings | {"temperatures": temperatures, "problems": fingerprint})
         records = [asdict(problem) | {"gold": canonical_gold(problem.answer)} for problem in problems]
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-        rewrite(folder / "problems.jsonl", "".join(lines))
-        self.file = JsonLines(folder / "samples.jsonl", step=None)
+        if is_main_process():
+            rewrite(folder / "problems.jsonl", "".join(lines))
+        self.file = JsonLines(folder / "samples.jsonl", None, *SAMPLE_KEYS, "flexible_answer", "format", "seconds")
+        known = {problem.id for problem in problems}
+        if stray := [r for r in self.file.records if r["problem"] not in known or not 0 <= r["sample"] <= len(temperatures)]:
+            raise ConfigError(f"{folder}: samples.jsonl has {len(stray)} samples of other problems; give another --out")
 
     def claim(self, part: dict[str, Any]) -> None:
         """Record what the samples belong to. Raises ConfigError if they belong to something else."""
@@ -68,7 +71,8 @@ class Evaluation:
         if changes:
             raise ConfigError(f"{self.folder} holds another evaluation ({', '.join(changes)}); give another --out")
         self.config |= part
-        write_json(self.folder / "config.json", self.config)
+        if is_main_process():
+            write_json(self.folder / "config.json", self.config)
 
     def samples_of(self, name: str) -> list[dict[str, Any]]:
         """The samples of a model that exist so far."""
@@ -132,7 +136,8 @@ class Evaluation:
             "trained_against_base": against,
             "too_long": self.too_long,
         }
-        write_json(self.folder / "result.json", result)
+        if is_main_process():
+            write_json(self.folder / "result.json", result)
         return result
 
 
@@ -168,10 +173,10 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        settings = json.loads(path.read_text("utf-8"))
+        settings = parse_json(path.read_text("utf-8"))
     except ValueError:
         settings = {}
-    if "temperatures" not in settings:  # for example a run's directory
+    if not isinstance(settings, dict) or "temperatures" not in settings:  # for example a run's directory
         raise ConfigError(f"{path} does not belong to an evaluation; give another --out")
     return settings
 
@@ -180,13 +185,26 @@ def read_settings(path: Path) -> dict[str, Any]:
 def open_evaluation(
     folder: Path, problems: list[Problem], temperatures: list[float], settings: dict[str, Any]
 ) -> Iterator[Evaluation]:
-    """The evaluation in `folder`, created if needed and locked for this process."""
+    """The evaluation in `folder`, created if needed and locked for this process. With several, process 0 has the lock."""
+    lock, fault, found = None, "", {}
+    if is_main_process():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = take_lock(folder)
+            found = read_settings(folder / "config.json")
+        except ConfigError as error:
+            fault = str(error)
+        except OSError as error:
+            fault = f"out {folder} cannot be used: {error.strerror}; give another --out"
+    fault, found = broadcast_from_main([fault, found])
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = take_lock(folder)
-    except OSError as error:
-        raise ConfigError(f"out {folder} cannot be used: {error.strerror}; give another --out") from None
-    try:
-        yield Evaluation(folder, problems, temperatures, settings)
+        if fault:
+            raise ConfigError(fault)
+        content = [(problem.id, problem.question, problem.answer) for problem in problems]
+        fingerprint = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+        evaluation = Evaluation(folder, problems, temperatures, found)
+        evaluation.claim(settings | {"temperatures": temperatures, "problems": fingerprint})
+        yield evaluation
     finally:
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)

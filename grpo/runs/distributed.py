@@ -15,57 +15,82 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from grpo.config import Config
 from grpo.errors import ConfigError
+from grpo.runs.hub import first_line
+from grpo.runs.peers import GONE, Watch, meet
 
-# Seconds without a heartbeat after which a process counts as lost; seconds that finished processes wait for the others.
-HEARTBEAT, SHUTDOWN = 30, 60
+# Seconds without a heartbeat after which jax ends all processes, if peers.py has not; seconds that finished processes wait for
+# the others.
+HEARTBEAT, SHUTDOWN = 100, 60
+SAID = 2**15  # bytes that each process says of itself in `check_same`
+
+watch: Watch | None = None
 
 
-def join(config: Config) -> None:
+def join(coordinator: str, processes: int, process_id: int) -> None:
     """Connect to the other processes, if there are any. Must be called before anything else asks jax for devices."""
-    if not config.coordinator:
-        if config.processes > 1:
-            raise ConfigError(f"processes {config.processes} need a coordinator: HOST:PORT of process 0, or auto")
+    global watch
+    if not coordinator:
+        if processes > 1:
+            raise ConfigError(f"processes {processes} need a coordinator: HOST:PORT of process 0, or auto")
         return
-    if config.coordinator == "auto":
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=SHUTDOWN)
-        return
-    if config.process_id >= config.processes:
-        raise ConfigError(f"process_id {config.process_id} must be below processes {config.processes}")
+    limits: dict[str, Any] = {"heartbeat_timeout_seconds": HEARTBEAT, "shutdown_timeout_seconds": SHUTDOWN}
     try:
-        jax.distributed.initialize(
-            config.coordinator,
-            config.processes,
-            config.process_id,
-            heartbeat_timeout_seconds=HEARTBEAT,
-            shutdown_timeout_seconds=SHUTDOWN,
-        )
+        if coordinator == "auto":
+            jax.distributed.initialize(**limits)
+            return
+        if process_id >= processes:
+            raise ConfigError(f"process_id {process_id} must be below processes {processes}")
+        watch = Watch(meet(coordinator, processes, process_id))
+        jax.distributed.initialize(coordinator, processes, process_id, coordinator_bind_address=coordinator, **limits)
+    except ConfigError:
+        raise
     except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"coordinator {config.coordinator!r} cannot be reached: {str(error).splitlines()[0]}") from None
+        reason = f"coordinator {coordinator!r} cannot be reached: {first_line(error)}"
+        if coordinator == "auto":
+            reason = f"coordinator auto: no cluster tells the processes about each other ({first_line(error)})"
+        raise ConfigError(f"{reason}; give HOST:PORT of process 0, --processes and --process_id") from None
 
 
-def leave(error: BaseException) -> None:
-    """If this process is one of several, end it with its error without waiting for the others, which notice and end too."""
-    if not jax.distributed.is_initialized():
+def leave(error: BaseException | None = None) -> None:
+    """The end of a script. If this process is one of several that has an error, it ends without waiting for the others."""
+    code = (error.code or 0) if isinstance(error, SystemExit) else 1
+    if watch and (error is None or isinstance(error, SystemExit)):  # a bug says no farewell: the others end at once
+        watch.leave(failed=error is not None and 0 < int(code) < 128)  # a signal stops all of them
+    if error is None or not jax.distributed.is_initialized():
         return
     if not isinstance(error, SystemExit):
         traceback.print_exception(error)
         if "Gloo" in str(error):  # the message on a CPU; elsewhere jax itself ends the process with a message
-            print(
-                "error: another process of this run is gone; the same command continues from the last checkpoint",
-                file=sys.stderr,
-            )
+            print(f"error: {GONE.format('a collective failed')}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     if is_main_process():
         time.sleep(1)  # the others notice when process 0 is missing: it leaves last
-    os._exit(int(error.code or 0) if isinstance(error, SystemExit) else 1)
+    os._exit(int(code))
+
+
+def check_same(mine: dict[str, str], fault: str) -> None:
+    """ConfigError on every process unless all have the same `mine`, by name, and none has a `fault`. One collective."""
+    said = json.dumps({"fault": fault[:2000]} | mine).encode()
+    assert len(said) < SAID, len(said)
+    everyone = multihost_utils.process_allgather(np.frombuffer(said.ljust(SAID), np.uint8))
+    processes = [json.loads(bytes(row)) for row in everyone]
+    for i, theirs in enumerate(processes):
+        if theirs["fault"]:
+            raise ConfigError(f"process {i}: {theirs['fault']}")
+    for i, theirs in enumerate(processes):
+        for name, first in processes[0].items():
+            if theirs.get(name) != first:
+                raise ConfigError(
+                    f"process {i} has another {name} than process 0, {theirs.get(name)} instead of {first}: all processes need "
+                    f"the same command, files and code"
+                )
 
 
 def is_main_process() -> bool:
     """Whether this process prints and writes the records."""
-    return jax.process_index() == 0
+    return not jax.distributed.is_initialized() or jax.process_index() == 0  # alone, it needs no device to know
 
 
 def print_main(text: str) -> None:

@@ -5,6 +5,7 @@ The hubs' packages are needed only here. Licences of gated models are accepted i
 
 from pathlib import Path
 
+from data.problems import cache_only_when_offline
 from grpo.errors import ConfigError
 
 FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja")  # never a pickle
@@ -26,9 +27,10 @@ def download_hugging_face(name: str) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
     except ImportError:
-        raise ConfigError(f"hf:{name} needs the package huggingface_hub: pip install 'grpo-gemma[hub]'") from None
+        raise ConfigError(f'hf:{name} needs the package huggingface_hub: pip install -e ".[hub]"') from None
     try:
-        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(FILES)))
+        with cache_only_when_offline():
+            folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(FILES)))
         if any(folder.rglob("*.safetensors")):
             return folder
         reason = "has no safetensors; download a GGUF file or a Flax checkpoint yourself, and give its path"
@@ -51,7 +53,7 @@ def download_kaggle(name: str) -> Path:
     try:
         import kagglehub  # type: ignore[import-not-found]
     except ImportError:
-        raise ConfigError(f"kaggle:{name} needs the package kagglehub: pip install 'grpo-gemma[kaggle]'") from None
+        raise ConfigError(f'kaggle:{name} needs the package kagglehub: pip install -e ".[kaggle]"') from None
     try:
         return Path(kagglehub.model_download(name))
     except Exception as error:  # the package has many exception types
@@ -65,4 +67,5 @@ def download_kaggle(name: str) -> Path:
 
 
 def first_line(error: Exception) -> str:
+    """What another package says of its error, as part of a line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -2,8 +2,9 @@
 
 import json
 import math
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import jax
 import numpy as np
 
 from grpo.errors import RunError
-from grpo.reports.jsonl import has_only, read_records
+from grpo.reports.jsonl import has_only, read_records, rewrite
 from grpo.rollout import Grade, rewards_of, zero_variance_groups
 from grpo.runs.distributed import broadcast_from_main, is_main_process
 from grpo.step import Run, StepResult
+
+APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW  # a link that somebody has planted is not followed
 
 
 def step_metrics(result: StepResult, seconds: dict[str, float], bad_updates_in_a_row: int, run: Run) -> dict[str, Any]:
@@ -110,17 +113,18 @@ class JsonLines:
     Process 0 writes. Every process remembers the records that were there before and those that `write` adds.
     """
 
-    def __init__(self, path: Path, step: int | None, remember: bool = True):
+    def __init__(self, path: Path, step: int | None, *keys: str, remember: bool = True):
+        """`keys` are those that every record has."""
         self.path = path
-        kept, whole = self.read(step) if is_main_process() else ([], True)
-        if is_main_process() and not (whole and path.exists()):
+        kept, whole = self.read(step, keys) if is_main_process() else ([], True)
+        if is_main_process() and not (whole and path.exists() and not path.is_symlink()):
             rewrite(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
         self.records: list[dict[str, Any]] = broadcast_from_main(kept if remember else [])
 
-    def read(self, step: int | None) -> tuple[list[dict[str, Any]], bool]:
+    def read(self, step: int | None, keys: Sequence[str]) -> tuple[list[dict[str, Any]], bool]:
         """The records up to `step`, and whether the file holds nothing else, such as a torn last line."""
         notes: list[str] = []
-        kept = list(read_records(self.path, notes, step=step))
+        kept = list(read_records(self.path, notes, *keys, step=step))
         for note in notes:
             print(f"warning: {note}", file=sys.stderr, flush=True)
         return kept, not self.path.exists() or has_only(self.path, len(kept))
@@ -133,17 +137,10 @@ class JsonLines:
     def write_all(self, records: list[dict[str, Any]]) -> None:
         if is_main_process():
             try:
-                with self.path.open("a", encoding="utf-8") as file:
+                with open(os.open(self.path, APPEND, 0o666), "a", encoding="utf-8") as file:
                     file.writelines(json.dumps(strict(record), ensure_ascii=False) + "\n" for record in records)
             except OSError as error:
                 raise RunError(f"{self.path} cannot be written: {error.strerror}") from None
-
-
-def rewrite(path: Path, text: str) -> None:
-    """Replace a file atomically: at any time there is either the old file or the new one."""
-    part = path.with_suffix(".part")
-    part.write_text(text, "utf-8")
-    part.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -10,7 +10,7 @@
 The model is identified before any weight is read.
 """
 
-import shutil
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,7 +23,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from data.tokenizer import has_tokenizer
 from grpo.config import HUBS
-from grpo.errors import ConfigError
+from grpo.errors import ConfigError, RunError
+from grpo.reports.jsonl import rewrite
 from grpo.runs.checkpoint import open_params, read_adapters, read_digest, read_meta, read_params, saved_steps
 from grpo.runs.hub import download
 from models.formats.adapters import SETTINGS, LoadedAdapters, is_tunix, peft_folder, read_peft, read_tunix
@@ -73,8 +74,16 @@ class Model:
 
     @property
     def line(self) -> str:
-        """Description, family and size."""
-        return f"{self.found}: {self.size}"
+        """Description, family and size, and whether it is a base model."""
+        return f"{self.found}: {self.size}{', a base model (no chat template)' if self.is_base else ''}"
+
+    @property
+    def is_base(self) -> bool:
+        """Whether a Gemma, whose tokenizer has settings, has no chat template in them: instruction tuning comes with one."""
+        settings = self.folder / "tokenizer_config.json"
+        if self.config.vocab_size < 200_000 or not settings.is_file() or any(self.folder.glob("chat_template.*")):
+            return False
+        return "chat_template" not in read_json(settings)
 
     @property
     def size(self) -> str:
@@ -87,7 +96,17 @@ def find_model(path: str | Path, base_path: str | Path = "", adapter_alpha: floa
 
     `adapter_alpha` is the alpha of adapters that do not store it. Raises ConfigError or ModelError if there is no model.
     """
+    try:
+        return look_up(path, base_path, adapter_alpha)
+    except RecursionError:
+        raise ConfigError(f"{path}: its base model leads back to itself; give the --base_path of another") from None
+
+
+def look_up(path: str | Path, base_path: str | Path, adapter_alpha: float) -> Model:
+    """`find_model`, unless it goes round in circles."""
     asked, path = Path(path), download(path)
+    if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(asked)):
+        raise ConfigError(f"{path} does not exist on this machine; a model of Hugging Face's hub is hf:{path}")
     if (path / "checkpoints").is_dir():
         steps = saved_steps(path / "checkpoints")
         if not steps:
@@ -195,10 +214,12 @@ def open_with_table(base: Model, folder: Path, meta: dict[str, Any], config: Gem
 
 
 def copy_description(model: Model, folder: Path) -> None:
-    """Copy config and tokenizer files, so that a run's directory can be read without its base model."""
+    """Copy config and tokenizer files, so that a run's directory can be read without its base model. RunError for a link."""
     folder.mkdir(exist_ok=True)
+    if folder.is_symlink():
+        raise RunError(f"{folder} is a link, and what it leads to would be overwritten; remove it")
     for name in DESCRIPTION:
         if (model.folder / name).is_file():
-            shutil.copyfile(model.folder / name, folder / name)
+            rewrite(folder / name, (model.folder / name).read_bytes())
     if not (folder / "config.json").is_file():
         write_json(folder / "config.json", config_json(model.config))

@@ -4,7 +4,6 @@ A checkpoint's meta names what its state belongs to: fingerprints of model, toke
 settings, and the runs that it was relayed from.
 """
 
-import shutil
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from grpo.config import Config, current_names
 from grpo.errors import ConfigError, RunError
-from grpo.reports.jsonl import read_records
+from grpo.reports.jsonl import read_records, rewrite
 from grpo.runs.checkpoint import Checkpoints, Restored, differing, digest
 from grpo.runs.distributed import broadcast_from_main, is_main_process, print_main
 from grpo.runs.run_dir import check_settings
@@ -110,10 +109,15 @@ def find_start(lineage: Lineage, checkpoints: Checkpoints, abstract_state: Any, 
 
 
 def check_never_saved(lineage: Lineage) -> None:
-    """ConfigError when there is no checkpoint, but records say that there was one: a run never begins anew over them."""
+    """ConfigError when there is no checkpoint, but records say that there was one: a run never begins anew over them.
+
+    Records that are those of `relay_from` were copied by a relay that was killed at its start.
+    """
     folder, first = lineage.folder, min(lineage.run.config.save_every, lineage.run.sessions[0].end)
     done = max((record["step"] for record in read_records(folder / "metrics.jsonl", [], step=10**12)), default=0)
-    saved = broadcast_from_main(done > first or (folder / "result.json").exists())
+    origin = Path(lineage.run.config.relay_from) / "metrics.jsonl"
+    copied = done and origin.is_file() and origin.read_bytes() == (folder / "metrics.jsonl").read_bytes()
+    saved = broadcast_from_main((done > first and not copied) or (folder / "result.json").exists())
     if saved:
         raise ConfigError(
             f"{folder} has records up to step {done} and no checkpoint: {folder / 'checkpoints'} was deleted, moved, or is not "
@@ -134,7 +138,7 @@ def relay(lineage: Lineage, checkpoints: Checkpoints, abstract_state: Any, refer
     if is_main_process():
         for name in ("metrics.jsonl", "evaluations.jsonl"):  # before the checkpoint, whose presence completes the relay
             if (source / name).is_file():
-                shutil.copyfile(source / name, lineage.folder / name)
+                rewrite(lineage.folder / name, (source / name).read_bytes())
     start = lineage.session(max(found.step, 1)).start
     if reference_needed and lineage.run.config.reference == "session_start" and 0 < start < found.step:
         first = theirs.restore(abstract_state, accept, only=start)

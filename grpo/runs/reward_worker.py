@@ -82,8 +82,7 @@ class UserRewards:
     @property
     def fingerprint(self) -> str:
         """SHA-256 prefix (16 hex digits) of the reward files."""
-        content = [(name, Path(path).read_bytes()) for name, path in self.files.items()]
-        return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+        return reward_fingerprint(self.files)
 
     def check(self, problems: list[Problem]) -> None:
         """Before a run: whether functions in TRL's form get what they ask for. ConfigError if not.
@@ -296,11 +295,18 @@ class Worker:
             )
 
 
+def reward_fingerprint(files: dict[str, str]) -> str:
+    content = [(name, Path(path).read_bytes()) for name, path in files.items()]
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
 def find_functions(spec: str) -> dict[str, str]:
     """`my.py:brevity,other.py:f` -> {"brevity": "my.py", "f": "other.py"}. Checks what can be checked without importing."""
     files: dict[str, str] = {}
     for name in filter(None, spec.split(",")):
         path, _, function = name.rpartition(":")
+        if name.endswith(".py"):
+            raise ConfigError(f"reward {name!r} names no function; give {name}:FUNCTION")
         if not Path(path).is_file():
             raise ConfigError(f"reward {name!r}: file {path!r} does not exist; give FILE.py:FUNCTION")
         if Path(path).suffix != ".py":

@@ -1,6 +1,5 @@
 """The directory of a run: made, locked for one process, and checked against the settings of the run that it holds."""
 
-import json
 import os
 import socket
 from collections.abc import Iterator
@@ -11,10 +10,13 @@ from typing import Any
 
 from grpo.config import Config, current_names
 from grpo.errors import ConfigError
+from grpo.reports.jsonl import parse_json
 from grpo.runs.distributed import broadcast_from_main, is_main_process
 
 # A path may change, not what it leads to: that has a fingerprint (grpo/runs/resume.py).
 FREE_TO_CHANGE = {field.name for field in fields(Config) if field.metadata["free"]}
+
+LOCK = ".lock"
 
 
 def run_dir(config: Config) -> Path:
@@ -33,7 +35,7 @@ def open_run_dir(config: Config) -> Iterator[Path]:
             folder.mkdir(parents=True, exist_ok=True)
             lock = take_lock(folder)
             if (folder / "config.json").exists():
-                check_settings(dict(json.loads((folder / "config.json").read_text("utf-8"))), config, folder)
+                check_settings(dict(parse_json((folder / "config.json").read_text("utf-8"))), config, folder)
         except ConfigError as error:
             fault = str(error)
         except (OSError, ValueError, TypeError) as error:
@@ -53,13 +55,16 @@ def take_lock(folder: Path) -> int:
     """An open file that this process holds locked until it ends, however it ends. ConfigError when another process has it."""
     import fcntl  # not on Windows
 
-    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         owner = os.read(lock, 200).decode(errors="replace")
         os.close(lock)
         raise ConfigError(f"{folder} is in use by {owner or 'another process'}; wait, or give another") from None
+    if not (folder / LOCK).exists() or not os.path.samestat(os.fstat(lock), (folder / LOCK).stat()):
+        os.close(lock)
+        raise ConfigError(f"{folder} was in use until now; try again")  # the folder was renamed, or its lock removed
     os.ftruncate(lock, 0)
     os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
     return lock

@@ -1,10 +1,15 @@
 """What a run works with, loaded and checked before anything is spent: everything but the weights."""
 
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
 
+import jax
 from jax.sharding import Mesh
 
+from data import DataError
 from data.curriculum import Chosen, choose_by_rate, read_pass_rates
 from data.datasets import choose_problems
 from data.problems import Problem
@@ -12,10 +17,10 @@ from data.prompts import drop_long
 from data.tokenizer import Tokenizer, load_tokenizer
 from grpo.config import Config
 from grpo.errors import ConfigError
-from grpo.runs.distributed import is_main_process
+from grpo.runs.distributed import check_same, is_main_process
 from grpo.runs.grading import make_grader
-from grpo.runs.model_source import Model, find_model
-from grpo.runs.reward_worker import UserRewards
+from grpo.runs.model_source import DESCRIPTION, Model, find_model
+from grpo.runs.reward_worker import UserRewards, find_functions, reward_fingerprint
 from grpo.runs.trackers import check_installed
 from grpo.session import Session, plan_sessions
 from grpo.step import Run
@@ -24,6 +29,8 @@ from models import ModelError
 from models.gemma import ExecutionConfig, GemmaConfig
 from models.lora import adapter_shapes
 from models.sharding import ROLLOUT, TRAIN, activation_dtype, check_divides, make_mesh
+
+P = TypeVar("P")
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,64 @@ def prepare(config: Config, demonstrated: bool = False) -> Setup:
         base=base, eval_problems=eval_problems, eval_ids=eval_ids, dropped=dropped, rewards=rewards,
         chosen=chosen,
     )  # fmt: skip
+
+
+def prepare_alike(config: Any, prepare: Callable[[], P], identity: Callable[[P], dict[str, str]]) -> P:
+    """`prepare()`. Of several processes, all raise ConfigError if one cannot, or if two work with something different.
+
+    `identity` names what was prepared, beyond code and settings, by fingerprints.
+    """
+    if jax.process_count() == 1:
+        return prepare()
+    prepared, fault, mine = None, "", {"code": code_fingerprint()} | settings_of(config)
+    try:
+        prepared = prepare()
+        mine |= identity(prepared)
+    except (ConfigError, DataError, ModelError, OSError) as error:
+        fault = str(error)
+    check_same(mine, fault)
+    assert prepared is not None
+    return prepared
+
+
+def identity_of(run: Setup) -> dict[str, str]:
+    """Of what a training run works with on this machine."""
+    problems = run.problems, run.eval_problems, run.prompt_ids, run.eval_ids, run.completion_ids
+    reward = reward_fingerprint(find_functions(run.config.reward))
+    return {
+        "model": files_fingerprint(run.base), "tokenizer": run.tokenizer.fingerprint, "reward file": reward,
+        "set of problems": fingerprint(problems),
+    }  # fmt: skip
+
+
+def settings_of(config: Any) -> dict[str, str]:
+    """What processes must agree on: each setting but the number of the process; long ones by a hash."""
+    texts = {name: repr(value) for name, value in asdict(config).items() if name != "process_id"}
+    return {name: text if len(text) < 100 else f"{text[:60]}... ({fingerprint(text)})" for name, text in texts.items()}
+
+
+def fingerprint(*values: Any) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
+
+
+def code_fingerprint() -> str:
+    """Of this program and of jax."""
+    root = Path(__file__).parents[2]
+    files = sorted(path for package in ("data", "grpo", "models", "scripts") for path in (root / package).rglob("*.py"))
+    return fingerprint(jax.__version__, [(str(path.relative_to(root)), path.read_bytes()) for path in files])
+
+
+def files_fingerprint(model: Model) -> str:
+    """Of the files that a model is read from on this machine, and of those of the model below it. Reads them all."""
+    place = model.path if model.path.exists() else model.folder  # a hub's model has its folder only
+    found = [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())
+    if (place / "config.json").is_file():  # a folder of Hugging Face may have other files too
+        found = [file for file in found if file.parent == place and (file.suffix == ".safetensors" or file.name in DESCRIPTION)]
+    contents = []
+    for file in found:
+        with file.open("rb") as opened:
+            contents.append((file.name, hashlib.file_digest(opened, "sha256").hexdigest()))
+    return fingerprint(contents, files_fingerprint(model.under) if model.under else "")
 
 
 def check_shapes(config: Config, model: GemmaConfig, mesh: Mesh) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from grpo.config import TRACKERS
 from grpo.errors import ConfigError
+from grpo.reports.jsonl import rewrite
 
 Figures = dict[str, float]
 Write = Callable[[int, Figures], None]  # the figures of a step
@@ -126,7 +127,7 @@ def wandb(folder: Path, config: dict[str, Any], done: int) -> Open:
 
     identity = folder / "wandb_id"
     if not identity.exists():
-        identity.write_text(secrets.token_hex(4))
+        rewrite(identity, secrets.token_hex(4))
     settings = wandb.Settings(silent=True, console="off", init_timeout=60, login_timeout=10)
     run = wandb.init(
         id=identity.read_text(), resume="allow", name=folder.name, dir=str(folder), config=config, settings=settings

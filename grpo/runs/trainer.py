@@ -22,7 +22,7 @@ from grpo.runs.metrics import CompileCounter, JsonLines, completion_records, ste
 from grpo.runs.model_source import copy_description
 from grpo.runs.resume import Lineage, find_start, rate_change, restore_session_start
 from grpo.runs.run_dir import open_run_dir
-from grpo.runs.setup import Setup, prepare
+from grpo.runs.setup import Setup, identity_of, prepare, prepare_alike
 from grpo.runs.token_trace import groups_due, token_records
 from grpo.runs.trackers import Trackers
 from grpo.session import Session
@@ -51,9 +51,9 @@ def train(config: Config, kind: "type[Trainer] | None" = None) -> dict[str, Any]
     a signal asked for it.
     """
     started, compiles = time.monotonic(), CompileCounter()
-    join(config)
+    join(config.coordinator, config.processes, config.process_id)
     kind = kind or Trainer
-    run = kind.prepare(config)
+    run = prepare_alike(config, partial(kind.prepare, config), identity_of)
     with run.rewards, open_run_dir(config) as folder, jax.set_mesh(run.mesh), Interrupts(config.max_hours) as interrupts:
         print_main(kind.describe_plan(run))
         if is_main_process() and (caution := sampling_bias(config)):
@@ -129,8 +129,18 @@ class Trainer:
         self.completions, self.tokens = (
             JsonLines(folder / f"{name}.jsonl", kept, remember=False) for name in ("completions", "tokens")
         )
+        if is_main_process() and found and (lost := self.lost_records()):
+            print(f"warning: {lost}: curves and result.json lack them", file=sys.stderr, flush=True)
         self.trackers = Trackers(config.track if is_main_process() else "", folder, asdict(config), self.progress.warn)
         self.trackers.open(self.done)
+
+    def lost_records(self) -> str:
+        """Which records of the steps before a checkpoint are gone; "" for none."""
+        steps = {record["step"] for record in self.metrics.records}
+        lost = [f"metrics.jsonl has records of {len(steps)} of {self.done} steps"] if len(steps) < self.done else []
+        if self.run.eval_problems and all(record["step"] for record in self.evaluations.records):
+            lost.append("evaluations.jsonl has no evaluation before training")
+        return "; ".join(lost)
 
     def __enter__(self) -> "Trainer":
         return self

@@ -5,7 +5,6 @@ read, and nothing is unpickled. Not supported: orbax trees with stacked layers, 
 """
 
 import json
-import math
 import re
 from collections.abc import Iterable
 from functools import lru_cache
@@ -40,6 +39,7 @@ def read_json(path: Path) -> dict:
 
 
 KINDS = {int: "a whole number above 0", float: "a number above 0", list: "a list", dict: "an object"}
+MOST = {"num_hidden_layers": 1000}  # things are made for each layer; other whole numbers are below 2^31
 
 
 class Settings:
@@ -54,8 +54,10 @@ class Settings:
         if value is None:
             return default
         fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
-        if not fits or (kind in (int, float) and not 0 < value < math.inf):
-            raise ModelError(f"{self.path}: {key} {str(value)[:40]!r} must be {KINDS[kind]}")
+        most = MOST.get(key, 2**31 if kind is int else 1e30)
+        if not fits or (kind in (int, float) and not 0 < value <= most):
+            bound = f" and at most {most:g}" if fits and value > most else ""
+            raise ModelError(f"{self.path}: {key} {str(value)[:40]!r} must be {KINDS[kind]}{bound}")
         return value
 
     def need(self, key: str, kind: type = int) -> Any:
@@ -320,11 +322,20 @@ class OrbaxTree(Container):
 def gguf_tensors(path: Path, _changed: int) -> dict[str, Any]:
     """The tensors of a GGUF file by name. `_changed` is the time of its last change. Raises ModelError."""
     try:
-        from gguf import GGUFReader
+        from gguf import GGUFReader, GGUFValueType
     except ImportError:
-        raise ModelError(f"{path} needs the package gguf: pip install 'grpo-gemma[gguf]'") from None
+        raise ModelError(f'{path} needs the package gguf: pip install -e ".[gguf]"') from None
+
+    class BoundedReader(GGUFReader):
+        """The reader walks over an array whatever its length; here none is longer than the file has bytes."""
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type == GGUFValueType.ARRAY and self._get(orig_offs + 4, np.uint64)[0] > len(self.data) - orig_offs:
+                raise ValueError(f"the array at byte {orig_offs} is longer than the file")
+            return super()._get_field_parts(orig_offs, raw_type)
+
     try:
-        reader = GGUFReader(path)
+        reader = BoundedReader(path)
         architecture = reader.fields["general.architecture"].contents()
     except Exception as error:
         raise ModelError(f"{path} is not a whole GGUF file: {' '.join(str(error).split())[:200]}") from None
