@@ -204,12 +204,15 @@ def _load_hub(name: str, parts: list[str], parse: Parse) -> list[Problem]:
     return _collect(":".join([name, *parts[:-1], split]), enumerate(rows, start=1), parse)
 
 
+SWITCH = "HF_HUB_OFFLINE"
+
+
 @contextmanager
 def cache_only_when_offline() -> Iterator[None]:
     """Without a network, the hub's packages look at their cache only: they would try for half a minute, and warn each time."""
     hub = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     modules = [sys.modules[name] for name in ("huggingface_hub.constants", "datasets.config") if name in sys.modules]
-    former, offline = [module.HF_HUB_OFFLINE for module in modules], False
+    former, offline = [getattr(module, SWITCH) for module in modules], False
     try:
         if not getproxies():
             socket.create_connection((hub.hostname, hub.port or (80 if hub.scheme == "http" else 443)), timeout=5.0).close()
@@ -217,11 +220,11 @@ def cache_only_when_offline() -> Iterator[None]:
         offline = True
     try:
         for module, value in zip(modules, former, strict=True):
-            module.HF_HUB_OFFLINE = value or offline
+            setattr(module, SWITCH, value or offline)
         yield
     finally:
         for module, value in zip(modules, former, strict=True):
-            module.HF_HUB_OFFLINE = value
+            setattr(module, SWITCH, value)
 
 
 def _collect(name: str, rows: Iterable[tuple[int, Any]], parse: Parse) -> list[Problem]:

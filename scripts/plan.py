@@ -490,8 +490,8 @@ def search(plan: Plan, figures: dict[str, Any]) -> dict[str, int]:
     """The largest prompts_per_step, and apart from it the largest max_new_tokens, with which decode and update fit."""
     config, limit = plan.config, plan.memory / GIB
     binding = ("decode", "update")
-    state = 3 * device_bytes(abstract_tree(plan, lora_axes(plan) or axes(plan.model), "float32"))
-    base = device_bytes(abstract_tree(plan, axes(plan.model), plan.dtype)) if config.lora_rank else 0
+    trained, base = starting_weights(plan)
+    state, base = 3 * device_bytes(trained), device_bytes(base)
     fixed = figures["update"]["beside_gib"] + (state + base) / GIB
     need = max(total_gib(figures[name]) for name in binding)
     found = {}

@@ -16,6 +16,7 @@ bite.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -170,9 +171,10 @@ def make(name: str, folder: Path, seed: int) -> None:
     left, right = (real_logits(model, *pad(rows, side)) for side in ("left", "right"))
     alone = real_logits(model, *pad(rows[:1], "right"))
     gradients = gradients_of(model, rows[0]) if family == "Gemma4Text" else {}
+    arrays: dict[str, Any] = {f"gradient/{key}": gradient for key, gradient in gradients.items()}
     np.savez_compressed(
         folder / "reference.npz", tokens=pad(rows, "right")[0].astype(np.int32), lengths=np.array(LENGTHS, np.int32),
-        left=left, right=right, alone=alone, **{f"gradient/{key}": gradient for key, gradient in gradients.items()},
+        left=left, right=right, alone=alone, **arrays,
     )  # fmt: skip
 
 

@@ -361,7 +361,7 @@ def test_greedy_answers_are_those_of_transformers_generate(gemma270m):
             for ended in complete(view, prompt_ids, [0.0, 1.0], tokenizer, model.config, execution, config)
             for completion in ended
         ]
-    peer = transformers.AutoModelForCausalLM.from_pretrained(gemma270m, dtype=torch.float32).eval()
+    peer: Any = transformers.AutoModelForCausalLM.from_pretrained(gemma270m, dtype=torch.float32).eval()
     for completion in ours:
         if completion.index % 2 == 0:
             prompt = torch.tensor([prompt_ids[completion.index // 2]])

@@ -265,7 +265,7 @@ def test_adapters_compute_what_peft_computes(model, name, tmp_path):
 
     def loss(adapters):
         hidden, _ = forward(
-            attach(params, adapters, 0.5), row[None], jnp.arange(26)[None], config, ExecutionConfig(remat="full")
+            attach(params, adapters, 0.5), jnp.asarray(row)[None], jnp.arange(26)[None], config, ExecutionConfig(remat="full")
         )
         found = vocab_logits(hidden, params, config, ExecutionConfig())
         return (found[0] * weights).sum(), found

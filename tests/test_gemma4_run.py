@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -88,6 +89,7 @@ def test_the_frozen_table_is_held_once_and_in_the_dtype_of_activations(config):
     with jax.set_mesh(prepared.mesh):
         weights = prepared.base.load(prepared.mesh, STORE, "float32")
         count = sum(leaf.size for leaf in jax.tree.leaves(weights))
+        trained: Any
         trained, base = starting_point(weights, prepared.model, "bfloat16", 0, prepared.update)
         assert trained.per_layer.table is None and base is not None and base.per_layer.table.dtype == "bfloat16"
         reference = reference_of(trained, base, "bfloat16", prepared.update)

@@ -125,7 +125,7 @@ def attention_products(model: GemmaConfig, start: int, stop: int) -> int:
     return sum(k.num_heads * k.head_dim * sum(local if near else all_ for near in k.local_layers) for k in kinds)
 
 
-def forward_flops(model: GemmaConfig, body_tokens: int, head_tokens: int, products: int) -> float:
+def forward_flops(model: GemmaConfig, body_tokens: int, head_tokens: int, products: float) -> float:
     """Flops of one forward pass on all chips together; `products` is the sum of `attention_products` over sequences."""
     body = attention_weights(model) + mlp_weights(model)
     dense = 2 * (body * body_tokens + head_weights(model) * head_tokens)
