@@ -20,6 +20,7 @@ from test_sharding import result
 from data import DataError
 from data.prompts import encode_prompt
 from data.tokenizer import load_tokenizer
+from models.continuous_batching import sample_continuously
 from models.formats.adapters import LoadedAdapters, read_peft, write_peft
 from models.formats.convert import layers_of, leaf_names, load_params, open_weights, place_params, read_config
 from models.formats.save import save_params, text_config
@@ -132,6 +133,23 @@ def test_cached_decoding_equals_the_full_pass_and_the_trainer(model, name, unrol
 def trainer_logprobs(params, prompts, lengths, tokens, config, chunk):
     hidden = forward_group(params, prompts, lengths, tokens, config, ExecutionConfig())
     return token_logprobs(params, hidden, tokens, 1.0, config, ExecutionConfig(), chunk)
+
+
+@pytest.mark.parametrize("name", ["gemma4-e4b", pytest.param("gemma4-e2b", marks=LONG), pytest.param("gemma4-12b", marks=LONG)])
+def test_smaller_batches_and_continuous_ones_draw_the_same(model, name):
+    """Rows that move carry both kinds of keys and values with them."""
+    config, params, _ = model(REFERENCES / name)
+    stops, execution = tuple(range(3, 13)), ExecutionConfig(ROLLOUT)  # one token in six
+    prompts, lengths = PROMPTS[[0, 1, 2, 1]], PROMPT_LENGTHS[[0, 1, 2, 1]]
+    keys = row_keys(5, 0, jnp.arange(8))
+    args = jnp.asarray(prompts), jnp.asarray(lengths), keys, jnp.ones(8)
+    whole, halved = (sample(params, *args, config, execution, Sampling(C, stops, halvings=count)) for count in (0, 2))
+    np.testing.assert_array_equal(whole.tokens, halved.tokens)
+    temperatures, sampling = np.ones(2, np.float32), Sampling(C, stops)
+    found = sample_continuously(params, prompts, lengths, temperatures, 2, 4, 5, 0, config, execution, sampling)
+    for ended in found:
+        for i, tokens in zip(ended.index, ended.tokens, strict=True):
+            np.testing.assert_array_equal(tokens, whole.tokens[i])
 
 
 @pytest.mark.parametrize("name", ["gemma4-e2b", pytest.param("gemma4-12b", marks=pytest.mark.long)])
