@@ -75,7 +75,7 @@ class Config:
     seed: int = flag(0, "determines which problems, in what order, and every sample", "data", least=0, below=2**32)
     new_problems: int = flag(500, "problems that a session sees for the first time, drawn from --data; 0: all", "data", least=0)
     epochs: int = flag(1, "passes of a session over its problems", "data", above=0, free=True)
-    max_steps: int = flag(0, "most steps of a session; 0: as many as epochs give", "data", least=0, free=True)
+    max_steps: int = flag(0, "most steps of each session; 0: as many as epochs give", "data", least=0, free=True)
     sessions: int = flag(1, "relay sessions: each trains on new problems and reviews earlier ones", "data", above=0)
     session: int = flag(
         0, "run only this session, from where the one before it ended; 0: all of them in a row", "data", least=0, free=True
@@ -177,7 +177,7 @@ class Config:
     eval_data: str = flag(
         "", "problems to evaluate on; arithmetic:tune to choose settings; default: held out from --data", "evaluation"
     )
-    eval_problems: int = flag(200, "problems of each evaluation; 0: none", "evaluation", least=0)
+    eval_problems: int = flag(200, "problems of each evaluation; 0: no evaluation at all", "evaluation", least=0)
     eval_every: int = flag(0, "also evaluate every N steps, not only before and after; 0: no", "evaluation", least=0, free=True)
     retention_problems: int = flag(
         200,

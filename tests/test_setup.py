@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from data.prompts import encode_prompt, render_prompt
 from data.tokenizer import load_tokenizer
 from grpo.config import Config
 from grpo.errors import ConfigError, RunError
-from grpo.runs.console import describe_plan, sampling_bias
+from grpo.runs.console import Progress, describe_plan, sampling_bias
 from models import ModelError
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
@@ -67,6 +68,31 @@ def test_prompts_too_long_are_dropped_and_counted(config):
     assert len(prepared.dropped) == sum(length > width for length in lengths + held_lengths) > 0
     assert [len(ids) for ids in prepared.prompt_ids] == [length for length in lengths if length <= width]
     assert f"{len(prepared.dropped)} too long and dropped ({prepared.dropped[0].id}" in describe_plan(prepared)
+
+
+def test_the_plan_counts_what_evaluations_cost(config):
+    """Held-out problems greedy and sampled before and after each session, and each session's problems after it and later ones."""
+    asked = replace(
+        config, sessions=3, new_problems=16, eval_problems=4, retention_problems=6, eval_every=2, max_new_tokens=1000
+    )
+    with devices(1):
+        prepared = grpo.runs.setup.prepare(asked)
+        count = prepared.steps // 2 + 4
+        tokens = (2 * 4 * count + 6 + 12 + 18) / 1000
+        line = f"{count} times 4 problems, each greedy and sampled, 36 answers to problems of sessions: at most {tokens:.1f}M "
+        assert line in describe_plan(prepared)
+        none = grpo.runs.setup.prepare(replace(asked, eval_problems=0))
+    assert "evaluation  none\n" in describe_plan(none)
+
+
+def test_a_long_evaluation_says_how_far_it_is(capsys, monkeypatch):
+    """A line every half minute; on a terminal the bar."""
+    now = iter(range(0, 1000, 10))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    progress = Progress(5)
+    for done in range(1, 9):
+        progress.evaluating(0, done, 8)
+    assert capsys.readouterr().out == "evaluation: 4 of 8 samples\n"
 
 
 def test_a_tokenizer_of_another_size_is_refused(config, tmp_path):

@@ -46,6 +46,7 @@ def plan_lines(run: Setup) -> list[tuple[str, str]]:
         ("a step", f"{config.prompts_per_step} prompts x {config.group_size} completions = {config.rows} rows, "
          f"at most {config.max_prompt_tokens} + {config.max_new_tokens} tokens"),
         ("plan", f"{run.steps} steps, {mu} update{'s' if mu > 1 else ''} each, at most {tokens / 1e6:.1f}M sampled tokens"),
+        ("evaluation", evaluation_plan(run)),
     ]  # fmt: skip
     if config.pass_rates:
         _, never, always, unmeasured = run.chosen
@@ -65,6 +66,24 @@ def plan_lines(run: Setup) -> list[tuple[str, str]]:
          f"sampling weights, KV cache"),
         ("run", str(run_dir(config))),
     ]  # fmt: skip
+
+
+def evaluation_plan(run: Setup) -> str:
+    """What evaluations cost beside the steps."""
+    config, count = run.config, len(run.eval_problems)
+    if not config.eval_problems:
+        return "none"
+    sessions = [session for session in run.sessions if config.session in (0, session.number)]
+    between = run.steps // config.eval_every if config.eval_every else 0
+    times = len(sessions) + 1 + between
+    retained = [min(config.retention_problems, len(session.new)) for session in run.sessions]
+    earlier = sum(sum(retained[: session.number]) for session in sessions)
+    tokens = (2 * count * times + earlier) * config.max_new_tokens
+    also = f", {earlier} answers to problems of sessions" if earlier else ""
+    return (
+        f"{times} times {count} problems, each greedy and sampled{also}: at most {tokens / 1e6:.1f}M sampled tokens "
+        f"(--eval_problems {config.eval_problems})"
+    )
 
 
 def describe_sessions(run: Setup) -> str:
@@ -135,6 +154,18 @@ class Progress:
 
     def __init__(self, steps: int):
         self.steps, self.first, self.start, self.bar = steps, 0, 0.0, None
+        self.said = time.monotonic()
+
+    def evaluating(self, step: int, done: int, wanted: int) -> None:
+        """How far an evaluation is: on the bar, or as a line every half minute."""
+        text = f"evaluation: {done} of {wanted} samples"
+        if sys.stdout.isatty():
+            if self.bar is None:
+                self.bar = tqdm(total=self.steps, initial=step, unit="step", file=sys.stdout, ncols=80, leave=False)
+            self.bar.set_postfix_str(text)
+        elif time.monotonic() - self.said > 30 and done < wanted:
+            self.said = time.monotonic()
+            print(text, flush=True)
 
     def show(self, step: int, metrics: dict[str, float]) -> None:
         if self.bar is None and sys.stdout.isatty():

@@ -4,7 +4,7 @@ consensus_eval.py draws several samples a problem, which vote.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,20 +31,22 @@ class Completion(NamedTuple):
 
 
 def evaluate(
-    params: Params, problems: list[Problem], prompt_ids: list[list[int]], run: Run, sampled: bool = True
-) -> dict[str, Any]:
+    params: Params, problems: list[Problem], prompt_ids: list[list[int]], run: Run, sampled: bool = True,
+    report: Callable[[int, int], None] = lambda done, wanted: None,
+) -> dict[str, Any]:  # fmt: skip
     """Greedy and, with `sampled`, sampled figures of `problems` under the sampling parameters `params`.
 
     Accuracies and formats are proportions, lengths are in tokens; `low` and `high` bound the greedy accuracy (Wilson, 95%).
     Accuracies are those of the `n` problems with a gold answer, and absent if there are none: then `n` counts all problems.
+    `report` hears how many of the wanted samples have ended.
     """
     names = ["greedy", "sampled"] if sampled else ["greedy"]  # of the samples of each problem, in order
     temperatures = [0.0, run.config.temperature][: len(names)]
-    completions = sorted(
-        completion
-        for ended in complete(params, prompt_ids, temperatures, run.tokenizer, run.model, run.sample, run.config)
-        for completion in ended
-    )
+    completions: list[Completion] = []
+    for ended in complete(params, prompt_ids, temperatures, run.tokenizer, run.model, run.sample, run.config):
+        completions += ended
+        report(len(completions), len(names) * len(problems))
+    completions.sort()
     asked = [problem for problem in problems for _ in names]
     texts, truncated = [completion.text for completion in completions], [completion.truncated for completion in completions]
     grades = run.grade(texts, asked, truncated)

@@ -269,12 +269,12 @@ class Trainer:
         """Accuracy on held-out problems, and on the new problems of each of `sessions`. Measured once, then read back."""
         run, config = self.run, self.config
         known = next((record for record in self.evaluations.records if record["step"] == self.done), None)
-        retained = bool(sessions) and config.retention_problems > 0
+        retained = bool(sessions) and config.retention_problems > 0 and config.eval_problems > 0
         if known is not None or not (run.eval_problems or retained):
             return known or {}
         began = time.perf_counter()
         params = sampling_params(policy(self.state.params, self.base, run.update), run.model, run.sample)
-        measure = partial(evaluate, params, run=run)
+        measure = partial(evaluate, params, run=run, report=self.report_evaluation)
         record: dict[str, Any] = {"step": self.done}
         if run.eval_problems:
             record |= self.held_out(params)
@@ -295,12 +295,16 @@ class Trainer:
         self.trackers.write(self.done, {f"eval/{name}": figure for name, figure in figures.items()})
         return record
 
+    def report_evaluation(self, done: int, wanted: int) -> None:
+        if is_main_process():
+            self.progress.evaluating(self.done, done, wanted)
+
     def held_out(self, params: Params) -> dict[str, Any]:
         """The part of an evaluation's record that is about held-out problems: `accuracy`, or `held_out` where none has a gold.
 
         `params` are sampling parameters.
         """
-        figures = evaluate(params, self.run.eval_problems, self.run.eval_ids, self.run)
+        figures = evaluate(params, self.run.eval_problems, self.run.eval_ids, self.run, report=self.report_evaluation)
         return {"accuracy" if "greedy" in figures else "held_out": figures}
 
     def session_record(self, session: Session) -> dict[str, Any]:
