@@ -355,6 +355,20 @@ def test_an_array_of_a_gguf_file_that_is_longer_than_the_file(content, tmp_path)
         assert model.open and model.open()
 
 
+def test_a_name_twice_in_the_header_of_a_weight_file(config, tmp_path, capsys):
+    """The second one has other bytes."""
+    shutil.copytree(config.model_path, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header, data = content[8 : 8 + size].decode(), content[8 + size :]
+    again = {"dtype": "F32", "shape": [16], "data_offsets": [len(data), len(data) + 64]}
+    header = header.rstrip()[:-1] + f', "model.norm.weight": {json.dumps(again)}' + "}"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + data + bytes(64))
+    line = ended(capsys, 2, command(config, model_path=str(tmp_path / "model")))
+    assert "is not a whole safetensors file" in line
+
+
 @pytest.mark.parametrize("named", [5, [1], {}, "x" * 5000, "nul\0", ""])
 def test_a_base_of_adapters_that_is_none(config, named, tmp_path, capsys):
     settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": named}
