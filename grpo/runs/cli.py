@@ -83,8 +83,9 @@ def replace_unreadable(show: Callable[..., None], message: Warning | str, *rest:
     would never replace the entry. Without it, it writes a new one.
     """
     unreadable = re.match(r"Error reading persistent compilation cache entry for '([\w.<>-]+)'", str(message))
-    if not unreadable or not jax.config.read("jax_compilation_cache_dir"):
+    cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if not unreadable or not cache:
         return show(message, *rest, **named)
-    for entry in Path(jax.config.read("jax_compilation_cache_dir")).glob(f"{glob.escape(unreadable[1])}-*-cache"):
+    for entry in Path(cache).glob(f"{glob.escape(unreadable[1])}-*-cache"):
         with suppress(OSError):
             entry.unlink()

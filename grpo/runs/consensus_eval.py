@@ -48,9 +48,14 @@ from models.sharding import ROLLOUT, activation_dtype
 class Evaluation:
     """An evaluation in its directory. `temperatures` are those of the samples that vote."""
 
-    def __init__(self, folder: Path, problems: list[Problem], temperatures: list[float], config: dict[str, Any]):
-        """`config`: what the samples in the directory belong to, as far as there are some."""
-        self.folder, self.problems, self.temperatures, self.config = folder, problems, temperatures, config
+    def __init__(
+        self, folder: Path, problems: list[Problem], temperatures: list[float], settings: dict[str, Any], found: dict[str, Any]
+    ):
+        """`found`: what the samples in the directory belong to, as far as there are some."""
+        self.folder, self.problems, self.temperatures, self.config = folder, problems, temperatures, found
+        content = [(problem.id, problem.question, problem.answer) for problem in problems]
+        fingerprint = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+        self.claim(settings | {"temperatures": temperatures, "problems": fingerprint})
         self.too_long: dict[str, list[str]] = {}  # by model: problems that count as wrong because their prompts are too long
         records = [asdict(problem) | {"gold": canonical_gold(problem.answer)} for problem in problems]
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
@@ -200,11 +205,7 @@ def open_evaluation(
     try:
         if fault:
             raise ConfigError(fault)
-        content = [(problem.id, problem.question, problem.answer) for problem in problems]
-        fingerprint = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
-        evaluation = Evaluation(folder, problems, temperatures, found)
-        evaluation.claim(settings | {"temperatures": temperatures, "problems": fingerprint})
-        yield evaluation
+        yield Evaluation(folder, problems, temperatures, settings, found)
     finally:
         if lock is not None:
             os.close(lock)
