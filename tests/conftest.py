@@ -57,6 +57,18 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(scope="module", autouse=True)
+def keep_the_cache():
+    """A script that runs in this process makes jax store every program; the files after it count what is compiled."""
+    import jax
+
+    names = [f"jax_persistent_cache_min_{name}" for name in ("compile_time_secs", "entry_size_bytes")]
+    former = {name: jax.config.read(name) for name in names}
+    yield
+    for name, value in former.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module", autouse=True)
 def forget_programs():
     """Each compiled program holds memory maps, of which Linux allows a process 65,530: when a file is done and many are taken,
     they are freed. Files that train the same model otherwise share its programs.

@@ -71,7 +71,7 @@ def test_prompts_too_long_are_dropped_and_counted(config):
 
 
 def test_the_plan_counts_what_evaluations_cost(config):
-    """Held-out problems greedy and sampled before and after each session, and each session's problems after it and later ones."""
+    """Held-out problems greedy and sampled around each session; problems of sessions after them and after later ones."""
     asked = replace(
         config, sessions=3, new_problems=16, eval_problems=4, retention_problems=6, eval_every=2, max_new_tokens=1000
     )
