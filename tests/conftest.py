@@ -62,7 +62,7 @@ def keep_the_cache():
     import jax
 
     names = [f"jax_persistent_cache_min_{name}" for name in ("compile_time_secs", "entry_size_bytes")]
-    former = {name: jax.config.read(name) for name in names}
+    former = {name: getattr(jax.config, name) for name in names}
     yield
     for name, value in former.items():
         jax.config.update(name, value)
