@@ -5,7 +5,7 @@ is a permutation of its problems drawn from (seed, session, e). Steps read the e
 may contain the end of one epoch and the start of the next; only then can it contain a problem twice. grpo/session.py decides
 which problems a session has.
 
-Packing puts the completions of a group one after another in shared rows, so that training computes few padding slots.
+Packing puts the completions of one or two groups one after another in shared rows, so that training computes few padding slots.
 """
 
 from collections.abc import Sequence
