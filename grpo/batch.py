@@ -1,5 +1,6 @@
 """The batch of one step: which completion tokens count, how completions are packed, and how it is split into microbatches."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -51,18 +52,9 @@ def loss_mask(lengths: np.ndarray, truncated: np.ndarray, rewards: np.ndarray, w
 
 def make_batch(
     prompts: np.ndarray, prompt_lengths: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, logprobs: np.ndarray,
-    mask: np.ndarray | None, advantages: np.ndarray | None, packing: int, parts: int = 0,
+    mask: np.ndarray | None, advantages: np.ndarray | None, packing: int, parts: int = 0, put: Callable = to_devices,
 ) -> Batch:  # fmt: skip
-    """Host arrays QP, Q, BC, B, BC, BC, B -> the batch, on the devices. `parts`: see `host_batch`."""
-    batch = host_batch(prompts, prompt_lengths, tokens, lengths, logprobs, mask, advantages, packing, parts)
-    return jax.tree.map(to_devices, batch, batch_axes(batch))
-
-
-def host_batch(
-    prompts: np.ndarray, prompt_lengths: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, logprobs: np.ndarray,
-    mask: np.ndarray | None, advantages: np.ndarray | None, packing: int, parts: int = 0,
-) -> Any:  # fmt: skip
-    """`make_batch` without the devices.
+    """Host arrays QP, Q, BC, B, BC, BC, B -> the batch, on the devices, or where `put(array, letters)` places it.
 
     The completions of two questions share rows where this saves slots, and where pairs of questions divide over `parts`: the
     devices times the microbatches; 0: never. The longest group is then paired with the shortest.
@@ -78,8 +70,9 @@ def host_batch(
             prompts, prompt_lengths = prompts[questions].reshape(Q // 2, -1), prompt_lengths[questions]
     batch: Any = Batch(prompts, prompt_lengths, packed, None, logprobs, advantages, order=order)  # type: ignore[arg-type]
     mask = None if mask is None else mask.astype(np.float32)
-    placed = [None if x is None else batch.place(x) for x in (mask, logprobs, advantages)]
-    return replace(batch, mask=placed[0], sampler_logprobs=placed[1], advantages=placed[2])
+    rows = {"mask": mask, "sampler_logprobs": logprobs, "advantages": advantages}
+    batch = replace(batch, **{name: None if x is None else batch.place(x) for name, x in rows.items()})
+    return jax.tree.map(put, batch, batch_axes(batch))
 
 
 def batch_axes(batch: Batch) -> Any:

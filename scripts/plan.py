@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from grpo.batch import Batch, batch_axes, host_batch
+from grpo.batch import Batch, make_batch
 from grpo.config import PRESETS, flag
 from grpo.errors import ConfigError
 from grpo.memory import choose_remat, device_memory
@@ -205,11 +205,10 @@ def abstract_batch(plan: Plan) -> Batch:
     config = plan.config
     Q, B, P, C = config.prompts_per_step, config.rows, config.max_prompt_tokens, config.max_new_tokens
     zeros, parts = np.zeros((B, C), np.float32), plan.mesh.size * config.microbatches
-    batch = host_batch(
+    return make_batch(
         np.zeros((Q, P), np.int32), np.full(Q, P, np.int32), zeros.astype(np.int32), row_limits(config, 0), zeros, zeros,
-        zeros[:, 0], config.packing, parts,
+        zeros[:, 0], config.packing, parts, lambda x, letters: abstract(x.shape, x.dtype, letters, TRAIN, plan.mesh),
     )  # fmt: skip
-    return jax.tree.map(lambda x, letters: abstract(x.shape, x.dtype, letters, TRAIN, plan.mesh), batch, batch_axes(batch))
 
 
 def training(plan: Plan) -> ExecutionConfig:

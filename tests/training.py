@@ -27,7 +27,7 @@ import grpo.runs.trainer
 import grpo.session
 import grpo.step
 import grpo.update
-from grpo.batch import Batch, batch_axes, host_batch
+from grpo.batch import Batch, batch_axes, make_batch
 from grpo.config import Config
 from grpo.runs.checkpoint import Checkpoints
 from grpo.runs.metrics import completion_records, rollout_metrics
@@ -302,13 +302,14 @@ def assert_same_update(states, others):
 
 
 def cut_short(batch: Batch, finer: int, parts: int = 0) -> Batch:
-    """The batch with completions of 1 to C tokens, in all groups of different ones, packed so finely; see `host_batch`."""
+    """The batch with completions of 1 to C tokens, in all groups of different ones, packed so finely; see `make_batch`."""
     lengths = np.minimum(np.asarray(batch.mask).sum(axis=1), np.arange(Q * G) * 5 % 11 % C + 1).astype(int)
     mask = np.arange(C) < lengths[:, None]
     prompts, starts, logprobs, advantages = map(
         np.asarray, (batch.prompts, batch.lengths, batch.sampler_logprobs, batch.advantages)
     )
-    cut = host_batch(prompts, starts, completions(batch) * mask, lengths, logprobs, mask, advantages, finer, parts)
+    tokens = completions(batch) * mask
+    cut = make_batch(prompts, starts, tokens, lengths, logprobs, mask, advantages, finer, parts, lambda x, _: x)
     return replace(cut, ref_logprobs=cut.place(np.asarray(batch.ref_logprobs)))
 
 
