@@ -5,7 +5,7 @@ is a permutation of its problems drawn from (seed, session, e). Steps read the e
 may contain the end of one epoch and the start of the next; only then can it contain a problem twice. grpo/session.py decides
 which problems a session has.
 
-Packing puts the completions of a group one after another in shared rows, so that training computes few padding slots.
+Packing puts the completions of one or two groups one after another in shared rows, so that training computes few padding slots.
 """
 
 from collections.abc import Sequence
@@ -56,7 +56,10 @@ PADDING_POSITION = 2**30  # in the future of every token, so no token attends to
 
 
 class Packed(NamedTuple):
-    """The completions of Q groups of G, each group in r rows of C' slots. int32 arrays, on the host or on devices."""
+    """The completions of Q groups of G, each group in r rows of C' slots. int32 arrays, on the host or on devices.
+
+    A group here is all that shares rows: the completions of one question, or of two.
+    """
 
     tokens: Any  # [Q*r, C']
     positions: Any  # [Q*r, C'], counted from the start of the prompt; PADDING_POSITION at padding
@@ -80,15 +83,24 @@ def first_fit(lengths: np.ndarray, rows: int, width: int) -> list[tuple[int, int
     return places
 
 
-def pack(tokens: np.ndarray, lengths: np.ndarray, prompt_lengths: np.ndarray, finer: int) -> Packed:
+def pair(totals: np.ndarray) -> np.ndarray:
+    """An order of Q questions, int64 [Q], whose pairs have about equal sums of `totals` [Q]: the highest with the lowest, the
+    second highest with the second lowest, and so on. Q is even."""
+    ranked = np.argsort(-totals, kind="stable")
+    return np.stack([ranked, ranked[::-1]], axis=1)[: len(ranked) // 2].reshape(-1)
+
+
+def pack(tokens: np.ndarray, lengths: np.ndarray, prompt_lengths: np.ndarray, finer: int, together: int = 1) -> Packed:
     """Pack completions [Q*G, C] with `lengths` [Q*G] in the smallest shape that holds every group; `prompt_lengths` is [Q].
+    The groups of `together` questions, one after another, count as one group.
 
     Shapes grow in steps of C / `finer` slots per group, so that a run compiles few of them: one row up to 2C slots, then a row
     for each C. With `finer` 0 every completion has its own row. The result depends on the arguments alone, so a resumed run
     packs as the first one did. Raises DataError for a length that is not in 0..C.
     """
-    (B, C), Q = tokens.shape, len(prompt_lengths)
+    (B, C), Q = tokens.shape, len(prompt_lengths) // together
     G = B // Q
+    starts = np.repeat(prompt_lengths, G // together)
     if lengths.min() < 0 or lengths.max() > C:
         raise DataError(f"completion lengths {lengths.min()} to {lengths.max()} must lie in 0 to {C}")
     groups = lengths.reshape(Q, G)
@@ -109,7 +121,7 @@ def pack(tokens: np.ndarray, lengths: np.ndarray, prompt_lengths: np.ndarray, fi
         row, offset = places[q][g]
         here = row * width + offset + np.arange(lengths[b])
         packed.tokens[q, here] = tokens[b, : lengths[b]]
-        packed.positions[q, here] = prompt_lengths[q] + np.arange(lengths[b])
+        packed.positions[q, here] = starts[b] + np.arange(lengths[b])
         packed.segments[q, here] = g + 1
         packed.slots[b, : lengths[b]] = here
     tokens, positions, segments = (x.reshape(Q * rows, width) for x in packed[:3])

@@ -225,7 +225,7 @@ class Config:
     )  # fmt: skip
     unroll: bool = flag(False, "unroll the layers: faster on a CPU, slower to compile", "machine", free=True)
     packing: int = flag(
-        4, "training packs a group's completions into shapes that differ by max_new_tokens / packing slots; 0: a row for each",
+        4, "training packs completions into shapes that differ by max_new_tokens / packing slots; 0: a row for each",
         "machine", least=0, free=True,
     )  # fmt: skip
 

@@ -93,13 +93,16 @@ def score(policy: Policy, completions: Completions, rewards: Any = None) -> tupl
 
 
 def loss(policy: Policy, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
-    """The loss of a batch under the policy as it is now, and its terms for each token: `grpo.loss.grpo_loss` names them.  BC"""
+    """The loss of a batch under the policy as it is now, and its terms for each token of the completions, in their order.  BC
+
+    `grpo.loss.grpo_loss` names the terms.
+    """
     run, update = policy.run, policy.run.update
     with jax.set_mesh(run.mesh):
         weights = AGGREGATIONS[update.aggregation](batch.mask)
         execution = replace(run.train, remat="none")
         value, terms = compiled_loss(policy.state.params, policy.base, batch, weights, run.model, execution, update)
-        return float(value), to_host(terms)
+        return float(value), {name: batch.restore(term) for name, term in to_host(terms).items()}
 
 
 def train_step(policy: Policy, batch: Batch, rate: float | None = None) -> tuple[Policy, dict[str, float]]:

@@ -161,9 +161,10 @@ def advantages_of(rewards: np.ndarray, config: Config) -> np.ndarray:
 def pack_batch(completions: Completions, run: "Run") -> Batch:
     """The batch without what depends on rewards, and without log-probabilities of old policy and reference."""
     samples: Any = completions.samples  # numpy arrays: they are on the host
+    config = run.config
     return make_batch(
         completions.prompts, completions.prompt_lengths, samples.tokens, samples.lengths, samples.logprobs, None, None,
-        run.config.packing,
+        config.packing, run.mesh.size * config.microbatches,
     )  # fmt: skip
 
 
@@ -173,7 +174,7 @@ def weigh(
     """(the tokens that count, BC on the host; the batch with them and with the advantages).  rewards, advantages QG"""
     samples: Any = completions.samples
     mask = loss_mask(samples.lengths, samples.truncated, rewards, run.config.max_new_tokens, run.config.mask_truncated)
-    weights, advantages = mask.astype(np.float32), advantages.reshape(-1)
+    weights, advantages = batch.place(mask.astype(np.float32)), batch.place(advantages.reshape(-1))
     return mask, replace(batch, mask=to_devices(weights, "BC"), advantages=to_devices(advantages, "B"))
 
 

@@ -181,12 +181,13 @@ def logprobs_of(
 ) -> Array:  # -> BC
     """log π of every completion token, computed on packed rows, at the sampling temperature."""
     packed, at = batch.packed, execution.at
+    (B, C), Q, G = packed.slots.shape, len(batch.prompts), len(packed.slots) // batch.lengths.size
+    owners = None if batch.lengths.size == Q else (packed.segments - 1) // G
     hidden = forward_group(
-        params, batch.prompts, batch.lengths, packed.tokens, model, execution, packed.positions, packed.segments
+        params, batch.prompts, batch.lengths, packed.tokens, model, execution, packed.positions, packed.segments, owners
     )
     chunk = max(config.logprob_chunk // len(packed.tokens), 1)
     logprobs = token_logprobs(params, hidden, packed.tokens, config.temperature, model, execution, chunk)
-    (B, C), Q = packed.slots.shape, len(batch.prompts)
     logprobs = lax.reshape(logprobs, (Q, logprobs.size // Q), out_sharding=at("Q."))
     slots = lax.reshape(packed.slots, (Q, B // Q * C), out_sharding=at("Q."))
     return lax.reshape(jnp.take_along_axis(logprobs, slots, axis=1), (B, C), out_sharding=at("BC"))

@@ -231,6 +231,7 @@ class KV:
     v: Any  # BKSH
     positions: Any  # BS
     segments: Any = None  # BS, when a row holds several texts that must not attend to each other
+    readers: Any = None  # BT, then the segment that each query reads
 
 
 def axes(config: GemmaConfig) -> Params:
@@ -373,6 +374,13 @@ def softcap(x: Array, cap: float | None) -> Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
+def highest(x: Array, cap: float | None) -> Array:  # ...S -> ...1
+    """The highest entry of each row, to subtract before exponentials are summed; 0 where all lie in (-cap, cap), a range in
+    which float32 neither overflows nor underflows. Without the maximum, a TPU takes the sum in the product that makes x."""
+    top = x.max(axis=-1, keepdims=True)
+    return top if cap is None or cap > 60 else jnp.zeros_like(top)
+
+
 def rope_table(positions: Array, config: GemmaConfig) -> Any:  # BT -> [global, local][cos, sin]BTH/2
     """Cosines and sines of the RoPE angles, computed once for all layers: those of global layers, then those of local ones.
 
@@ -432,12 +440,12 @@ def attend(q: Array, pieces: list[KV], positions: Array, window: Array, config: 
 def attend_piece(q: Array, kv: KV, positions: Array, window: Array, config: GemmaConfig, at) -> tuple[Array, Array, Array]:
     """Attention to one piece before normalization: sum of weighted values, sum of weights, and the highest score.
 
-    Weights are exp(score - highest score). BTNH, (QKHS, QKSH, QS), BT -> BTNH, BTN1, BTN1, in float32. B is a multiple of Q:
+    Weights are exp(score - `highest` score). BTNH, (QKHS, QKSH, QS), BT -> BTNH, BTN1, BTN1, in float32. B is a multiple of Q:
     each row of keys is read by a group of G = B / Q consecutive rows of queries.
     """
     scores, visible = attention_scores(by_key_head(q, kv, at), kv, positions, window, config, at)
     scores = jnp.where(visible, scores, -1e30)
-    top = scores.max(axis=-1, keepdims=True)
+    top = highest(scores, config.attn_softcap)
     weights = jnp.exp(scores - top)
     total = weights.sum(axis=-1, keepdims=True)
     values = dot(weights.astype(kv.v.dtype), kv.v, (5,), (2,))  # QKGTRH
@@ -469,8 +477,9 @@ def attention_scores(
     positions = lax.reshape(positions, (Q, G, T), out_sharding=at("QGT"))
     age = positions[..., None] - kv.positions[:, None, None]  # QGTS
     visible = (age >= 0) & (age < window)
-    if kv.segments is not None:  # queries and keys are the same slots
-        visible &= (kv.segments[:, :, None] == kv.segments[:, None])[:, None]
+    if kv.segments is not None:
+        readers = lax.reshape(kv.readers, (Q, G, T), out_sharding=at("QGT"))
+        visible &= readers[..., None] == kv.segments[:, None, None]
     return scores, visible[:, None, :, :, None]
 
 
@@ -735,18 +744,24 @@ def forward(
 
 def forward_group(
     params: Params, prompts: Array, lengths: Array, tokens: Array, config: GemmaConfig, execution: ExecutionConfig,
-    positions: Array | None = None, segments: Array | None = None,
+    positions: Array | None = None, segments: Array | None = None, owners: Array | None = None,
 ) -> Array:  # fmt: skip
     """The hidden states that predict each completion token, with each prompt computed once.  QP, Q, BC -> BCD
 
     Row b continues prompt b // (B / Q). It holds one completion, or several of the group packed one after another: then
     `positions` restart with each completion and `segments` number them (both BC). Equal to `forward` on each prompt with its
     completion.
+
+    Several questions may share rows: then each row of `prompts` holds n prompts of P / n slots, their lengths are Qn, and
+    `owners` BC says which of the n prompts a slot continues (padding: none of them).
     """
     (Q, P), (B, C), at = prompts.shape, tokens.shape, execution.at
-    starts = repeat(lengths, B // Q, at)[:, None]
+    n = lengths.size // Q
+    lengths = lax.reshape(lengths, (Q, n), out_sharding=at("Q."))
+    starts = repeat(lengths, B // Q, at)
     positions = starts + jnp.arange(C) if positions is None else positions
-    prompt_positions = prompt_slots(lengths, P)
+    prompt_positions = lax.reshape(prompt_slots(lengths, P // n), (Q, P), out_sharding=at("QP"))
+    which = None if n == 1 else jax.sharding.reshard(jnp.broadcast_to(jnp.arange(P) // (P // n), (Q, P)), at("QP"))
     table = rope_table(join_rows(prompt_positions, positions, at), config)
 
     def step(kind, local, x, _, w, token, shared):
@@ -754,12 +769,12 @@ def forward_group(
         if k is None:
             k, v = shared
         window = layer_window(local, kind)
-        prompt = KV(jnp.moveaxis(k[:, :P], 1, 3), jnp.moveaxis(v[:, :P], 1, 2), prompt_positions)
+        prompt = KV(jnp.moveaxis(k[:, :P], 1, 3), jnp.moveaxis(v[:, :P], 1, 2), prompt_positions, which, which)
         q_own, k_own, v_own = (split_rows(side, P, B, at) for side in (q, k, v))
-        own = KV(jnp.moveaxis(k_own, 1, 3), jnp.moveaxis(v_own, 1, 2), positions, segments)
+        own = KV(jnp.moveaxis(k_own, 1, 3), jnp.moveaxis(v_own, 1, 2), positions, segments, segments)
         mixed = join_rows(
             attend(q[:, :P], [prompt], prompt_positions, window, kind, at),
-            attend(q_own, [prompt, own], positions, window, kind, at),
+            attend(q_own, [replace(prompt, readers=owners), own], positions, window, kind, at),
             at,
         )
         return attention_out_and_mlp(x, w, mixed, token, kind, execution), (k, v) if config.shared_layers else None
@@ -768,8 +783,11 @@ def forward_group(
     x = embed(params, ids, config, execution)
     per_layer = embed_per_layer(params, ids, x, config, execution)
     x, _ = scan_layers(step, x, unstack(params.layers, config, execution), per_layer, config, execution)
-    last = repeat(last_slot(x[:, :P], lengths), B // Q, at)[:, None]
-    before = jnp.where((positions == starts)[..., None], last, jnp.roll(split_rows(x, P, B, at), 1, axis=1))
+    before = jnp.roll(split_rows(x, P, B, at), 1, axis=1)
+    for i in range(n):
+        last = repeat(last_slot(x[:, i * P // n : (i + 1) * P // n], lengths[:, i]), B // Q, at)[:, None]
+        first = (positions == starts[:, i : i + 1]) & (True if owners is None else owners == i)
+        before = jnp.where(first[..., None], last, before)
     return rms_norm(before, params.final_norm, config)
 
 
@@ -831,7 +849,7 @@ def write_slot(cache: Any, local: Any, index: Any, new: Array, slot: Array, axis
 def prompt_slots(lengths: Array, width: int) -> Array:  # Q -> QP
     """Positions of right-padded prompts: 0, 1, ... for tokens and FAR for padding."""
     slots = jnp.arange(width)
-    return jnp.where(slots < lengths[:, None], slots, FAR)
+    return jnp.where(slots < lengths[..., None], slots, FAR)
 
 
 def last_slot(hidden: Array, lengths: Array) -> Array:  # QPD, Q -> QD
@@ -854,8 +872,8 @@ def vocab_logits(hidden: Array, params: Params, config: GemmaConfig, execution: 
     return softcap(logits, config.final_softcap)
 
 
-def pick_logprobs(logits: Array, tokens: Array, temperature: Array) -> Array:
-    """log softmax(logits / temperature) at `tokens`.  ...V, ..., ... -> ...
+def pick_logprobs(logits: Array, tokens: Array, temperature: Array, cap: float | None = None) -> Array:
+    """log softmax(logits / temperature) at `tokens`.  ...V, ..., ... -> ...   `cap` bounds |logits / temperature|, if known.
 
     This defines the log-probabilities of trainer and reference. The sampler's `draw` computes the same, up to rounding, from
     values that it has at hand. Temperature 0 (greedy) counts as 1. A masked sum picks the token, because V may be sharded. The
@@ -868,7 +886,8 @@ def pick_logprobs(logits: Array, tokens: Array, temperature: Array) -> Array:
 
     def forward(logits, tokens, temperature):
         divided, chosen, _ = scaled(logits, tokens, temperature)
-        log_total = checkpoint_name(jax.nn.logsumexp(divided, axis=-1), "log_total")
+        top = highest(divided, cap)
+        log_total = checkpoint_name(top[..., 0] + jnp.log(jnp.exp(divided - top).sum(axis=-1)), "log_total")
         return jnp.where(chosen, divided, 0.0).sum(axis=-1) - log_total, (logits, tokens, temperature, log_total)
 
     def backward(kept, dy):
@@ -899,6 +918,7 @@ def token_logprobs(
     count = -(-C // chunk)
     chunk = -(-C // count)
     padding = count * chunk - C
+    cap = config.final_softcap and config.final_softcap / (temperature or 1.0)
 
     def chunks(x):  # BC... -> [count, B, chunk, ...]
         x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
@@ -907,7 +927,7 @@ def token_logprobs(
     def body(_, xs):
         hidden, tokens = xs
         tokens = jax.sharding.reshard(tokens, execution.at("WT"))
-        picked = pick_logprobs(vocab_logits(hidden, params, config, execution), tokens, jnp.asarray(temperature))
+        picked = pick_logprobs(vocab_logits(hidden, params, config, execution), tokens, jnp.asarray(temperature), cap)
         return None, jax.sharding.reshard(picked, execution.at("BT"))
 
     if count > 1:

@@ -35,8 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from data.batches import Packed, pack
-from grpo.batch import Batch
+from grpo.batch import Batch, make_batch
 from grpo.config import PRESETS, flag
 from grpo.errors import ConfigError
 from grpo.memory import choose_remat, device_memory
@@ -154,7 +153,7 @@ def make_plan(config: PlanConfig) -> Plan:
     return Plan(config, model, mesh, find_chip(devices[0].device_kind), usable_memory(devices[0]), dtype)
 
 
-def abstract(shape: list[int], dtype: Any, letters: str, rules: Rules, mesh: Mesh) -> Any:
+def abstract(shape: Sequence[int], dtype: Any, letters: str, rules: Rules, mesh: Mesh) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec(letters, rules)))
 
 
@@ -205,15 +204,10 @@ def abstract_batch(plan: Plan) -> Batch:
     """A batch as grpo.rollout leaves it on the devices."""
     config = plan.config
     Q, B, P, C = config.prompts_per_step, config.rows, config.max_prompt_tokens, config.max_new_tokens
-
-    def to_devices(shape: Sequence[int], letters: str, dtype: str) -> Any:
-        return abstract([*shape], dtype, letters, TRAIN, plan.mesh)
-
-    packed = pack(np.zeros((B, C), np.int32), row_limits(config, 0), np.full(Q, P), config.packing)
-    return Batch(
-        prompts=to_devices((Q, P), "QP", "int32"), lengths=to_devices((Q,), "Q", "int32"),
-        packed=Packed(*(to_devices(x.shape, "BC", "int32") for x in packed)), mask=to_devices((B, C), "BC", "float32"),
-        sampler_logprobs=to_devices((B, C), "BC", "float32"), advantages=to_devices((B,), "B", "float32"),
+    zeros, parts = np.zeros((B, C), np.float32), plan.mesh.size * config.microbatches
+    return make_batch(
+        np.zeros((Q, P), np.int32), np.full(Q, P, np.int32), zeros.astype(np.int32), row_limits(config, 0), zeros, zeros,
+        zeros[:, 0], config.packing, parts, lambda x, letters: abstract(x.shape, x.dtype, letters, TRAIN, plan.mesh),
     )  # fmt: skip
 
 
@@ -241,7 +235,8 @@ def programs(plan: Plan) -> dict[str, Program]:
     if base is not None and reference is not None:
         apart = None if config.lora_rank else split_table(reference)[0]
     params = on(partial(sampling_params, model=model, execution=sample), weights)
-    prefilled = on(partial(prefill, config=model, execution=sample), params, batch.prompts, batch.lengths)
+    prompts = abstract([config.prompts_per_step, config.max_prompt_tokens], "int32", "QP", TRAIN, plan.mesh)
+    prefilled = on(partial(prefill, config=model, execution=sample), params, prompts, batch.lengths)
     temperatures, limits = (abstract([config.rows], dtype, "B", TRAIN, plan.mesh) for dtype in ("float32", "int32"))
     keys = on(lambda rows: row_keys(config.seed, 0, rows), limits)
     logprobs = on(partial(completion_logprobs, model=model, execution=train, config=update), weights, ungraded)
@@ -253,7 +248,7 @@ def programs(plan: Plan) -> dict[str, Program]:
     beside = [state, apart if unmoved else reference or base]
     found = {
         "sampling_params": Program(moved_params, (weights, model, sample), [state.opt_state, apart, unmoved], adapters),
-        "prefill": Program(prefill, (params, batch.prompts, batch.lengths, model, sample), beside),
+        "prefill": Program(prefill, (params, prompts, batch.lengths, model, sample), beside),
         "decode": Program(decode, (params, prefilled, *rows, model, sample, sampling), beside),
     }
     if reference is not None:

@@ -53,6 +53,28 @@ def test_a_batch_holds_each_array_in_its_place():
     assert batch.old_logprobs is None and batch.ref_logprobs is None
 
 
+def uneven(Q: int, parts: int, shortest: int = 1) -> Batch:
+    """Q questions with two completions each: of 8 tokens both in the first half of the questions, of `shortest` in the rest."""
+    lengths = np.repeat([8] * (Q // 2) + [shortest] * (Q - Q // 2), 2)
+    rows, prompts = np.arange(2 * Q, dtype=np.float32), np.arange(Q)[:, None].repeat(3, axis=1)
+    grid = rows[:, None].repeat(8, axis=1)
+    return make_batch(prompts, np.arange(Q) % 3 + 1, grid.astype(int), lengths, grid, grid, rows, 4, parts)
+
+
+def test_questions_are_paired_where_that_saves_slots_and_the_pairs_divide():
+    batch = uneven(4, parts=1)  # 4 x 16 slots apart, 2 x 18 in pairs of a long and a short one
+    assert np.asarray(batch.order).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
+    assert np.asarray(batch.prompts).tolist() == [[0, 0, 0, 3, 3, 3], [1, 1, 1, 2, 2, 2]]
+    assert np.asarray(batch.lengths).tolist() == [1, 1, 2, 3] and batch.packed.tokens.size == 36
+    for x in (batch.advantages, batch.mask[:, 0], batch.sampler_logprobs[:, 0]):
+        assert np.asarray(x).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
+        assert batch.restore(np.asarray(x)).tolist() == list(range(8))
+    assert uneven(4, parts=2).order is not None
+    for apart in (uneven(4, parts=0), uneven(4, parts=4), uneven(6, parts=2), uneven(3, parts=1), uneven(4, 1, shortest=8)):
+        assert apart.order is None and len(apart.prompts) == len(apart.lengths)
+        assert np.asarray(apart.advantages).tolist() == list(range(2 * len(apart.lengths)))
+
+
 def test_every_microbatch_takes_every_nth_group_whole():
     """Four groups of two in two parts: groups 0 and 2, then 1 and 3."""
     at = ExecutionConfig().at

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data import DataError
-from data.batches import PADDING_POSITION, epoch_order, first_fit, pack, pad_prompts, step_indices
+from data.batches import PADDING_POSITION, epoch_order, first_fit, pack, pad_prompts, pair, step_indices
 
 
 def test_an_epoch_is_a_permutation_fixed_by_seed_and_epoch():
@@ -168,6 +168,18 @@ def test_short_completions_share_a_row_and_long_ones_get_their_own():
     assert packed.slots[:, 0].tolist() == [4, 9, 0, 7]
     full = pack(tokens, np.full(4, 8), np.array([5]), finer=4)
     assert (full.tokens == tokens).all() and full.tokens.shape == (4, 8)
+
+
+def test_groups_packed_together_share_rows_and_keep_their_own_positions():
+    """By hand: groups of two after prompts of 5 and 9 tokens, as one group of four."""
+    tokens, lengths = np.arange(1, 33).reshape(4, 8), np.array([3, 1, 4, 2])
+    packed = pack(tokens, lengths, np.array([5, 9]), finer=4, together=2)
+    assert packed.positions.tolist() == [[9, 10, 11, 12, 5, 6, 7, 9, 10, 5]]
+    assert packed.segments.tolist() == [[3, 3, 3, 3, 1, 1, 1, 4, 4, 2]]
+
+
+def test_the_longest_group_is_paired_with_the_shortest():
+    assert pair(np.array([5, 9, 1, 7, 7, 3])).tolist() == [1, 2, 3, 5, 4, 0]
 
 
 @pytest.mark.parametrize(

@@ -222,19 +222,22 @@ def plain_attention(q, keys, values, visible, scale, cap):
     return mixed.reshape(*mixed.shape[:2], -1)
 
 
-def test_attention_and_its_gradients_equal_those_of_one_softmax():
+@pytest.mark.parametrize("cap", [2.0, 60.0, 300.0])  # up to 60 no maximum is subtracted
+def test_attention_and_its_gradients_equal_those_of_one_softmax(cap):
     """Two rows of two packed texts behind a shared prompt. Slopes of float64 differences along each input and one direction."""
     numbers = np.random.default_rng(0)
     B, P, T, N, K, H, window = 2, 3, 6, 4, 2, 8, 4
-    config = GemmaConfig(1, 32, N, K, H, 32, 32, H**-0.5, (True,), attn_softcap=2.0)
+    config = GemmaConfig(1, 32, N, K, H, 32, 32, H**-0.5, (True,), attn_softcap=cap)
     shapes = {"q": (B, T, N, H), "k0": (1, K, H, P), "v0": (1, K, P, H), "k1": (B, K, H, T), "v1": (B, K, T, H)}
     x = {name: numbers.normal(size=shape) for name, shape in shapes.items()}
+    x["q"] *= cap / 2  # scores at a part of the cap, of both signs
     prompt, own = np.arange(P)[None], np.tile([3, 4, 5, 3, 4, FAR], (B, 1))
     segments, toward = np.tile([1, 1, 1, 2, 2, 0], (B, 1)), numbers.normal(size=(B, T, N * H)) * (own < FAR)[..., None]
 
     def ours(x):
-        pieces = [KV(x["k0"], x["v0"], jnp.asarray(prompt)), KV(x["k1"], x["v1"], jnp.asarray(own), jnp.asarray(segments))]
-        return (attend(x["q"], pieces, jnp.asarray(own), jnp.asarray(window), config, FLOAT32.at) * toward).sum()
+        at, texts = jnp.asarray(own), jnp.asarray(segments)
+        pieces = [KV(x["k0"], x["v0"], jnp.asarray(prompt)), KV(x["k1"], x["v1"], at, texts, texts)]
+        return (attend(x["q"], pieces, at, jnp.asarray(window), config, FLOAT32.at) * toward).sum()
 
     def plain(x):
         def heads(prompt, own):  # 1KPH, BKTH -> BSNH
@@ -245,7 +248,7 @@ def test_attention_and_its_gradients_equal_those_of_one_softmax():
         together = np.concatenate([np.ones((B, T, P), bool), segments[:, :, None] == segments[:, None]], axis=2)
         visible = (age >= 0) & (age < window) & together
         visible[own == FAR] = True
-        return (plain_attention(x["q"], keys, heads(x["v0"], x["v1"]), visible, H**-0.5, 2.0) * toward).sum()
+        return (plain_attention(x["q"], keys, heads(x["v0"], x["v1"]), visible, H**-0.5, cap) * toward).sum()
 
     letters = {"q": "BTNH", "k0": "QKHS", "v0": "QKSH", "k1": "BKHS", "v1": "BKSH"}
     given = {name: to_devices(jnp.asarray(value, jnp.float32), letters[name]) for name, value in x.items()}
@@ -365,11 +368,10 @@ def test_token_logprobs_equal_log_softmax(model, name):
     if config.final_softcap:
         assert np.abs(logits).max() > 2 * config.final_softcap  # it bites
         logits = config.final_softcap * np.tanh(logits / config.final_softcap)
-    compiled = jax.jit(token_logprobs, static_argnums=(4, 5, 6))
-    for temperature in (0.6, 1.0, 1.7):
+    compiled = jax.jit(token_logprobs, static_argnums=(3, 4, 5, 6))
+    for temperature, chunk in ((0.6, 1), (1.0, 3), (1.0, 7), (1.7, 5), (0.1, 100)):
         expected = np.take_along_axis(log_softmax(logits / temperature), tokens[..., None], axis=-1)[..., 0]
-        for chunk in (1, 3, 5, 7, 100):
-            close(compiled(params, hidden, tokens, temperature, config, FLOAT32, chunk), expected, 1e-5)
+        close(compiled(params, hidden, tokens, temperature, config, FLOAT32, chunk), expected, 1e-5)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

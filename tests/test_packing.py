@@ -1,17 +1,15 @@
-"""Laws of training on packed rows: the numbers of the padded form, and no completion sees another."""
+"""Laws of training on packed rows, of one question or of two: the numbers of the padded form, and none sees another."""
 
 from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import Array
 from make_references import REFERENCES
 
-from data.batches import Packed, pack
-from grpo.batch import Batch
+from grpo.batch import Batch, make_batch
 from grpo.config import Config
 from grpo.update import UpdateConfig, logprobs_of
 from models.formats.convert import load_params, read_config
@@ -46,12 +44,16 @@ class Case:
     tokens: np.ndarray  # BC
     lengths: np.ndarray  # B
 
-    def batch(self, tokens: np.ndarray, finer: int) -> Batch:
+    def batch(self, tokens: np.ndarray, finer: int, parts: int = 0) -> Batch:
         prompts = np.random.default_rng(1).integers(3, 64, (Q, P)) * (np.arange(P) < PROMPT_LENGTHS[:, None])
-        packed = Packed(*map(jnp.asarray, pack(tokens, self.lengths, PROMPT_LENGTHS, finer)))
-        mask = jnp.asarray(np.arange(C) < self.lengths[:, None], jnp.float32)
-        zeros = jnp.zeros((Q * G, C))
-        return Batch(jnp.asarray(prompts), jnp.asarray(PROMPT_LENGTHS), packed, mask, zeros, zeros[:, 0])
+        mask, zeros = np.arange(C) < self.lengths[:, None], np.zeros((Q * G, C), np.float32)
+        return make_batch(prompts, PROMPT_LENGTHS, tokens, self.lengths, zeros, mask, zeros[:, 0], finer, parts)
+
+    def results(self, tokens: np.ndarray, finer: int, parts: int = 0) -> tuple[np.ndarray, Params]:
+        """Log-probabilities in the order of the completions, and gradients."""
+        batch = self.batch(tokens, finer, parts)
+        logprobs, gradients = logprobs_and_gradients(self.params, batch, batch.place(WEIGHTS), self.config)
+        return batch.restore(np.asarray(logprobs)), gradients
 
 
 @partial(jax.jit, static_argnames="config")
@@ -84,33 +86,36 @@ def case(request, mesh) -> Case:
     lengths = np.array(LENGTHS[rows]).reshape(-1)
     tokens = np.random.default_rng(2).integers(3, 64, (Q * G, C)) * (np.arange(C) < lengths[:, None])
     case = Case(config, load_params(folder, config, mesh, STORE), tokens, lengths)
-    packed = case.batch(tokens, FINER).packed
-    assert len(packed.tokens) == Q * rows and packed.tokens.size < tokens.size
+    apart, paired = (case.batch(tokens, FINER, parts) for parts in (0, 1))
+    assert len(apart.packed.tokens) == Q * rows and paired.packed.tokens.size < apart.packed.tokens.size < tokens.size
+    assert apart.order is None and sorted(np.asarray(paired.order).tolist()) == list(range(Q * G))
     return case
 
 
 WEIGHTS = np.random.default_rng(3).normal(size=(Q * G, C)).astype(np.float32)
 
 
-def test_packed_logprobs_and_gradients_equal_the_padded_ones(case):
+@pytest.mark.parametrize("parts", [0, 1], ids=["apart", "paired"])
+def test_packed_logprobs_and_gradients_equal_the_padded_ones(case, parts):
     """To the rounding of sums in another order: 1e-5 of a nat, 5e-6 of a leaf's largest entry."""
-    ours, gradients = logprobs_and_gradients(case.params, case.batch(case.tokens, FINER), WEIGHTS, case.config)
-    theirs, expected = logprobs_and_gradients(case.params, case.batch(case.tokens, 0), WEIGHTS, case.config)
+    ours, gradients = case.results(case.tokens, FINER, parts)
+    theirs, expected = case.results(case.tokens, 0)
     counts = np.arange(C) < case.lengths[:, None]
-    np.testing.assert_allclose(np.asarray(ours)[counts], np.asarray(theirs)[counts], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(ours[counts], theirs[counts], rtol=0, atol=1e-5)
     for leaf, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
         largest = np.abs(other).max()
         assert largest > 0
         np.testing.assert_allclose(leaf / largest, other / largest, rtol=0, atol=5e-6)
 
 
-def test_a_packed_completion_sees_no_other(case):
+@pytest.mark.parametrize("parts", [0, 1], ids=["apart", "paired"])
+def test_a_packed_completion_sees_no_other(case, parts):
     """Other tokens in one of them, first or last or between: not a bit of the others' log-probabilities changes."""
-    before, _ = logprobs_and_gradients(case.params, case.batch(case.tokens, FINER), WEIGHTS, case.config)
+    before, _ = case.results(case.tokens, FINER, parts)
     for b in (0, 1, 6, Q * G - 1):
         tokens = case.tokens.copy()
         tokens[b, : case.lengths[b]] = 3 + (tokens[b, : case.lengths[b]] - 2) % 61
-        after, _ = logprobs_and_gradients(case.params, case.batch(tokens, FINER), WEIGHTS, case.config)
-        changed = (np.asarray(before) != np.asarray(after)) & (np.arange(C) < case.lengths[:, None])
+        after, _ = case.results(tokens, FINER, parts)
+        changed = (before != after) & (np.arange(C) < case.lengths[:, None])
         assert changed[b, : case.lengths[b]].all()
         assert not np.delete(changed, b, axis=0).any()

@@ -56,15 +56,18 @@ def padded_update(bench):
 
 
 @pytest.mark.parametrize(
-    ("count", "changes"),
+    ("count", "pairs", "changes"),
     [
-        pytest.param(1, {}, id="1"),
-        pytest.param(1, {"microbatches": 2, "unroll": True}, id="parts, unrolled", marks=pytest.mark.long),
-        pytest.param(8, {}, id="8", marks=pytest.mark.long),
+        pytest.param(1, 0, {}, id="1"),
+        pytest.param(1, 1, {}, id="1, paired"),
+        pytest.param(1, 2, {"microbatches": 2, "unroll": True}, id="paired, parts, unrolled", marks=pytest.mark.long),
+        pytest.param(4, 4, {}, id="4, paired", marks=pytest.mark.long),
+        pytest.param(8, 0, {}, id="8", marks=pytest.mark.long),
     ],
 )
-def test_packing_changes_the_update_by_rounding_only(bench, padded_update, count, changes):
-    padded, packed = cut_short(bench.batch, 0), cut_short(bench.batch, 4)
+def test_packing_changes_the_update_by_rounding_only(bench, padded_update, count, pairs, changes):
+    padded, packed = cut_short(bench.batch, 0), cut_short(bench.batch, 4, pairs)
+    assert (packed.order is not None) == bool(pairs)
     assert packed.packed.tokens.size < padded.packed.tokens.size
     assert (completions(packed) == completions(padded)).all()
     states, stats = bench.updates([packed], count=count, **changes)

@@ -27,8 +27,7 @@ import grpo.runs.trainer
 import grpo.session
 import grpo.step
 import grpo.update
-from data.batches import Packed, pack
-from grpo.batch import Batch
+from grpo.batch import Batch, batch_axes, make_batch
 from grpo.config import Config
 from grpo.runs.checkpoint import Checkpoints
 from grpo.runs.metrics import completion_records, rollout_metrics
@@ -270,19 +269,17 @@ class Bench:
 
 def completions(batch: Batch) -> np.ndarray:
     """The tokens of each completion, 0 behind them, however they are packed.  BC"""
-    packed = jax.tree.map(np.asarray, batch.packed)
-    rows = np.repeat(packed.tokens.reshape(Q, -1), G, axis=0)
-    there = np.repeat(packed.segments.reshape(Q, -1), G, axis=0)
-    there = np.take_along_axis(there, packed.slots, axis=1) == (np.arange(Q * G) % G + 1)[:, None]
+    packed, groups = jax.tree.map(np.asarray, batch.packed), len(batch.prompts)
+    each = Q * G // groups
+    rows = np.repeat(packed.tokens.reshape(groups, -1), each, axis=0)
+    there = np.repeat(packed.segments.reshape(groups, -1), each, axis=0)
+    there = np.take_along_axis(there, packed.slots, axis=1) == (np.arange(Q * G) % each + 1)[:, None]
     first = (np.arange(C) > 0) & (packed.slots == 0)  # behind its end, a completion points to slot 0
-    return np.where(there & ~first, np.take_along_axis(rows, packed.slots, axis=1), 0)
+    return batch.restore(np.where(there & ~first, np.take_along_axis(rows, packed.slots, axis=1), 0))
 
 
 def laid_out(batch: Batch) -> Batch:
-    letters = {"prompts": "QP", "lengths": "Q", "advantages": "B", "packed": Packed(*["BC"] * 4)}
-    return jax.tree.map(
-        to_devices, batch, replace(batch, **{n: letters.get(n, "BC") for n, x in vars(batch).items() if x is not None})
-    )
+    return jax.tree.map(to_devices, batch, batch_axes(batch))
 
 
 @pytest.fixture(scope="session")
@@ -304,11 +301,16 @@ def assert_same_update(states, others):
         np.testing.assert_allclose(leaf, other, rtol=0, atol=1e-5 * np.abs(other).max())
 
 
-def cut_short(batch: Batch, finer: int) -> Batch:
-    """The batch with completions of 1 to C tokens, in all groups of different ones, packed so finely."""
+def cut_short(batch: Batch, finer: int, parts: int = 0) -> Batch:
+    """The batch with completions of 1 to C tokens, in all groups of different ones, packed so finely; see `make_batch`."""
     lengths = np.minimum(np.asarray(batch.mask).sum(axis=1), np.arange(Q * G) * 5 % 11 % C + 1).astype(int)
-    packed = pack(completions(batch) * (np.arange(C) < lengths[:, None]), lengths, np.asarray(batch.lengths), finer)
-    return replace(batch, packed=packed, mask=(np.arange(C) < lengths[:, None]).astype(np.float32))
+    mask = np.arange(C) < lengths[:, None]
+    prompts, starts, logprobs, advantages = map(
+        np.asarray, (batch.prompts, batch.lengths, batch.sampler_logprobs, batch.advantages)
+    )
+    tokens = completions(batch) * mask
+    cut = make_batch(prompts, starts, tokens, lengths, logprobs, mask, advantages, finer, parts, lambda x, _: x)
+    return replace(cut, ref_logprobs=cut.place(np.asarray(batch.ref_logprobs)))
 
 
 def distance(a, b) -> float:

@@ -95,17 +95,17 @@ def pick(values: Sequence[Any], indices: Iterable[int]) -> list[Any]:
     return [values[i] for i in indices]
 
 
-def mean_nll(logprobs: Any, mask: np.ndarray) -> float:
+def mean_nll(logprobs: np.ndarray, mask: np.ndarray) -> float:
     """The mean of -log π over the tokens that count, in nats.  BC, BC -> scalar"""
-    return float(-np.where(mask, to_host(logprobs), 0.0).sum(dtype=float) / mask.sum())
+    return float(-np.where(mask, logprobs, 0.0).sum(dtype=float) / mask.sum())
 
 
 def held_out_loss(params: Params, run: Setup) -> float:
     """The mean of -log π over all completion tokens of the held-out problems, in nats."""
     total = tokens = 0.0
     for mask, batch in held_out_batches(run):
-        logprobs = completion_logprobs(params, batch, run.model, run.train, run.update)
-        total += mean_nll(logprobs, mask) * mask.sum()
+        logprobs = to_host(completion_logprobs(params, batch, run.model, run.train, run.update))
+        total += mean_nll(batch.restore(logprobs), mask) * mask.sum()
         tokens += mask.sum()
     return float(total / tokens)
 
@@ -160,7 +160,7 @@ class SFTTrainer(Trainer):
         lengths, memory = result.completions.samples.lengths, self.run.mesh.local_devices[0].memory_stats() or {}
         stats = {name: float(value) for name, value in jax.device_get(result.stats).items()}
         return {
-            "loss": mean_nll(result.terms["logprobs"], result.mask),
+            "loss": mean_nll(*to_host((result.terms["logprobs"], result.batch.mask))),
             "grad_norm": stats["grad_norm"],
             "lr": result.rates[-1],
             "bad_updates": stats["bad_updates"],

@@ -12,6 +12,7 @@ from data.problems import Problem
 from data.tokenizer import Tokenizer
 from grpo.config import Config
 from grpo.rollout import Batch
+from models.sampler import Samples
 from models.sharding import to_host
 
 
@@ -22,14 +23,12 @@ def groups_due(step: int, steps: int, config: Config) -> int:
 
 
 def token_records(
-    problems: list[Problem], lengths: list[int], batch: Batch, terms: dict[str, Array], tokenizer: Tokenizer, config: Config
+    problems: list[Problem], samples: Samples, batch: Batch, terms: dict[str, Array], tokenizer: Tokenizer, config: Config
 ) -> list[dict[str, Any]]:
     """A record of each of the first groups of a batch, those of `problems`, with the loss's terms in the last update.
 
-    `lengths` has the lengths of all completions. Log-probabilities are in nats; floats have 5 significant digits.
+    `samples` are all completions, on the host. Log-probabilities are in nats; floats have 5 significant digits.
     """
-    tokens, slots = to_host((batch.packed.tokens, batch.packed.slots))
-    tokens = tokens.reshape(len(batch.prompts), -1)  # of each group
     figures = {
         "logprobs": terms["logprobs"],
         "sampler_logprobs": batch.sampler_logprobs,
@@ -40,15 +39,16 @@ def token_records(
         "clipped": terms["clipped_low"] + terms["clipped_high"],
         "weight": terms["weight"],
     }
-    fetched = to_host(figures)
-    names = [name for name in figures if fetched[name] is not None]
+    names = [name for name in figures if figures[name] is not None]
+    fetched = {name: batch.restore(to_host(figures[name])) for name in names}
 
     def completion(group: int, row: int) -> dict[str, Any]:
         b = group * config.group_size + row
-        ids = tokens[group, slots[b, : lengths[b]]]
+        length = samples.lengths[b]
+        ids = samples.tokens[b, :length]
         record = {"row": row, "pieces": tokenizer.pieces(ids), "ids": ids.tolist()}
         for name in names:
-            record[name] = [float(f"{x:.5g}") for x in fetched[name][b, : lengths[b]].tolist()]
+            record[name] = [float(f"{x:.5g}") for x in fetched[name][b, :length].tolist()]
         return record | {"clipped": [int(x) for x in record["clipped"]]}
 
     return [

@@ -222,9 +222,8 @@ class Trainer:
         if not due or not result.terms:
             return []
         completions = result.completions
-        lengths = completions.samples.lengths.tolist()
         records = token_records(
-            completions.problems[:due], lengths, result.batch, result.terms, self.run.tokenizer, self.config
+            completions.problems[:due], completions.samples, result.batch, result.terms, self.run.tokenizer, self.config
         )  # fmt: skip
         return [{"step": step, "session": session.number, **record} for record in records]
 
