@@ -56,10 +56,7 @@ PADDING_POSITION = 2**30  # in the future of every token, so no token attends to
 
 
 class Packed(NamedTuple):
-    """The completions of Q groups of G, each group in r rows of C' slots. int32 arrays, on the host or on devices.
-
-    A group here is all that shares rows: the completions of one question, or of two.
-    """
+    """The completions of Q groups of G, of one question or of two each, in r rows of C' slots. int32, on host or devices."""
 
     tokens: Any  # [Q*r, C']
     positions: Any  # [Q*r, C'], counted from the start of the prompt; PADDING_POSITION at padding
