@@ -71,7 +71,7 @@ def make_batch(
     batch: Any = Batch(prompts, prompt_lengths, packed, None, logprobs, advantages, order=order)  # type: ignore[arg-type]
     mask = None if mask is None else mask.astype(np.float32)
     rows = {"mask": mask, "sampler_logprobs": logprobs, "advantages": advantages}
-    batch = replace(batch, **{name: None if x is None else batch.place(x) for name, x in rows.items()})
+    batch = replace(batch, **{name: x if x is None or order is None else x[order] for name, x in rows.items()})
     return jax.tree.map(put, batch, batch_axes(batch))
 
 
