@@ -75,6 +75,12 @@ def test_questions_are_paired_where_that_saves_slots_and_the_pairs_divide():
         assert np.asarray(apart.advantages).tolist() == list(range(2 * len(apart.lengths)))
 
 
+def test_rows_are_ordered_before_they_are_on_the_devices(monkeypatch):
+    """With several processes, fetching an array is a collective, and of a host array it would be one copy a process."""
+    monkeypatch.setattr("grpo.batch.to_host", None)
+    assert uneven(4, parts=1).order is not None
+
+
 def test_every_microbatch_takes_every_nth_group_whole():
     """Four groups of two in two parts: groups 0 and 2, then 1 and 3."""
     at = ExecutionConfig().at
