@@ -4,8 +4,10 @@ The data of the page is that of the run's files, and notes say what it leaves ou
 of grpo/loss.py, its filters filter, and no text of a completion is ever markup.
 """
 
+import inspect
 import json
 import math
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,8 @@ from grpo.config import TINY_MODEL
 from grpo.errors import ConfigError
 from grpo.loss import batch_std, group_advantages, group_std, grpo_loss, grpo_weights, no_scale
 from grpo.reports.page import FLAGS, fold_constant, read_page, render, round_floats, spread
+from grpo.runs.metrics import accuracy_metrics, rollout_metrics, step_metrics
+from grpo.update import kept_by_rounding, token_stats
 
 STEPS, Q, G, C = 40, 2, 4, 5
 MARKUP = "<img src=x onerror=\"document.title='broken'\"></script><script>document.title='broken'</script><!-- \u2028 &amp;"
@@ -322,6 +326,32 @@ class Page:
             "slider.dispatchEvent(new Event('input'))", step - 1
         )  # fmt: skip
 
+    def resize(self, width: int) -> None:
+        """Show the page on a screen of `width` pixels; one of less than 700 is touched. `reset` ends it."""
+        screen = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 700}
+        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+        self.browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": width < 700})
+        self.browser.refresh()
+        self.wait.until(lambda _: self.js("return document.body.dataset.ready && document.querySelector('#charts svg')"))
+        self.browser.execute_async_script("setTimeout(arguments[0], 300)")  # until everything is drawn at that width
+
+    def reset(self) -> None:
+        self.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        self.browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
+
+    def tap(self, selector: str, place: int = 0) -> None:
+        """Touch the middle of an element."""
+        x, y = self.js(
+            "const node = document.querySelectorAll(arguments[0])[arguments[1]]; node.scrollIntoView({ block: 'center' });"
+            "const at = node.getBoundingClientRect(); return [at.left + at.width / 2, at.top + at.height / 2]", selector, place
+        )  # fmt: skip
+        for kind, points in {"touchStart": [{"x": x, "y": y}], "touchEnd": []}.items():
+            self.browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    def explanation(self) -> str | None:
+        """The text of the box that explains a name; None while there is none."""
+        return self.js("const box = document.getElementById('help'); return box.hidden ? null : box.textContent")
+
     def errors(self) -> list[str]:
         return [entry["message"] for entry in self.browser.get_log("browser") if entry["level"] == "SEVERE"]
 
@@ -523,3 +553,179 @@ def test_runs_without_most_files_and_several_runs(browser, run, tmp_path):
     page.wait.until(lambda _: page.texts("#charts .values")[:1] == ["13.3313.33"])
     assert page.texts("#sessions .bar + .card tbody td:first-child") == ["run", "metrics.jsonl (not finished)"]
     assert page.errors() == []
+
+
+# ---------------------------------------------------------------------------------------------- screens, keys and touch
+
+WIDTHS = 390, 768, 1280
+# What lies outside the screen or overflows its box, as CSS names it. An ellipsis says that there is more: previews in lists.
+CUT = """
+const cut = [document.documentElement].filter((root) => root.scrollWidth > innerWidth).map(() => "the page");
+for (const node of document.querySelectorAll("body *")) {
+  const at = node.getBoundingClientRect();
+  const preview = node.closest(".row > *, .row .marks");
+  if (!at.width || preview || node.closest("svg, math") || node.matches("script, option")) continue;
+  const overflows = node.clientWidth && node.scrollWidth > node.clientWidth + 1;
+  if (at.left < -0.5 || at.right > innerWidth + 0.5 || overflows) {
+    cut.push(`${node.tagName}.${node.className}#${node.id}: ${node.textContent.slice(0, 40)}`);
+  }
+}
+for (const text of document.querySelectorAll("svg text, math")) {
+  const at = text.getBoundingClientRect();
+  const card = text.closest(".card, figure").getBoundingClientRect();
+  if (at.width && (at.left < card.left - 1 || at.right > card.right + 1)) cut.push(`${text.tagName}: ${text.textContent}`);
+}
+return cut;
+"""
+
+
+def hard_run(folder: Path) -> Path:
+    """A run whose every text is long: its name, problems, settings, completions, and eight sessions with retention."""
+    make_run(folder / ("run-" + "x" * 90))
+    (run,) = folder.iterdir()
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"run_dir": "/a" * 90, "group_size": 16, "beta": 0.040000000000000036}))
+    text = "<reasoning>" + "9" * 300 + "</reasoning><answer>" + "8 " * 90 + "</answer>"
+    write(run / "completions.jsonl", [
+        completion(step, "gsm8k-train-of-a-long-name.jsonl:" + "1" * 30, row, -1234.5 - row, -1.2345e-9) | {"text": text}
+        for step in range(1, STEPS + 1) for row in range(16)
+    ])  # fmt: skip
+    figures = {"n": 500, "low": 0.999, "high": 1.0, "greedy": 1.0, "sampled": 1.0, "sampled_format": 1.0,
+               "sampled_reward": -1234.5, "sampled_length": 12345.0}  # fmt: skip
+    retention = {str(i): figures for i in range(1, 9)}
+    write(run / "evaluations.jsonl", [{"step": i * 5, "accuracy": figures, "retention": retention} for i in range(9)])
+    sessions = [{"session": i, "first_step": 5 * i - 4, "last_step": 5 * i, "new": ["p"] * 12000, "review": ["p"]} for i in range(1, 9)]
+    (run / "sessions.json").write_text(json.dumps(sessions))
+    write(run / "metrics.jsonl", [
+        {"step": s, "session": (s + 4) // 5, "reward": -1e6 * s, "accuracy": 1.0, "reward/before_resampling": 1e-9 * s,
+         "rewards/a_component_of_a_very_long_name_of_somebody/mean": 1.0, "alarms": ["format_without_accuracy"]}
+        for s in range(1, STEPS + 1)
+    ])  # fmt: skip
+    return run
+
+
+def with_result(evaluation: Path, folder: Path) -> Path:
+    """The evaluation with the figures that its two tables show."""
+    copy = Path(shutil.copytree(evaluation, folder / "evaluation"))
+    single = {"tagged": 1.0, "strict": 1.0, "flexible": 1.0, "low": 0.999, "high": 1.0}
+    paired = {"fixed": 1234, "broke": 1234, "both_right": 1234, "both_wrong": 1234, "mcnemar_p": 1.2e-68, "gain": 0.1,
+              "low": 0.05, "high": 0.15}  # fmt: skip
+    model = {"greedy": single, "consensus": single, "agreement": 1.0, "tokens": 12345678, "paired": paired,
+             "pass_at_k": [0.5, 1.0], "maj_at_k": [0.5, 1.0]}  # fmt: skip
+    result = {"n": 5000, "models": {"base": model, "trained": model},
+              "trained_against_base": {"greedy": paired, "consensus": paired}}  # fmt: skip
+    (copy / "result.json").write_text(json.dumps(result))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def pages(run, evaluation, tmp_path_factory) -> dict[str, Path]:
+    """An ordinary page, one whose every text is long, and one of several runs."""
+    folder = tmp_path_factory.mktemp("pages")
+    (folder / "hard").mkdir()
+    hard, evaluated = hard_run(folder / "hard"), with_result(evaluation, folder)
+    found = {"plain": ([run], evaluation), "hard": ([hard], evaluated), "several": ([run, hard], evaluated)}
+    for name, (runs, of) in found.items():
+        (folder / f"{name}.html").write_text(render(read_page(runs, of, 64)), "utf-8")
+    return {name: folder / f"{name}.html" for name in found}
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", ["plain", "hard", "several"])
+def test_nothing_is_cut(browser, pages, name, width):
+    page = Page(browser, pages[name])
+    page.resize(width)
+    try:
+        assert page.js("return innerWidth") == width
+        assert page.js(CUT) == []
+        for button in ("Reward", "All"):
+            page.press("#curves", button)
+            assert page.js(CUT) == []
+        page.click("#next-saved")
+        page.js("document.querySelector('details').open = true")
+        assert page.js(CUT) == []
+        if name == "plain" and width == 1280:
+            assert len(page.texts("#sessions thead th")) == 8
+        assert page.texts("#sessions .stack") or page.texts("#sessions table")
+        assert page.errors() == []
+    finally:
+        page.reset()
+
+
+def test_a_narrow_table_says_what_the_wide_one_says(shown):
+    wide = [cell for cell in shown.texts("#sessions td") if cell]
+    titles = shown.texts("#sessions th")
+    try:
+        shown.resize(390)
+        assert shown.texts("#sessions td") == [] and shown.texts("#sessions dd") == wide
+        assert shown.texts("#sessions .stack:last-of-type dt") == titles
+    finally:
+        shown.reset()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_names_explain_themselves_under_pointer_touch_and_focus(shown, width):
+    try:
+        shown.resize(width)
+        shown.click("#next-saved")
+        for name, words in {"k3": "KL divergence", "ν": "importance sampling", "ratio ρ": "π old", "weight w": "weight"}.items():
+            place = shown.texts("#token dt").index(name)
+            assert shown.js("return document.querySelectorAll('#token dt')[arguments[0]].querySelector('.term')", place), name
+            at = shown.texts("#token .term").index(name)
+            if width < 700:
+                shown.tap("#token .term", at)
+            else:
+                shown.hover("#token .term", at)
+            shown.wait.until(lambda _, words=words: words in (shown.explanation() or ""))
+            assert shown.js(CUT) == [], name
+        if width < 700:
+            shown.tap("#loss")
+        else:
+            shown.hover("#loss")
+        shown.wait.until(lambda _: shown.explanation() is None)
+        shown.keys("#charts .term", "\ue004")  # tab: from the first name to the next one
+        assert "greedy answers" in shown.explanation()
+        assert shown.js("return document.activeElement.textContent") == "accuracy"
+        shown.keys("#charts figure:nth-child(2) .term", "\ue00c")  # escape
+        assert shown.explanation() is None
+        shown.keys("#charts figure:nth-child(2) .term", "\ue007")  # enter
+        assert "greedy answers" in shown.explanation()
+    finally:
+        shown.reset()
+
+
+def test_every_metric_of_a_step_has_a_meaning(shown):
+    functions = step_metrics, rollout_metrics, accuracy_metrics, token_stats, kept_by_rounding
+    sources = "".join(inspect.getsource(getattr(function, "__wrapped__", function)) for function in functions)
+    names = {*re.findall(r'"([a-z_]+(?:/[a-z0-9_]+)*)"(?:\]? =|:)', sources), "loss", "grad_norm", "bad_updates", "compiles"}
+    assert {"reward", "kl/k3", "lora/kept/sampler", "hbm_peak", "accuracy/strict"} <= names
+    names |= {f"time/{phase}" for phase in ("prefill", "decode", "reward", "reference", "update", "step")} | {"rewards/x/mean"}
+    assert [name for name in sorted(names) if not shown.js("return meaning(arguments[0])", name)] == []
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_keys_work_as_the_page_says(shown, width):
+    """From the link in the head of the page, without a pointer."""
+    try:
+        shown.resize(width)
+        assert shown.texts("#inspector kbd") == ["←", "→", "↑", "↓", "PgUp", "PgDn", "p", "n"]
+        shown.keys("nav a[href='#inspector']", "\ue007")
+        shown.wait.until(lambda _: shown.js("return document.activeElement.id") == "inspector")
+        shown.keys("#inspector", "n")
+        assert shown.text("#where") == f"step {SAVED[0]}"
+        shown.keys("#inspector", "\ue014")  # right
+        assert shown.text(".completion[aria-selected=true] .head")[0] == "1"
+        shown.keys("#inspector", "\ue00e")  # page up
+        assert shown.text("#where") == f"step {SAVED[0] - 1}"
+        shown.keys("#step", "\ue014", "\ue014")  # the slider's own arrow
+        assert shown.text("#where") == f"step {SAVED[0] + 1}"
+        shown.keys("#step", "p")
+        assert shown.text("#where") == f"step {SAVED[0]}"
+        shown.keys("#tokens", "\ue014", "\ue014")
+        assert shown.texts("#token dd")[0] == f"2  {json.dumps(PIECES[2])}"
+        shown.keys("#list", "\ue015", "\ue00f", "\ue007")  # down, page down, enter
+        assert shown.text(".completion[aria-selected=true] .head")[0] == str(12 % G)
+        shown.keys("#votes", "\ue015", "\ue015", "\ue007")
+        assert "problem e1" in shown.text("#problem")
+    finally:
+        shown.reset()

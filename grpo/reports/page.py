@@ -8,6 +8,7 @@ columns, which compress well. page.html has the layout and the behaviour, plots.
 """
 
 import base64
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -21,7 +22,7 @@ from typing import Any
 from data import DataError
 from data.arithmetic import training_problems
 from data.problems import Problem, Reading, load_problems
-from grpo.config import current_names
+from grpo.config import Config, current_names
 from grpo.errors import ConfigError
 from grpo.reports import analysis
 from grpo.reports.consensus import gold_of, majority_vote
@@ -56,6 +57,7 @@ def read_page(run_dirs: list[Path], evaluation: Path | None, megabytes: float) -
         "tokens": tokens,
         "evaluation": read_evaluation(evaluation, limit, notes) if evaluation else None,
         "gain_by_model": gains,
+        "settings": {field.name: field.metadata["help"] for field in dataclasses.fields(Config)},
         "notes": notes,
     }
 
