@@ -584,7 +584,9 @@ def hard_run(folder: Path) -> Path:
     make_run(folder / ("run-" + "x" * 90))
     (run,) = folder.iterdir()
     config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(config | {"run_dir": "/a" * 90, "group_size": 16, "beta": 0.040000000000000036}))
+    (run / "config.json").write_text(
+        json.dumps(config | {"run_dir": "/a" * 90, "group_size": 16, "beta": 0.040000000000000036})
+    )
     text = "<reasoning>" + "9" * 300 + "</reasoning><answer>" + "8 " * 90 + "</answer>"
     write(run / "completions.jsonl", [
         completion(step, "gsm8k-train-of-a-long-name.jsonl:" + "1" * 30, row, -1234.5 - row, -1.2345e-9) | {"text": text}
@@ -594,7 +596,9 @@ def hard_run(folder: Path) -> Path:
                "sampled_reward": -1234.5, "sampled_length": 12345.0}  # fmt: skip
     retention = {str(i): figures for i in range(1, 9)}
     write(run / "evaluations.jsonl", [{"step": i * 5, "accuracy": figures, "retention": retention} for i in range(9)])
-    sessions = [{"session": i, "first_step": 5 * i - 4, "last_step": 5 * i, "new": ["p"] * 12000, "review": ["p"]} for i in range(1, 9)]
+    sessions = [
+        {"session": i, "first_step": 5 * i - 4, "last_step": 5 * i, "new": ["p"] * 12000, "review": ["p"]} for i in range(1, 9)
+    ]
     (run / "sessions.json").write_text(json.dumps(sessions))
     write(run / "metrics.jsonl", [
         {"step": s, "session": (s + 4) // 5, "reward": -1e6 * s, "accuracy": 1.0, "reward/before_resampling": 1e-9 * s,
@@ -668,7 +672,12 @@ def test_names_explain_themselves_under_pointer_touch_and_focus(shown, width):
     try:
         shown.resize(width)
         shown.click("#next-saved")
-        for name, words in {"k3": "KL divergence", "ν": "importance sampling", "ratio ρ": "π old", "weight w": "weight"}.items():
+        for name, words in {
+            "k3": "KL divergence",
+            "ν": "importance sampling",
+            "ratio ρ": "π old",
+            "weight w": "weight",
+        }.items():
             place = shown.texts("#token dt").index(name)
             assert shown.js("return document.querySelectorAll('#token dt')[arguments[0]].querySelector('.term')", place), name
             at = shown.texts("#token .term").index(name)
