@@ -651,7 +651,28 @@ def test_nothing_is_cut(browser, pages, name, width):
         if name == "plain" and width == 1280:
             assert len(page.texts("#sessions thead th")) == 8
         assert page.texts("#sessions .stack") or page.texts("#sessions table")
+        named = "return [...document.querySelectorAll('#sessions .term')].map((node) => node.textContent)"
+        assert {"held out before", "group_size"} <= set(page.js(named)) or name != "several"
         assert page.errors() == []
+    finally:
+        page.reset()
+
+
+def test_the_table_of_four_sessions_fits_1280(browser, run, tmp_path):
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    figures = {"n": 500, "low": 0.987, "high": 0.998, "greedy": 0.996, "sampled": 0.984}
+    retention = {str(i): figures for i in range(1, 5)}
+    write(copy / "evaluations.jsonl", [{"step": i * 10, "accuracy": figures, "retention": retention} for i in range(5)])
+    sessions = [
+        {"session": i, "first_step": 10 * i - 9, "last_step": 10 * i, "new": ["p"] * 7473, "review": []} for i in range(1, 5)
+    ]
+    (copy / "sessions.json").write_text(json.dumps(sessions))
+    (tmp_path / "page.html").write_text(render(read_page([copy], None, 64)), "utf-8")
+    page = Page(browser, tmp_path / "page.html")
+    try:
+        page.resize(1280)
+        assert len(page.texts("#sessions th")) == 10 and len(page.texts("#sessions td")) == 50
+        assert page.js(CUT) == []
     finally:
         page.reset()
 
