@@ -477,7 +477,7 @@ def test_fault_35_two_processes_are_one_run_and_end_together(launch):
     """2 processes x 4 devices against 1 x 8. One of the two is killed; the other ends soon, and not as if all were well. The
     two start again from the last checkpoint, and end with the same samples and, to rounding, the same losses as the one.
     """
-    flags = ["--prompts_per_step=8", "--new_problems=32", "--eval_problems=8", "--retention_problems=8", "--logprob_chunk=64"]
+    flags = ["--prompts_per_step=16", "--new_problems=64", "--eval_problems=8", "--retention_problems=8", "--logprob_chunk=64"]
     single, double = launch.folder / "single", launch.folder / "double"
     launch(f"--run_dir={single}", *flags, devices=8).result()
 
