@@ -29,6 +29,7 @@ sound, experts, dropout, biases.
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
@@ -637,7 +638,7 @@ def unrolled_layers(body, carry, layers: tuple, tokens: Any, config: GemmaConfig
 def scan_periods(body, carry, layers: dict[str, Layers], tokens: Any, config: GemmaConfig):
     """`scan_layers` for layers of several kinds."""
     results: dict[str, Any] = {}
-    runs = {name: body(kind, int(kind.local_layers[0])) for name, kind in config.kinds.items()}
+    bodies = {name: body(kind, int(kind.local_layers[0])) for name, kind in config.kinds.items()}
     first = 0
     for period, repeats in config.periods:
         counts = Counter(period)
@@ -645,14 +646,24 @@ def scan_periods(body, carry, layers: dict[str, Layers], tokens: Any, config: Ge
         def one_period(carry, x, period=period, counts=counts, results=results):
             number, weights, tokens = x
             found: dict[str, list] = {name: [] for name in counts}
-            for j, name in enumerate(period):
-                source, i = name.removeprefix("shared_"), len(found[name])
+            taken, done = Counter(), 0
+            for name, run in groupby(period):  # layers of one kind in a row are a loop inside the loop
+                source, size = name.removeprefix("shared_"), len(list(run))
                 shared = jax.tree.map(itemgetter(-1), results[source]) if name != source else None
-                index = number * counts[name] + i if name == source else config.kinds[source].num_layers - 1
-                token = None if tokens is None else tokens[j]
-                carry, result = runs[name](carry, index, jax.tree.map(itemgetter(i), weights[name]), token, shared)
+
+                def one_layer(carry, x, name=name, source=source, shared=shared):
+                    i, w, token = x
+                    index = number * counts[name] + i if name == source else config.kinds[source].num_layers - 1
+                    return bodies[name](carry, index, w, token, shared)
+
+                here = slice(taken[name], taken[name] + size)
+                own = jax.tree.map(itemgetter(here), weights[name])
+                inputs = jnp.arange(here.start, here.stop), own, None if tokens is None else tokens[done : done + size]
+                carry, result = lax.scan(one_layer, carry, inputs)
                 found[name].append(result)
-            return carry, {name: jax.tree.map(lambda *leaves: jnp.stack(leaves), *each) for name, each in found.items()}
+                taken[name] += size
+                done += size
+            return carry, {name: jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *each) for name, each in found.items()}
 
         def by_period(leaf, repeats=repeats):  # L... -> [repeats, layers of this kind in a period, ...]
             return reshape_first(leaf, (repeats, len(leaf) // repeats), 1)

@@ -158,7 +158,7 @@ def make(name: str, folder: Path, seed: int) -> None:
             weight.copy_(spread(key, weight.shape[-1]) * torch.randn(weight.shape, generator=random))
         for key, weight in model.state_dict().items():
             if family == "Gemma4Text" and ("norm" in key or "scalar" in key):  # it multiplies by w, not by 1 + w
-                typical = 0.5 if "q_norm" in key or "k_norm" in key else 1.0  # scores of attention are not scaled
+                typical = 0.5 if "layers" in key and "norm" in key else 1.0  # or rounding would grow from layer to layer
                 weight.copy_(typical * (1 + 0.3 * torch.randn(weight.shape, generator=random)))
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
