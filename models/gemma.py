@@ -929,7 +929,8 @@ def token_logprobs(
     count = -(-C // chunk)
     chunk = -(-C // count)
     padding = count * chunk - C
-    cap = config.final_softcap and config.final_softcap / (temperature or 1.0)
+    known = config.final_softcap and isinstance(temperature, int | float)  # not inside a program that takes it as an argument
+    cap = config.final_softcap / (temperature or 1.0) if known else None
 
     def chunks(x):  # BC... -> [count, B, chunk, ...]
         x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
