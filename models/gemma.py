@@ -929,8 +929,9 @@ def token_logprobs(
     count = -(-C // chunk)
     chunk = -(-C // count)
     padding = count * chunk - C
-    known = config.final_softcap and isinstance(temperature, int | float)  # not inside a program that takes it as an argument
-    cap = config.final_softcap / (temperature or 1.0) if known else None
+    cap = config.final_softcap
+    if cap is not None:  # the bound is unknown inside a program that takes the temperature as an argument
+        cap = cap / (temperature or 1.0) if isinstance(temperature, int | float) else None
 
     def chunks(x):  # BC... -> [count, B, chunk, ...]
         x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
