@@ -592,14 +592,17 @@ def embed_per_layer(params: Params, tokens: Array, x: Array, config: GemmaConfig
     return jnp.moveaxis((made + by_layer(found)) * 2**-0.5, 2, 0)
 
 
-def scan_layers(step, carry, layers: Any, tokens: Any, config: GemmaConfig, execution: ExecutionConfig):
+def scan_layers(
+    step, carry, layers: Any, tokens: Any, config: GemmaConfig, execution: ExecutionConfig, learning: bool = True
+):  # fmt: skip
     """Run `step(kind, local, carry, index, weights, token, shared)` for each layer. -> the carry, the results of all steps
 
     `kind` is the configuration of layers of this shape, `local` (0 or 1) says whether the layer is one of those, `index` is its
     place among stacked keys and values, `token` its slice of `tokens` (LBTU or None), `shared` the result of the layer whose
     keys and values it shares, or None. `layers` is stacked on L, and compiles to one loop; or it is a tuple (`unstack`), and
     compiles to L copies of the body. Layers of several kinds compile to one loop over each run of equal periods. Results are
-    stacked on L, in Gemma 4 in a dict: those of local and those of global layers that have keys and values.
+    stacked on L, in Gemma 4 in a dict: those of local and those of global layers that have keys and values. `learning` False
+    says that there is no backward pass.
     """
 
     def body(*kind_and_local):
@@ -612,7 +615,7 @@ def scan_layers(step, carry, layers: Any, tokens: Any, config: GemmaConfig, exec
     if isinstance(layers, tuple):
         return unrolled_layers(body, carry, layers, tokens, config)
     if config.family == 4:
-        return scan_periods(body, carry, layers, tokens, config)
+        return scan_periods(body, carry, layers, tokens, config, learning)
     run, local = body(config), jnp.array(config.local_layers, jnp.int32)
     return lax.scan(lambda carry, x: run(x[2], carry, x[0], x[1], None, None), carry, (jnp.arange(len(local)), layers, local))
 
@@ -635,8 +638,12 @@ def unrolled_layers(body, carry, layers: tuple, tokens: Any, config: GemmaConfig
     return carry, own.get("", own)
 
 
-def scan_periods(body, carry, layers: dict[str, Layers], tokens: Any, config: GemmaConfig):
-    """`scan_layers` for layers of several kinds."""
+def scan_periods(body, carry, layers: dict[str, Layers], tokens: Any, config: GemmaConfig, learning: bool):
+    """`scan_layers` for layers of several kinds.
+
+    Weights are inputs of the loops, which then stack their gradients. Without a backward pass they are read where they lie: a
+    TPU would copy those of a period for the loop inside it, at every decoded token.
+    """
     results: dict[str, Any] = {}
     bodies = {name: body(kind, int(kind.local_layers[0])) for name, kind in config.kinds.items()}
     first = 0
@@ -653,11 +660,13 @@ def scan_periods(body, carry, layers: dict[str, Layers], tokens: Any, config: Ge
 
                 def one_layer(carry, x, name=name, source=source, shared=shared):
                     i, w, token = x
-                    index = number * counts[name] + i if name == source else config.kinds[source].num_layers - 1
+                    place = number * counts[name] + i
+                    index = place if name == source else config.kinds[source].num_layers - 1
+                    w = w if learning else jax.tree.map(itemgetter(place), layers[name])
                     return bodies[name](carry, index, w, token, shared)
 
                 here = slice(taken[name], taken[name] + size)
-                own = jax.tree.map(itemgetter(here), weights[name])
+                own = jax.tree.map(itemgetter(here), weights[name]) if learning else None
                 inputs = jnp.arange(here.start, here.stop), own, None if tokens is None else tokens[done : done + size]
                 carry, result = lax.scan(one_layer, carry, inputs)
                 found[name].append(result)
@@ -669,7 +678,8 @@ def scan_periods(body, carry, layers: dict[str, Layers], tokens: Any, config: Ge
             return reshape_first(leaf, (repeats, len(leaf) // repeats), 1)
 
         last = first + repeats * len(period)
-        inputs = {name: layers[name] for name in counts}, None if tokens is None else tokens[first:last]
+        weights = {name: layers[name] for name in counts} if learning else None
+        inputs = weights, None if tokens is None else tokens[first:last]
         carry, found = lax.scan(one_period, carry, (jnp.arange(repeats), *jax.tree.map(by_period, inputs)))
         results = results | jax.tree.map(lambda leaf: reshape_first(leaf, (leaf.shape[0] * leaf.shape[1],), 2), found)
         first = last
@@ -842,7 +852,7 @@ def forward_cached(
 
     x = embed(params, tokens[:, None], config, execution)
     per_layer = embed_per_layer(params, tokens[:, None], x, config, execution)
-    (x, k, v), _ = scan_layers(step, (x, cache.k, cache.v), params.layers, per_layer, config, execution)
+    (x, k, v), _ = scan_layers(step, (x, cache.k, cache.v), params.layers, per_layer, config, execution, learning=False)
     return rms_norm(x[:, 0], params.final_norm, config), KV(k, v, cache.positions)
 
 
