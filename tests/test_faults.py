@@ -113,7 +113,9 @@ def launch(tmp_path_factory, request) -> Iterator[Launcher]:
     write_model(folder / "model")
     (folder / "rewards.py").write_text(REWARDS)
     launcher = Launcher(folder, steps=24 if request.config.getoption("--long") else 4)
+    former = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and runs leave it so
     yield launcher
+    signal.signal(signal.SIGHUP, former)
     for popen in launcher.started:
         popen.kill()
 
