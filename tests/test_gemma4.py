@@ -302,7 +302,7 @@ def test_adapters_compute_what_peft_computes(model, name, tmp_path):
 @NAMES
 @pytest.mark.parametrize("nested", [False, True])
 def test_what_is_saved_is_what_was_read_to_the_bit(name, nested, tmp_path):
-    """Also from a multimodal folder, whose towers and unused keys of sharing layers are passed over."""
+    """Also from a multimodal folder, whose towers are passed over."""
     source, weights = REFERENCES / name, load_file(REFERENCES / name / "model.safetensors")
     given = json.loads((source / "config.json").read_text())
     if nested:
