@@ -47,8 +47,8 @@ def choose_remat(
 
 def kept_by_layer(kind: GemmaConfig) -> int:
     """Numbers that `dots` keeps of a token in one layer: the results of its products, and of attention."""
-    own = kind.num_kv_heads * (1 if kind.values_are_keys else 2) if kind.own_layers else 0
-    return (2 * kind.num_heads + own) * kind.head_dim + 2 * kind.embed_dim + 2 * kind.mlp_dim + 2 * kind.per_layer_dim
+    heads = kind.projected_heads + kind.num_heads
+    return heads * kind.head_dim + 2 * kind.embed_dim + 2 * kind.mlp_dim + 2 * kind.per_layer_dim
 
 
 def device_memory(mesh: Mesh) -> float:

@@ -98,6 +98,17 @@ class GemmaConfig:
         """The layers that have keys and values; they are the first."""
         return self.num_layers - self.shared_layers
 
+    @property
+    def projected_heads(self) -> int:
+        """The heads of queries, keys and values that a layer computes, in a model of one kind."""
+        own = self.num_kv_heads * (1 if self.values_are_keys else 2) if self.own_layers else 0
+        return self.num_heads + own
+
+    @property
+    def cache_width(self) -> int:
+        """The numbers of a token's keys, as many as of its values, in all layers that have any."""
+        return sum(kind.own_layers * kind.num_kv_heads * kind.head_dim for kind in self.kinds.values())
+
     @cached_property
     def layer_kinds(self) -> tuple[str, ...]:
         """The kind of each layer: "" in a model of one kind, otherwise "local", "global", "shared_local" or "shared_global"."""
@@ -204,7 +215,7 @@ class Adapted:
 class PerLayer:
     """What gives every layer an embedding of its own for each token (Gemma 4 E2B and E4B)."""
 
-    table: Any  # VZ, more than half of all weights; frozen unless asked for
+    table: Any  # VZ, half of all weights of E2B; frozen unless asked for
     projection: Any  # DZ
     norm: Any  # U
 

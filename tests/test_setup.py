@@ -77,7 +77,8 @@ def test_the_plan_counts_what_evaluations_cost(config):
     )
     with devices(1):
         prepared = grpo.runs.setup.prepare(asked)
-        count = prepared.steps // 2 + 4
+        assert [session.end for session in prepared.sessions] == [2, 6, 10]
+        count = len({0, 2, 6, 10} | {2, 4, 6, 8, 10})  # an end is evaluated once
         tokens = (2 * 4 * count + 6 + 12 + 18) / 1000
         line = f"{count} times 4 problems, each greedy and sampled, 36 answers to problems of sessions: at most {tokens:.1f}M "
         assert line in describe_plan(prepared)

@@ -10,7 +10,6 @@ its number, so a sample is the same whenever it is drawn and whatever shares its
 those of grpo/reports/consensus.py.
 """
 
-import hashlib
 import json
 import os
 import time
@@ -39,7 +38,7 @@ from grpo.runs.metrics import JsonLines, write_json
 from grpo.runs.model_source import Model
 from grpo.runs.reward_worker import UserRewards
 from grpo.runs.run_dir import take_lock
-from grpo.runs.setup import check_tokenizer
+from grpo.runs.setup import check_tokenizer, fingerprint
 from models.gemma import ExecutionConfig
 from models.lora import attached
 from models.sharding import ROLLOUT, activation_dtype
@@ -54,8 +53,7 @@ class Evaluation:
         """`found`: what the samples in the directory belong to, as far as there are some."""
         self.folder, self.problems, self.temperatures, self.config = folder, problems, temperatures, found
         content = [(problem.id, problem.question, problem.answer) for problem in problems]
-        fingerprint = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
-        self.claim(settings | {"temperatures": temperatures, "problems": fingerprint})
+        self.claim(settings | {"temperatures": temperatures, "problems": fingerprint(content)})
         self.too_long: dict[str, list[str]] = {}  # by model: problems that count as wrong because their prompts are too long
         records = [asdict(problem) | {"gold": canonical_gold(problem.answer)} for problem in problems]
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]

@@ -70,18 +70,20 @@ def plan_lines(run: Setup) -> list[tuple[str, str]]:
 
 def evaluation_plan(run: Setup) -> str:
     """What evaluations cost beside the steps."""
-    config, count = run.config, len(run.eval_problems)
+    config, problems = run.config, len(run.eval_problems)
     if not config.eval_problems:
         return "none"
     sessions = [session for session in run.sessions if config.session in (0, session.number)]
-    between = run.steps // config.eval_every if config.eval_every else 0
+    every, between = config.eval_every, 0
+    if every:  # inside sessions: their ends are evaluated anyway
+        between = sum((session.end - 1) // every - session.start // every for session in sessions)
     times = len(sessions) + 1 + between
     retained = [min(config.retention_problems, len(session.new)) for session in run.sessions]
     earlier = sum(sum(retained[: session.number]) for session in sessions)
-    tokens = (2 * count * times + earlier) * config.max_new_tokens
+    tokens = (2 * problems * times + earlier) * config.max_new_tokens
     also = f", {earlier} answers to problems of sessions" if earlier else ""
     return (
-        f"{times} times {count} problems, each greedy and sampled{also}: at most {tokens / 1e6:.1f}M sampled tokens "
+        f"{times} times {problems} problems, each greedy and sampled{also}: at most {tokens / 1e6:.1f}M sampled tokens "
         f"(--eval_problems {config.eval_problems})"
     )
 
@@ -144,8 +146,7 @@ def state_bytes(run: Setup) -> float:
         copied = split_table(copied)[0]
     sampling_weights = 0 if config.lora_rank and n == 1 else count(copied) * width / run.mesh.shape["tp"]
     slots = config.prompts_per_step * config.max_prompt_tokens + config.rows * config.max_new_tokens
-    numbers = sum(kind.own_layers * kind.num_kv_heads * kind.head_dim for kind in model.kinds.values())
-    cache = 2 * numbers * slots * width / n
+    cache = 2 * model.cache_width * slots * width / n
     return state + sampling_weights + cache
 
 

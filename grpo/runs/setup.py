@@ -124,15 +124,16 @@ def settings_of(config: Any) -> dict[str, str]:
     return {name: text if len(text) < 100 else f"{text[:60]}... ({fingerprint(text)})" for name, text in texts.items()}
 
 
-def fingerprint(*values: Any) -> str:
-    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
+def fingerprint(value: Any) -> str:
+    """16 hex digits of SHA-256 of what `repr` says of a value."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 def code_fingerprint() -> str:
     """Of this program and of jax."""
     root = Path(__file__).parents[2]
     files = sorted(path for package in ("data", "grpo", "models", "scripts") for path in (root / package).rglob("*.py"))
-    return fingerprint(jax.__version__, [(str(path.relative_to(root)), path.read_bytes()) for path in files])
+    return fingerprint((jax.__version__, [(str(path.relative_to(root)), path.read_bytes()) for path in files]))
 
 
 def files_fingerprint(model: Model) -> str:
@@ -145,7 +146,7 @@ def files_fingerprint(model: Model) -> str:
     for file in found:
         with file.open("rb") as opened:
             contents.append((file.name, hashlib.file_digest(opened, "sha256").hexdigest()))
-    return fingerprint(contents, files_fingerprint(model.under) if model.under else "")
+    return fingerprint((contents, files_fingerprint(model.under) if model.under else ""))
 
 
 def check_shapes(config: Config, model: GemmaConfig, mesh: Mesh) -> None:
@@ -176,8 +177,8 @@ def check_tokenizer(tokenizer: Tokenizer, model: GemmaConfig) -> None:
 
 
 def data_fingerprint(run: Setup, session: Session) -> str:
-    """SHA-256 prefix (16 hex digits) of the problems that the run has seen up to the end of a session, in their order."""
+    """The fingerprint of the problems that the run has seen up to the end of a session, in their order."""
     seen: list[tuple] = [(problem.question, problem.answer) for problem in run.problems[: int(session.new[-1]) + 1]]
     if run.completion_ids:
         seen = [(*pair, tuple(ids)) for pair, ids in zip(seen, run.completion_ids, strict=False)]
-    return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
+    return fingerprint(seen)

@@ -92,8 +92,7 @@ def attention_weights(model: GemmaConfig) -> int:
     """Parameters of q, k, v and o in all layers, and of what makes per-layer embeddings: what sampling replicates."""
 
     def of_layer(kind: GemmaConfig) -> int:
-        own = kind.num_kv_heads * (1 if kind.values_are_keys else 2) if kind.own_layers else 0
-        return kind.embed_dim * ((2 * kind.num_heads + own) * kind.head_dim + 2 * kind.per_layer_dim)
+        return kind.embed_dim * ((kind.projected_heads + kind.num_heads) * kind.head_dim + 2 * kind.per_layer_dim)
 
     in_layers = sum(kind.num_layers * of_layer(kind) for kind in model.kinds.values())
     return in_layers + model.embed_dim * model.num_layers * model.per_layer_dim
@@ -192,7 +191,7 @@ def prefill_bound(model: GemmaConfig, chip: Chip, devices: int, tp: int, prompts
     """Keys and values of prompts with these lengths; rows are sent to the MLP and back."""
     tokens = sum(prompts)
     flops = forward_flops(model, tokens, 0, sum(attention_products(model, 0, prompt) for prompt in prompts)) / devices
-    kept = 2 * sum(kv_width(kind) * kind.num_layers for kind in model.kinds.values()) * tokens / devices
+    kept = 2 * model.cache_width * tokens / devices
     memory = width * (attention_weights(model) + mlp_weights(model) / tp + kept)
     network = width * 2 * model.num_layers * received(tp) * tokens / (devices // tp) * model.embed_dim
     return overlapped(chip, tp, flops, memory, network)
