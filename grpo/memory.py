@@ -1,4 +1,4 @@
-"""Memory of a step: what stays resident on the devices, and which rematerialisation fits in what is left."""
+"""Memory of a step: what stays resident on the devices, and which rematerialisation and decoding fit in what is left."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from grpo.batch import Batch
+from grpo.config import Config
 from grpo.update import UpdateConfig, freezes_table
 from models.gemma import ExecutionConfig, GemmaConfig, shapes, split_table
 from models.lora import count_adapters
@@ -43,6 +44,19 @@ def choose_remat(
     kept = slots * numbers * jnp.dtype(execution.dtype).itemsize
     needed = (resident_bytes(model, execution.dtype, config) + kept) / devices
     return replace(execution, remat="dots" if needed < 0.8 * memory else "full")
+
+
+def unroll_on_gpu(execution: ExecutionConfig, model: GemmaConfig, config: Config, mesh: Mesh, memory: float) -> ExecutionConfig:
+    """How a rollout decodes: on a GPU with unrolled layers, where nine tenths of `memory` (bytes a device) hold a second copy
+    of the weights. In a loop over layers XLA's compiler for GPUs copies weights and cache out of their stacks, at every step.
+    """
+    gpu = mesh.devices.flat[0].platform in ("gpu", "cuda")
+    update, width, weights = UpdateConfig.of(config), jnp.dtype(execution.dtype).itemsize, count(shapes(model))
+    trained = count_adapters(model, update.lora_names, config.lora_rank) or weights  # gradients do not live while decoding
+    copies = 1 if config.lora_rank and mesh.size == 1 else 2  # one device samples from the frozen base itself
+    cache = config.rows * (config.max_prompt_tokens + config.max_new_tokens) * 2 * model.cache_width
+    needed = resident_bytes(model, execution.dtype, update) - 4 * trained + width * (copies * weights + cache)
+    return replace(execution, unroll=execution.unroll or (gpu and needed / mesh.size < 0.9 * memory))
 
 
 def kept_by_layer(kind: GemmaConfig) -> int:

@@ -3,10 +3,12 @@
     python scripts/plan.py gemma2-2b --topology v5e:2x4 --mean_length 150
     python scripts/plan.py --model gemma3-1b --prompts_per_step 16 --rollout_tp 8 --topology v6e:2x4 --search
     python scripts/plan.py gemma2-2b-lora --topology v5e:1x1 --prompts_per_step 4 --mean_length 150
+    python scripts/plan.py gemma2-2b-lora --topology gpu:l4 --prompts_per_step 4 --mean_length 150
     python scripts/plan.py tiny --topology local
 
 Takes the command line of train.py and reads no weights, data or tokenizer. Compiling for a TPU slice needs libtpu, which any
-machine can install: pip install -e ".[tpu]"; `local` means the devices of this machine. Prints a line for each program, then
+machine can install: pip install -e ".[tpu]"; compiling for a GPU needs ".[cuda]", but neither GPU nor driver. `local` means the
+devices of this machine. Prints a line for each program, then
 one line of JSON. Memory, collectives and copies are the compiler's figures. `bound` is that of models/bounds/roofline.py, with
 full prompts and completions of full or natural (`--mean_length`) length, packed as in training: no run is faster. Evaluation is
 not planned.
@@ -38,7 +40,7 @@ from jax.sharding import Mesh, NamedSharding
 from grpo.batch import Batch, make_batch
 from grpo.config import PRESETS, flag
 from grpo.errors import ConfigError
-from grpo.memory import choose_remat, device_memory
+from grpo.memory import choose_remat, device_memory, unroll_on_gpu
 from grpo.runs.cli import run_script
 from grpo.runs.flags import parse
 from grpo.runs.setup import check_shapes
@@ -54,6 +56,7 @@ from grpo.update import (
     train_step,
 )
 from models.bounds import hlo, roofline
+from models.bounds.gpu import GPUS, described_gpus
 from models.bounds.roofline import GIB, Chip, find_chip
 from models.formats.convert import read_config
 from models.gemma import ExecutionConfig, GemmaConfig, Params, axes, shapes, split_table
@@ -74,7 +77,9 @@ NO_TPU = {
 
 @dataclass(frozen=True)
 class PlanConfig(Workload):
-    topology: str = flag("local", "local, or a TPU slice such as v5e:2x4, v6e:2x4 or, one chip, v5e:1x1", "machine")
+    topology: str = flag(
+        "local", "local, a TPU slice (v5e:2x4, v6e:2x4; one chip: v5e:1x1), or GPUs (gpu:h100, gpu:t4x2)", "machine"
+    )
     costliest: int = flag(0, "of a TPU slice: list this many instructions with the most estimated cycles", "machine", least=0)
     search: bool = flag(False, "find the largest prompts_per_step and the largest max_new_tokens that fit: minutes", "machine")
 
@@ -93,11 +98,18 @@ def choose_model(config: PlanConfig) -> GemmaConfig:
 
 
 def find_devices(topology: str) -> list[Any]:
-    """The devices of this machine, or of a described TPU slice that need not exist."""
+    """The devices of this machine, or of a described TPU slice or GPU that need not exist."""
     if topology == "local":
         return jax.devices()
+    if gpus := re.fullmatch(rf"gpu:({'|'.join(GPUS)})(?:x([1-9]\d?))?", topology):
+        try:
+            return described_gpus(gpus[1], int(gpus[2] or 1))
+        except RuntimeError as error:
+            hint = 'it needs the compiler for GPUs: pip install -e ".[cuda]"'
+            raise ConfigError(f"topology {topology} cannot be compiled for: {str(error).splitlines()[0]}; {hint}") from None
     if not re.fullmatch(r"v[56]e:\d+x\d+", topology):
-        raise ConfigError(f"topology {topology!r} is unknown; use local or a TPU slice such as v5e:2x4 or v6e:2x4")
+        known = f"local or a TPU slice such as v5e:2x4 or v6e:2x4, or gpu: and one of {', '.join(GPUS)}"
+        raise ConfigError(f"topology {topology!r} is unknown; use {known}")
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(f'topology {topology} needs the TPU compiler: pip install -e ".[tpu]"')
     from jax.experimental import topologies
@@ -113,13 +125,18 @@ def find_devices(topology: str) -> list[Any]:
 
 
 def usable_memory(device: Any) -> float:
-    """Bytes a device can hold; of a CPU, this machine's memory shared among its devices."""
-    chip = find_chip(device.device_kind)
+    """Bytes a device can hold.
+
+    Of a CPU, this machine's memory shared among its devices; of a described GPU what jax takes of it with
+    XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.
+    """
     if device.platform == "cpu":
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.local_device_count()
-    if chip is None:
+    if device in jax.devices():
         return (device.memory_stats() or {})["bytes_limit"]
-    return chip.memory
+    chip = find_chip(device.device_kind)
+    assert chip
+    return chip.memory if device.platform == "tpu" else 0.92 * chip.memory
 
 
 @dataclass(frozen=True)
@@ -148,8 +165,8 @@ def make_plan(config: PlanConfig) -> Plan:
     model, devices = choose_model(config), find_devices(config.topology)
     mesh = make_mesh(config.rollout_tp, devices)
     check_shapes(config, model, mesh)
-    tpu = config.topology != "local"
-    dtype = "bfloat16" if tpu and config.dtype == "auto" else activation_dtype(config.dtype)
+    described = config.topology != "local"
+    dtype = "bfloat16" if described and config.dtype == "auto" else activation_dtype(config.dtype)
     return Plan(config, model, mesh, find_chip(devices[0].device_kind), usable_memory(devices[0]), dtype)
 
 
@@ -223,6 +240,7 @@ def programs(plan: Plan) -> dict[str, Program]:
     """The programs of one training step, in the order in which they run, with the arguments that `grpo.step` gives them."""
     config, model, on, update = plan.config, plan.model, partial(abstract_like, mesh=plan.mesh), plan.update
     sample = ExecutionConfig(ROLLOUT, plan.dtype, unroll=config.unroll)
+    decoding = unroll_on_gpu(sample, model, config, plan.mesh, plan.memory)
     sampling = Sampling(config.max_new_tokens, STOP_IDS, config.top_k, config.top_p, config.halvings)
 
     batch, train = abstract_batch(plan), training(plan)
@@ -249,7 +267,7 @@ def programs(plan: Plan) -> dict[str, Program]:
     found = {
         "sampling_params": Program(moved_params, (weights, model, sample), [state.opt_state, apart, unmoved], adapters),
         "prefill": Program(prefill, (params, prompts, batch.lengths, model, sample), beside),
-        "decode": Program(decode, (params, prefilled, *rows, model, sample, sampling), beside),
+        "decode": Program(decode, (params, prefilled, *rows, model, decoding, sampling), beside),
     }
     if reference is not None:
         found["reference"] = Program(completion_logprobs, (reference, ungraded, model, train, update), [state])

@@ -1,6 +1,8 @@
 """Laws of grpo/batch.py and grpo/memory.py: which tokens count, microbatches, what a step needs."""
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +12,10 @@ from tiny_run import CONFIG, MODEL
 from data.batches import PADDING_POSITION as FAR
 from data.batches import Packed
 from grpo.batch import Batch, loss_mask, make_batch, split, unsplit
-from grpo.memory import choose_remat, device_memory, resident_bytes
+from grpo.memory import choose_remat, count, device_memory, resident_bytes, unroll_on_gpu
 from grpo.update import UpdateConfig
-from models.gemma import ExecutionConfig
+from models.gemma import ExecutionConfig, shapes
+from models.lora import count_adapters
 
 pytestmark = pytest.mark.usefixtures("mesh")
 
@@ -145,6 +148,25 @@ def test_a_rematerialisation_that_is_asked_for_stays(remat):
     execution = ExecutionConfig(remat=remat)
     assert choose_remat(execution, MODEL, batch_of(1, 1), UPDATE, 1, 0) == execution
     assert choose_remat(execution, MODEL, batch_of(1, 1), UPDATE, 1, 1e12) == execution
+
+
+@pytest.mark.parametrize(("rank", "devices", "copies"), [(0, 1, 2), (0, 4, 2), (2, 1, 1), (2, 4, 2)])
+def test_a_gpu_decodes_unrolled_where_nine_tenths_of_its_memory_hold_another_copy_of_the_weights(rank, devices, copies):
+    """On one device LoRA samples from the frozen base, which is resident anyway. No gradient lives while decoding."""
+    config, width = replace(CONFIG, lora_rank=rank), 2
+    weights, adapters = count(shapes(MODEL)), count_adapters(MODEL, UPDATE.lora_names, rank)
+    resident = width * weights + 12 * adapters if rank else (12 + width) * weights
+    cache = config.prompts_per_step * config.group_size * (config.max_prompt_tokens + config.max_new_tokens)
+    keys_and_values = 2 * MODEL.num_layers * MODEL.num_kv_heads * MODEL.head_dim
+    needed = (resident + width * (copies * weights + cache * keys_and_values)) / devices
+    execution = ExecutionConfig(dtype="bfloat16")
+
+    def chosen(platform: str, memory: float) -> bool:
+        mesh: Any = SimpleNamespace(size=devices, devices=np.array([SimpleNamespace(platform=platform)]))
+        return unroll_on_gpu(execution, MODEL, config, mesh, memory).unroll
+
+    assert chosen("gpu", needed / 0.9 * 1.001) and not chosen("gpu", needed / 0.9 * 0.999)
+    assert not chosen("tpu", 1e12) and not chosen("cpu", 0)
 
 
 def test_a_cpu_names_no_memory(mesh):

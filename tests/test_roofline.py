@@ -188,9 +188,13 @@ def test_chips_are_found_by_the_name_jax_has_for_them():
         "TPU v6 lite": "v6e",
         "NVIDIA H100 80GB HBM3": "H100",
         "NVIDIA H200": "H200",
+        "NVIDIA A100-SXM4-80GB": "A100",
+        "NVIDIA GeForce RTX 4090": "RTX 4090",
+        "NVIDIA L4": "L4",
+        "Tesla T4": "T4",
     }
     assert {kind: chip.name for kind in kinds if (chip := find_chip(kind))} == kinds
-    assert find_chip("cpu") is None and find_chip("TPU v4") is None
+    assert not any(map(find_chip, ("cpu", "TPU v4", "NVIDIA L40S", "NVIDIA GeForce RTX 4090D")))
 
 
 def test_bounds_need_no_jax():

@@ -19,6 +19,7 @@ is the slowest, and the MBU where memory is.
 from __future__ import annotations  # GemmaConfig is imported for type checkers only, so that this file needs no jax
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -48,7 +49,8 @@ class Chip:
 
 
 # v5e, v6e: cloud.google.com/tpu/docs/v5e and v6e; usable bandwidth of a link in one direction: jax-ml/scaling-book, tpus.md;
-# memory: the compiler's limit. H100 SXM, H200: NVIDIA's data sheets, without sparsity; NVLink has 900 GB/s in both directions.
+# memory: the compiler's limit. GPUs: NVIDIA's data sheets (A100 of 80 GB, A100 and H100 SXM), without sparsity; the link is
+# NVLink, or PCIe in T4, L4 and RTX 4090. A T4 has no bfloat16 units, so its peak is that of float32.
 # Clock: the peak over the flops of the matrix units in a cycle. v5e: 197e12 / (4 * 128 * 128 * 2).
 # v6e: 918e12 / (4 * 256 * 256 * 2). Its compiler expects 0.46e6 flops a cycle of a product of 4096^3, more than two such units
 # do, and at this clock the same part of the nominal bandwidth as on v5e, 1 / 1.24, of an addition over 1 GiB.
@@ -57,6 +59,10 @@ CHIPS = {
     for chip in (
         Chip("v5e", 197e12, 15.75 * GIB, 819e9, 45e9, 2, 1.5e9),
         Chip("v6e", 918e12, 31.25 * GIB, 1640e9, 90e9, 2, 1.75e9),
+        Chip("T4", 8.1e12, 16e9, 320e9, 16e9, 1),
+        Chip("L4", 121e12, 24e9, 300e9, 32e9, 1),
+        Chip("RTX 4090", 165e12, 24e9, 1008e9, 32e9, 1),
+        Chip("A100", 312e12, 80e9, 2.039e12, 300e9, 1),
         Chip("H100", 989e12, 80e9, 3.35e12, 450e9, 1),
         Chip("H200", 989e12, 141e9, 4.8e12, 450e9, 1),
     )
@@ -66,7 +72,7 @@ CHIPS = {
 def find_chip(device_kind: str) -> Chip | None:
     """The chip with jax's `device_kind`, such as "NVIDIA H100 80GB HBM3"; None for a CPU and for unknown chips."""
     kind = device_kind.replace("TPU v5 lite", "v5e").replace("TPU v6 lite", "v6e")
-    return next((chip for name, chip in CHIPS.items() if name in kind), None)
+    return next((chip for name, chip in CHIPS.items() if re.search(rf"\b{name}\b", kind)), None)  # an L40 is no L4
 
 
 @dataclass(frozen=True)
