@@ -141,28 +141,19 @@ def write_gguf(path: Path, folder: Path, kind: str = "F32") -> None:
     import gguf
 
     config, hf = hugging_face(folder)
-    family = {"gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3"}[config["model_type"]]
-    words = {
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
-        "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm" if family == "gemma" else "post_attention_norm",
-        "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm",
-    }  # fmt: skip
+    family = config["model_type"].removesuffix("_text")
+    layers = config["num_hidden_layers"]
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], layers)
     writer = gguf.GGUFWriter(path, family)
-    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_block_count(layers)
     writer.add_embedding_length(config["hidden_size"])
     for name, array in hf.items():
-        name = name.removesuffix(".weight")
-        if name.startswith("layers."):
-            _, i, rest = name.split(".", 2)
-            name = f"blk.{i}.{words[rest]}"
-        name = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}.get(name, name) + ".weight"
-        if array.ndim == 1:
-            writer.add_tensor(name, array.astype(np.float32) + 1)  # llama.cpp's norms carry the 1
+        name = "output" if name == "lm_head.weight" else names.get_name(f"model.{name.removesuffix('.weight')}")
+        if array.ndim == 1:  # llama.cpp's norms carry the 1
+            writer.add_tensor(f"{name}.weight", array.astype(np.float32) + (family != "gemma4"))
         else:
             dtype = gguf.GGMLQuantizationType[kind]
-            writer.add_tensor(name, gguf.quants.quantize(array.astype(np.float32), dtype), raw_dtype=dtype)
+            writer.add_tensor(f"{name}.weight", gguf.quants.quantize(array.astype(np.float32), dtype), raw_dtype=dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from foreign import write_gguf
 from make_references import GEMMA4, REFERENCES, load, make, pad, real_logits
 from safetensors.numpy import load_file, save_file
 from test_gemma import close, expect_references, our_logits, rows_of
@@ -20,6 +21,7 @@ from test_sharding import result
 from data import DataError
 from data.prompts import encode_prompt
 from data.tokenizer import load_tokenizer
+from models import ModelError
 from models.continuous_batching import sample_continuously
 from models.formats.adapters import LoadedAdapters, read_peft, write_peft
 from models.formats.convert import layers_of, leaf_names, load_params, open_weights, place_params, read_config
@@ -61,6 +63,32 @@ def test_both_dialects_of_config_json_mean_the_same(name, tmp_path):
     """`per_layer_config` of transformers 5.24, and `global_head_dim` of older files."""
     (tmp_path / "config.json").write_bytes((REFERENCES / name / "config_v4.json").read_bytes())
     assert read_config(tmp_path) == read_config(REFERENCES / name)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "gguf"])
+def test_keys_and_values_stored_for_sharing_layers_are_passed_over(form, tmp_path, mesh):
+    """As transformers passes over them (`_keys_to_ignore_on_load_unexpected`); those of any other layer are needed."""
+    source = REFERENCES / "gemma4-e2b"
+    weights, config = load_file(source / "model.safetensors"), read_config(source)
+    last = f"model.layers.{config.num_layers - 1}.self_attn"
+    assert not any(name.startswith(f"{last}.k_") for name in weights)
+    more = {
+        f"{last}.k_proj.weight": np.ones((8, 4)),
+        f"{last}.v_proj.weight": np.ones((8, 4)),
+        f"{last}.k_norm.weight": np.ones(8),
+    }
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    save_file(weights | {name: array.astype(np.float32) for name, array in more.items()}, tmp_path / "model.safetensors")
+    path = tmp_path
+    if form == "gguf":
+        pytest.importorskip("gguf")
+        write_gguf(path := tmp_path / "model.gguf", tmp_path)
+    loaded, expected = load_params(path, config, mesh, STORE), load_params(source, config, mesh, STORE)
+    assert all((one == other).all() for one, other in zip(jax.tree.leaves(loaded), jax.tree.leaves(expected), strict=True))
+    del weights["model.layers.0.self_attn.k_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"layers\.0\.self_attn\.k_proj\.weight is missing"):
+        load_params(tmp_path, config, mesh, STORE)
 
 
 @NAMES

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from foreign import write_gguf
-from make_references import REFERENCES, VARIANTS
+from make_references import GEMMA4, REFERENCES, VARIANTS
 from safetensors.numpy import load_file, save_file
 
 from grpo.runs.model_source import find_model
@@ -34,7 +34,7 @@ def written(tmp_path, name: str, kind: str = "F32"):
     return tmp_path / "model.gguf"
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [*VARIANTS, *GEMMA4])
 def test_every_family_gives_what_its_hugging_face_folder_gives(name, tmp_path, mesh):
     file, twin = written(tmp_path, name), REFERENCES / name
     config = read_config(twin)
@@ -80,7 +80,7 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path):
     for content, reason in (
         (data[:100], "model.gguf is not a whole GGUF file"),
         (b"", "is not a whole GGUF file"),
-        (data.replace(b"gemma2", b"llama2"), "architecture llama2 is unknown; gemma, gemma2 or gemma3 is needed"),
+        (data.replace(b"gemma2", b"llama2"), "architecture llama2 is unknown; gemma, gemma2, gemma3 or gemma4 is needed"),
         (data[:-4096], "is not a whole GGUF file"),
     ):
         file.write_bytes(content)

@@ -339,8 +339,8 @@ def gguf_tensors(path: Path, _changed: int) -> dict[str, Any]:
         architecture = reader.fields["general.architecture"].contents()
     except Exception as error:
         raise ModelError(f"{path} is not a whole GGUF file: {' '.join(str(error).split())[:200]}") from None
-    if architecture not in ("gemma", "gemma2", "gemma3"):
-        raise ModelError(f"{path}: architecture {architecture} is unknown; gemma, gemma2 or gemma3 is needed")
+    if architecture not in ("gemma", "gemma2", "gemma3", "gemma4"):
+        raise ModelError(f"{path}: architecture {architecture} is unknown; gemma, gemma2, gemma3 or gemma4 is needed")
     return {tensor.name: tensor for tensor in reader.tensors}
 
 
@@ -355,7 +355,7 @@ class Gguf(Container):
         self.names = gguf_tensors(path, path.stat().st_mtime_ns)
 
     def places(self, leaf: str, config: GemmaConfig) -> list[Place]:
-        return [weight_names.gguf(leaf)]
+        return [weight_names.gguf(leaf, config)]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(int(size) for size in reversed(self.names[name].shape))
@@ -364,6 +364,8 @@ class Gguf(Container):
         from gguf.quants import dequantize
 
         tensor = self.names[name]
+        if not isinstance(index[0], slice):
+            return self.read(name, (slice(index[0], index[0] + 1), *index[1:]))[0]
         try:  # blocks run along rows, so rows are read whole
             return np.asarray(dequantize(tensor.data[index[0]], tensor.tensor_type), np.float32)[:, *index[1:]]
         except NotImplementedError:

@@ -2,8 +2,8 @@
 
 Axes are letters as in gemma.py, and they define every conversion: our `DA` is Hugging Face's `AD` transposed, and Flax's `NDH`
 has the heads as an axis of their own, in front (A = N*H, E = K*H). A digit is an axis of that many matrices in one array, of
-which the weight is the `part`-th. A norm scale w multiplies by 1 + w; GGUF stores 1 + w, all others store w. Names are those of
-one layer, whose number replaces {}; our leaves are stacked on L.
+which the weight is the `part`-th. A norm scale w multiplies by 1 + w, in Gemma 4 by w; GGUF stores what it multiplies by, all
+others store w. Names are those of one layer, whose number replaces {}; our leaves are stacked on L.
 """
 
 from collections.abc import Callable, Sequence
@@ -97,10 +97,10 @@ def hugging_face(leaf: str, config: GemmaConfig) -> Place:
     return Place(name if leaf == "layers.scale" else name + ".weight", letters)
 
 
-def gguf(leaf: str) -> Place:
+def gguf(leaf: str, config: GemmaConfig) -> Place:
     """Where a GGUF file stores a leaf of our tree."""
     _, name, letters = TABLE[without_kind(leaf)]
-    return Place(name + ".weight", letters, offset=1.0 if "norm" in leaf else 0.0)
+    return Place(name + ".weight", letters, offset=config.norm_offset if "norm" in leaf else 0.0)
 
 
 def flax(leaf: str) -> list[Place]:
