@@ -211,7 +211,7 @@ def refill(
         logprobs=choose(0.0, state.logprobs),
         hidden=choose(gather_rows(prefilled.hidden, source, execution), state.hidden),
         prefix=KV(k, v, choose(kv.positions, state.prefix.positions)),
-        cache=replace(state.cache, positions=choose(FAR, state.cache.positions)),
+        cache=replace(state.cache, positions=jax.tree.map(partial(choose, FAR), state.cache.positions)),
     )
 
 

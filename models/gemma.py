@@ -236,7 +236,7 @@ class KV:
     """Keys and values of S slots per row, and the positions of these slots.
 
     For one layer k and v have the layout that the products of attention read. Stacked over layers both are LBKSH, in Gemma 4 in
-    a dict: those of local and those of global layers.
+    a dict: those of local and those of global layers, of which a cache has fewer slots for the local ones, and two `positions`.
     """
 
     k: Any  # BKHS
@@ -728,21 +728,23 @@ def unstack(tree: Any, config: GemmaConfig, execution: ExecutionConfig, count: i
     return tuple(found)
 
 
-def layer_kv(stack: Any, local: Any, index: Any) -> Array:
-    """Keys or values of one layer, from those of all: LBKSH, one such for local and one for global layers, or a tuple."""
-    return (stack[TYPES[local]] if isinstance(stack, dict) else stack)[index]
+def by_type(tree: Any, local: Any) -> Any:
+    """What holds for a local or for a global layer, of a dict with something for each (Gemma 4) or of one thing for both."""
+    return tree[TYPES[local]] if isinstance(tree, dict) else tree
 
 
 def empty_kv(rows: int, width: int, config: GemmaConfig, execution: ExecutionConfig) -> KV:
-    """Keys and values of `width` free slots in each row."""
+    """Keys and values of `width` free slots in each row; in Gemma 4 local layers have none beyond their window."""
+    own = {name: kind for name, kind in config.kinds.items() if kind.own_layers}
+    slots = {name: min(width, kind.sliding_window) if name == "local" else width for name, kind in own.items()}
 
-    def zeros(kind: GemmaConfig) -> Array:
-        shape = kind.num_layers, rows, kind.num_kv_heads, width, kind.head_dim
+    def zeros(name: str) -> Array:
+        shape = own[name].num_layers, rows, own[name].num_kv_heads, slots[name], own[name].head_dim
         return jnp.zeros(shape, execution.dtype, out_sharding=execution.at("LBKCH"))
 
-    own = {name: zeros(kind) for name, kind in config.kinds.items() if kind.own_layers}
-    own = own.get("", own)
-    return KV(own, own, jnp.full((rows, width), FAR, out_sharding=execution.at("BC")))
+    positions = {name: jnp.full((rows, count), FAR, out_sharding=execution.at("BC")) for name, count in slots.items()}
+    kv = {name: zeros(name) for name in own}
+    return KV(kv.get("", kv), kv.get("", kv), positions.get("", positions))
 
 
 def layer_window(local: Array, config: GemmaConfig) -> Array:  # 0 or 1 -> scalar
@@ -837,27 +839,29 @@ def split_rows(x: Array, P: int, B: int, at) -> Array:
 
 
 def forward_cached(
-    params: Params, tokens: Array, slot: Array, prefix: KV, cache: KV, config: GemmaConfig, execution: ExecutionConfig
-) -> tuple[Array, KV]:
-    """One token per row, whose keys and values go to `slot` of the cache.  B, scalar, (LQKPH, QP), (LBKCH, BC) -> BD, cache
+    params: Params, tokens: Array, positions: Array, count: Array, prefix: KV, cache: KV, config: GemmaConfig,
+    execution: ExecutionConfig,
+) -> tuple[Array, KV]:  # fmt: skip
+    """One token per row.  B, B1, scalar, (LQKPH, QP), (LBKCH, BC) -> BD, cache
 
-    `cache.positions` holds the tokens' positions at `slot` already. Layers, prefix and cache are stacked on L, or all three are
-    unrolled (`unroll`, `unroll_kv`).
+    Their keys and values go to slot count % C of the cache, where its `positions` are theirs already. Layers, prefix and cache
+    are stacked on L, or all three are unrolled (`unroll`, `unroll_kv`).
     """
-    positions = lax.dynamic_slice_in_dim(cache.positions, slot, 1, axis=1)
     table = lax.optimization_barrier(rope_table(positions, config))  # otherwise XLA on CPU recomputes the sines for each head
     apart = isinstance(params.layers, tuple)
 
     def step(kind, local, carry, index, w, token, _):
         x, all_k, all_v = carry
+        own_positions = by_type(cache.positions, local)
+        slot = count % own_positions.shape[1]
         q, k, v = attention_inputs(x, w, table[local], kind, execution)
         if k is not None:
             all_k = write_slot(all_k, local, index, jnp.moveaxis(k, 1, 3 if apart else 2), slot, axis=3 if apart else 2)
             all_v = write_slot(all_v, local, index, jnp.moveaxis(v, 1, 2), slot, axis=2)
-        keys = [layer_kv(k, local, index) for k in (prefix.k, all_k)]
-        values = [layer_kv(v, local, index) for v in (prefix.v, all_v)]
+        keys = [by_type(k, local)[index] for k in (prefix.k, all_k)]
+        values = [by_type(v, local)[index] for v in (prefix.v, all_v)]
         keys = keys if apart else [jnp.swapaxes(k, 2, 3) for k in keys]
-        pieces = [KV(keys[0], values[0], prefix.positions), KV(keys[1], values[1], cache.positions)]
+        pieces = [KV(keys[0], values[0], prefix.positions), KV(keys[1], values[1], own_positions)]
         mixed = attend(q, pieces, positions, layer_window(local, kind), kind, execution.at)
         return (attention_out_and_mlp(x, w, mixed, token, kind, execution), all_k, all_v), None
 

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import flax.struct
 import jax
@@ -76,7 +77,7 @@ class DecodeState:
     logprobs: Array  # BC
     hidden: Array  # BD, of the last token
     prefix: KV  # of the prompts: k and v LQKPH, positions QP; each prompt is read by B / Q rows
-    cache: KV  # of the completions: k and v LBKCH, positions BC, FAR where nothing is written
+    cache: KV  # of the completions: k and v LBKCH, positions BC, FAR where nothing is written; local layers keep a window
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def decode(
     state = init_decode_state(prefilled, keys, temperature, limits, config, execution, half)
     keep = rows_after_halving(state, sampling)
     state, count = decode_until(params, state, 0, keep, config, execution, half, max_count=half.width)
-    return decode_compacting(params, grow_slots(state, sampling.width), count, config, execution, sampling)
+    return decode_compacting(params, grow_slots(state, sampling.width, config, execution), count, config, execution, sampling)
 
 
 def init_decode_state(
@@ -197,18 +198,18 @@ def rows_after_halving(state: DecodeState, sampling: Sampling) -> int:
     return 0 if sampling.halvings == 0 or count % 2 else count // 2
 
 
-def grow_slots(state: DecodeState, width: int) -> DecodeState:
+def grow_slots(state: DecodeState, width: int, config: GemmaConfig, execution: ExecutionConfig) -> DecodeState:
     """The same rows with `width` slots: the present ones, then empty ones."""
 
-    def pad(x, axis, value=0):
-        sides = [(0, 0)] * x.ndim
-        sides[axis] = (0, width - state.tokens.shape[1])
-        return jnp.pad(x, sides, constant_values=value)
+    def pad(x: Array, like: Any, value: int = 0) -> Array:
+        return jnp.pad(x, [(0, new - old) for old, new in zip(x.shape, like.shape, strict=True)], constant_values=value)
 
-    # k is LBKCH, or BKHC when layers are unrolled; v LBKCH or BKCH
-    k, v = jax.tree.map(partial(pad, axis=3), state.cache.k), jax.tree.map(partial(pad, axis=-2), state.cache.v)
-    cache = KV(k, v, pad(state.cache.positions, 1, FAR))
-    return replace(state, tokens=pad(state.tokens, 1), logprobs=pad(state.logprobs, 1), cache=cache)
+    rows = len(state.keys)
+    like = jax.eval_shape(lambda: unroll_kv(empty_kv(rows, width, config, execution), config, execution))
+    grid = jax.ShapeDtypeStruct((rows, width), "int32")
+    k, v = jax.tree.map(pad, (state.cache.k, state.cache.v), (like.k, like.v))
+    cache = KV(k, v, jax.tree.map(partial(pad, value=FAR), state.cache.positions, like.positions))
+    return replace(state, tokens=pad(state.tokens, grid), logprobs=pad(state.logprobs, grid), cache=cache)
 
 
 def decode_until(
@@ -233,7 +234,7 @@ def decode_until(
 
     def step(carry):
         state, count = carry
-        state = next_token(params, state, uniform, count % sampling.width, config, execution, sampling)
+        state = next_token(params, state, uniform, count, config, execution, sampling)
         return state, count + 1
 
     return lax.while_loop(continues, step, (state, jnp.int32(count)))
@@ -250,7 +251,7 @@ def next_token(
     params: Params,
     state: DecodeState,
     uniform: Array,
-    slot: Array,
+    count: Array,
     config: GemmaConfig,
     execution: ExecutionConfig,
     sampling: Sampling,
@@ -262,9 +263,13 @@ def next_token(
     uniform, temperature = (jax.sharding.reshard(x, at("W")) for x in (uniform, state.temperature))
     drawn = draw(logits, uniform, temperature, sampling, execution)
     tokens, logprobs = (jax.sharding.reshard(x, at("B")) for x in drawn)
-    positions = write_column(state.cache.positions, state.starts + state.lengths, slot, state.alive)
-    cache = replace(state.cache, positions=positions)
-    hidden, cache = forward_cached(params, tokens, slot, state.prefix, cache, config, execution)
+    positions, slot = state.starts + state.lengths, count % sampling.width
+
+    def put(grid: Array) -> Array:
+        return write_column(grid, positions, count % grid.shape[1], state.alive)
+
+    cache = replace(state.cache, positions=jax.tree.map(put, state.cache.positions))
+    hidden, cache = forward_cached(params, tokens, positions[:, None], count, state.prefix, cache, config, execution)
     stopped = jnp.isin(tokens, jnp.array(sampling.stop_ids))
     lengths = state.lengths + state.alive
     full = lengths >= state.limits
@@ -311,7 +316,7 @@ def gather_kv(kv: KV, index: Array, execution: ExecutionConfig) -> KV:
     """`gather_rows` of keys, values and positions."""
     axis = 0 if isinstance(kv.k, tuple) else 1  # stacked keys and values have L first
     k, v = jax.tree.map(lambda x: gather_rows(x, index, execution, axis), (kv.k, kv.v))
-    return KV(k, v, gather_rows(kv.positions, index, execution))
+    return KV(k, v, jax.tree.map(lambda x: gather_rows(x, index, execution), kv.positions))
 
 
 def compact_batch(state: DecodeState, index: Array, execution: ExecutionConfig) -> DecodeState:

@@ -204,10 +204,10 @@ def watch_steps(monkeypatch, slots=False) -> list[tuple[int, int]]:
     steps = []
     forward_cached = models.sampler.forward_cached
 
-    def counted(params, tokens, slot, prefix, cache, *rest):
+    def counted(params, tokens, positions, count, prefix, cache, *rest):
         size = cache.positions.shape[1] if slots else len(tokens)
-        jax.debug.callback(lambda slot: steps.append((int(slot), size)), slot)
-        return forward_cached(params, tokens, slot, prefix, cache, *rest)
+        jax.debug.callback(lambda slot: steps.append((int(slot), size)), count % cache.positions.shape[1])
+        return forward_cached(params, tokens, positions, count, prefix, cache, *rest)
 
     monkeypatch.setattr(models.sampler, "forward_cached", counted)
     return steps

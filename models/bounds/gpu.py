@@ -41,8 +41,8 @@ GPUS = {
 def described_gpus(name: str, count: int) -> list[Any]:
     """`count` devices to compile for, of a kind in GPUS.
 
-    Raises RuntimeError where jax has no plugin for CUDA. Autotuning measures on the card, so it is off: on a real card other
-    products may be chosen, and with them other temporary memory.
+    Raises RuntimeError where jax has no plugin for CUDA. Autotuning measures on the card, so it is off here, and all products
+    are cuBLAS's: Triton's untuned ones do not compile at every size. A real card may choose others, with other memory.
     """
     gpu = GPUS[name]
     chip = CHIPS[gpu.chip]
@@ -63,6 +63,6 @@ def described_gpus(name: str, count: int) -> list[Any]:
         platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "NVIDIA {chip.name}"
     """
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # it asks a driver
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
     jax.config.update("jax_platforms", "cpu")
     return list(topologies.get_topology_desc("", "cuda", target_config=description, topology=f"1x1x{count}").devices)
