@@ -14,11 +14,13 @@ from pathlib import Path
 
 
 def known_to_xla(flag: str) -> bool:
-    """Whether the installed jaxlib has this flag; XLA ends the process for one that it does not know."""
+    """Whether the installed jaxlib has this flag; XLA ends the process for one that it does not know. A flag's name is a C
+    string; names of former flags stay in the library without its zeros.
+    """
     package = importlib.util.find_spec("jaxlib")
     assert package and package.origin
     with (Path(package.origin).parent / "libjax_common.so").open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ).find(flag.encode()) >= 0
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ).find(f"\0{flag}\0".encode()) >= 0
 
 
 os.environ["JAX_PLATFORMS"] = "cpu"

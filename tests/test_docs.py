@@ -1,4 +1,4 @@
-"""The README and the pages of docs/ are true: examples run, command lines parse, and what they name exists.
+"""The README, the pages and the notebooks of docs/ are true: examples run, command lines parse, and what they name exists.
 
 A Python block that begins with `# NAME.py` is a file, and the page's examples run next to it. Words in capitals stand for
 values of the reader.
@@ -7,6 +7,7 @@ values of the reader.
 import argparse
 import doctest
 import importlib
+import json
 import re
 import shlex
 import sys
@@ -18,8 +19,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import nbformat
 import numpy as np
 import pytest
+from make_notebooks import WORDS, execute, make
 
 from grpo import loss
 from grpo.errors import ConfigError
@@ -27,6 +30,7 @@ from grpo.runs import flags as command_line
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "docs").glob("*.ipynb"))
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py"))
 PACKAGES = ("grpo", "models", "data")
 SOURCES = [path for package in (*PACKAGES, "scripts") for path in sorted((ROOT / package).rglob("*.py"))]
@@ -36,6 +40,19 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^)#]*)(?:#([^)]*))?\)")
 VALUES = {"MODEL": "gemma2-2b", "N": "2", "I": "1", "A": "64"}  # where a script reads more than text
+SETTINGS = {  # the same for {NAME} in a notebook
+    "PRESET": "gemma2-2b-lora", "MODEL": "DIR", "DATA": "FILE", "RUN": "DIR", "SESSION": "2", "HOURS": "6", "WORK": "DIR",
+    "relay": "--relay_from DIR", "test": "--data FILE", "FLAGS": WORDS["gpu"]["flags"],
+}  # fmt: skip
+
+
+def text_of(page: Path) -> str:
+    """A page, or a notebook with its code as blocks of the text."""
+    if page.suffix == ".md":
+        return page.read_text()
+    cells = nbformat.read(page, as_version=4).cells
+    text = "\n".join(f"```\n{cell.source}\n```" if cell.cell_type == "code" else cell.source for cell in cells)
+    return re.sub(r"\{(\w+)\}", lambda name: SETTINGS.get(name[1], name[0]), text)
 
 
 def files(text: str) -> dict[str, str]:
@@ -46,6 +63,7 @@ def files(text: str) -> dict[str, str]:
 FILES = {path.name for path in [*SOURCES, *ROOT.glob("tests/*.py")]}.union(*(files(page.read_text()) for page in PAGES))
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+texts = pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=lambda page: page.name)
 
 
 @pages
@@ -126,7 +144,7 @@ def commands(text: str) -> Iterator[tuple[str, list[str]]]:
             line = line.replace(quoted[0], "")
         if "python scripts/" not in line:
             continue
-        rest = words(re.split(" {3,}", line)[0].removeprefix("!"))
+        rest = words(re.split(" {3,}", line.strip())[0].removeprefix("!"))
         while "python" in rest:
             script, *rest = rest[rest.index("python") + 1 :]
             end = next((i for i, word in enumerate(rest) if word and set(word) <= set("();<>|&")), len(rest))
@@ -134,7 +152,7 @@ def commands(text: str) -> Iterator[tuple[str, list[str]]]:
             rest = rest[end:]
 
 
-FOUND = [(page.name, *command) for page in PAGES for command in commands(page.read_text())]
+FOUND = [(page.name, *command) for page in [*PAGES, *NOTEBOOKS] for command in commands(text_of(page))]
 
 
 @pytest.mark.parametrize("page,script,argv", FOUND, ids=lambda x: x if isinstance(x, str) else " ".join(x) or "-")
@@ -226,9 +244,9 @@ def wrong(code: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return ""
 
 
-@pages
+@texts
 def test_what_is_named_exists(page, monkeypatch):
-    faults = {code: fault for code in CODE.findall(BLOCK.sub("", page.read_text())) if (fault := wrong(code, monkeypatch))}
+    faults = {code: fault for code in CODE.findall(BLOCK.sub("", text_of(page))) if (fault := wrong(code, monkeypatch))}
     assert faults == {}
 
 
@@ -240,13 +258,13 @@ def test_what_does_not_exist_is_noticed(code, monkeypatch):
     assert wrong(code, monkeypatch)
 
 
-@pages
+@texts
 def test_links_lead_somewhere(page):
     def anchors(text: str) -> set[str]:
         headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", text), re.MULTILINE)
         return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
-    for path, anchor in LINK.findall(BLOCK.sub("", page.read_text())):
+    for path, anchor in LINK.findall(BLOCK.sub("", text_of(page))):
         if path.startswith("http"):
             continue
         target = (page.parent / path).resolve() if path else page
@@ -254,14 +272,64 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(target.read_text()), f"{path}#{anchor}"
 
 
-@pages
+@texts
 def test_extras_that_are_installed_exist(page):
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    for named in re.findall(r"\.\[([\w,]+)\]", page.read_text()):
+    for named in re.findall(r"\.\[([\w,]+)\]", text_of(page)):
         assert set(named.split(",")) <= set(setup["options.extras_require"]), named
 
 
 def test_the_index_lists_every_page():
     index = (ROOT / "docs" / "README.md").read_text()
-    assert {path for path, _ in LINK.findall(index)} >= {page.name for page in PAGES[1:] if page.name != "README.md"}
+    assert {path for path, _ in LINK.findall(index)} >= {page.name for page in [*PAGES[1:], *NOTEBOOKS]} - {"README.md"}
+
+
+# ---------------------------------------------------------------------------------------------------------------- notebooks
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_a_notebook_is_what_its_text_makes(name):
+    written, made = nbformat.read(ROOT / "docs" / f"{name}.ipynb", as_version=4), make(name)
+    assert [(cell.cell_type, cell.id, cell.source) for cell in written.cells] == [
+        (cell.cell_type, cell.id, cell.source) for cell in made.cells
+    ]
+
+
+def printed(notebook: nbformat.NotebookNode) -> str:
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert [output.output_type for output in outputs].count("display_data") == 3  # two pictures and the page
+    return "".join(output.text for output in outputs if output.output_type == "stream")
+
+
+def test_the_notebook_of_kaggle_shows_a_whole_run():
+    path = ROOT / "docs" / "kaggle.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    assert path.stat().st_size < 1e6
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1))
+    text = printed(notebook)
+    assert "step 20/20 " in text and "consensus of 5" in text and "SESSION = 2" in text
+    assert not re.search(r"error|warning|(^|\s)/\w", text)  # nor a path of the machine
+
+
+@pytest.mark.long
+def test_notebooks_run_and_one_session_continues_the_other(tmp_path):
+    previous, small = "", "--new_problems 16 --max_steps 2 --prompts_per_step 4 --group_size 2 --eval_problems 8"
+    for session, name in ((1, "kaggle"), (2, "gpu")):
+        notebook = make(name)
+        settings = {
+            "SESSION = 1 ": f"SESSION = {session} ",
+            'PREVIOUS = ""': f'PREVIOUS = "{previous}"',
+            'FLAGS = "': f'FLAGS = "{small} ',
+        }
+        for old, new in settings.items():
+            assert notebook.cells[1].source.count(old) == 1
+            notebook.cells[1].source = notebook.cells[1].source.replace(old, new)
+        text = printed(execute(notebook, tmp_path / name))
+        assert f"SESSION = {session + 1}" in text and not re.search("error|warning", text)
+        previous = tmp_path / name / "runs" / f"session{session}"
+        result = json.loads((previous / "result.json").read_text())
+        assert (result["steps"], result["finished"], len(result["sessions"])) == (2 * session, True, session)
+    steps = [json.loads(line)["step"] for line in (previous / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]

@@ -118,7 +118,14 @@ def linear_and_gradients(x, weight, dy, execution, dtype=None):
     return y, *backward(dy.astype(y.dtype))
 
 
-@pytest.mark.parametrize(("D", "F"), [(6, 16), (16, 6), (8, 8)])
+jax_12 = pytest.mark.xfail(
+    jax.__version_info__ >= (0, 12),
+    reason="XLA sums a bfloat16 product in bfloat16 on a CPU if a transpose follows",
+    strict=True,
+)
+
+
+@pytest.mark.parametrize(("D", "F"), [(6, 16), pytest.param(16, 6, marks=jax_12), (8, 8)])
 def test_linear_and_its_gradients_equal_the_plain_product(D, F):
     """In bfloat16 to one rounding, 2**-8 of the result; a gradient has the dtype of what it belongs to."""
     numbers = np.random.default_rng(D)
