@@ -578,12 +578,8 @@ def test_the_fault_of_one_process_is_that_of_all(config, monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------------------- the rewards
 
-REPLACES = """
-import json, os
-json.dumps = json.loads = lambda *args, **named: "x"
-
-def replaces(completion, problem):
-    return float(len(completion))
+STOPS = """
+import os
 
 def stops(completion, problem):
     os.kill(os.getpid(), 19)
@@ -591,16 +587,52 @@ def stops(completion, problem):
 """
 
 
-def test_a_reward_that_replaces_json(tmp_path):
-    (tmp_path / "reward.py").write_text(REPLACES)
-    problems = [Problem(str(i), "q", "1") for i in range(3)]
-    with UserRewards(f"{tmp_path / 'reward.py'}:replaces") as rewards:
-        assert rewards.score(["a", "bb", "ccc"], problems) == {"replaces": [1.0, 2.0, 3.0]}
+@pytest.mark.parametrize(
+    "replaced",
+    [
+        "json.dumps = json.loads = lambda *args, **named: 'x'",
+        "json.JSONEncoder.encode = json.JSONEncoder.iterencode = json.JSONDecoder.decode = lambda *args, **named: 'x'",
+        "json.encoder.c_make_encoder = json.encoder.encode_basestring_ascii = json.scanner.c_make_scanner = None",
+        "json.JSONEncoder.__init__ = json.JSONDecoder.__init__ = None",
+        "os.write = lambda fd, data: len(data)",
+        "os.read = lambda fd, size: b''",
+        "os.getpid = lambda: 1; os._exit = lambda code: None",
+        "sys.stdout = sys.stderr = None",
+        "sys.stdout.close(); sys.stderr.close()",
+        "os.close(0); os.close(1); os.close(2)",
+        "print = builtins.print = None",
+        "math.isfinite = math.nan = traceback.format_exception = traceback.extract_tb = None",
+        "time.monotonic = time.sleep = lambda *args: 0.0",
+        "inspect.signature = None",
+    ],
+)
+def test_a_reward_that_replaces_what_its_process_works_with(replaced, tmp_path):
+    """It is graded as any other, one that raises too."""
+    modules = "builtins, inspect, json, json.scanner, math, os, sys, time, traceback"
+    functions = "def size(completion, problem):\n    return len(completion)\n\ndef raises(completion, problem):\n    1 / 0\n"
+    (tmp_path / "reward.py").write_text(f"import {modules}\n\n{replaced}\n\n{functions}")
+    problems, began = [Problem(str(i), "q", "1") for i in range(3)], time.monotonic()
+    with UserRewards(",".join(f"{tmp_path / 'reward.py'}:{name}" for name in ("size", "raises"))) as rewards:
+        values = rewards.score(["a", "bb", "ccc"], problems)
+    assert values["size"] == [1.0, 2.0, 3.0] and all(map(math.isnan, values["raises"]))
+    assert rewards.faults == {("raises", "ZeroDivisionError"): 3}
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("replaced", ["inspect.iscoroutinefunction", "builtins.isinstance"])
+def test_a_reward_that_replaces_more_is_refused_at_once(replaced, tmp_path):
+    (tmp_path / "reward.py").write_text(
+        f"import builtins, inspect\n\n{replaced} = None\n\n\ndef f(completion, problem):\n    return 1\n"
+    )
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match="the worker died with exit code 1 while it imported"):
+        UserRewards(f"{tmp_path / 'reward.py'}:f")
+    assert time.monotonic() - began < 20
 
 
 def test_a_worker_that_stops_reading_is_ended_by_its_time(tmp_path):
     """Its pipe is full and nobody reads it: writing waits no longer than the reward may take."""
-    (tmp_path / "reward.py").write_text(REPLACES)
+    (tmp_path / "reward.py").write_text(STOPS)
     began = time.monotonic()
     with UserRewards(f"{tmp_path / 'reward.py'}:stops", timeout=0.5) as rewards:
         values = rewards.score(["x" * 300_000] * 2, [Problem(str(i), "q", "1") for i in range(2)])

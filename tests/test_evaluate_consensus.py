@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
@@ -18,7 +19,9 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from test_peers import free_port
 from test_sample import load
+from training import xla_flags
 
 import grpo.runs.consensus_eval
 from data.arithmetic import make_problems
@@ -133,17 +136,29 @@ def test_the_same_command_again_samples_nothing(folder, whole, monkeypatch):
     assert (folder / "whole" / "samples.jsonl").read_bytes() == before
 
 
-def script(folder: Path, argv: list[str]) -> subprocess.Popen:
-    """The program on one device, as a user starts it."""
+def script(folder: Path, argv: list[str], count: int = 1, at: Path = ROOT) -> subprocess.Popen:
+    """The program on `count` devices, as a user starts it in a directory."""
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     env |= {
         "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
         "JAX_ENABLE_COMPILATION_CACHE": "1",
-    }  # fmt: skip
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [sys.executable, "scripts/evaluate_consensus.py", *argv], cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True
-    )
+    } | ({"XLA_FLAGS": xla_flags(count)} if count > 1 else {})  # fmt: skip
+    command, pipe = [sys.executable, str(ROOT / "scripts" / "evaluate_consensus.py"), *argv], subprocess.PIPE
+    return subprocess.Popen(command, cwd=at, env=env, stdout=pipe, stderr=pipe, text=True)
+
+
+def pair(folder: Path, first: list[str], second: list[str], count: int = 1, at: tuple[Path, Path] = (ROOT, ROOT)) -> list:
+    """Two processes of one evaluation, each with its flags and its directory, until both have ended: (exit code, out, err)."""
+    joined = [f"--coordinator=127.0.0.1:{free_port()}", "--processes=2"]
+    flags = (first, second)
+    processes = [script(folder, [*flags[i], *joined, f"--process_id={i}"], count, at[i]) for i in range(2)]
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            said = list(pool.map(lambda process: process.communicate(timeout=120), processes))
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
 
 
 @pytest.mark.long
@@ -186,6 +201,57 @@ def test_kill_9_loses_no_sample_in_bfloat16(folder, whole):
     assert process.returncode == 0 and err == "", err
     assert file.read_bytes().startswith(kept) and kept.count(b"\n") >= 90
     assert samples(folder / "killed16").keys() == samples(folder / "whole").keys()
+
+
+@pytest.mark.long
+def test_two_processes_go_on_as_one(folder, whole):
+    """2 processes x 4 devices, from the first 90 samples of 1 x 8: the others are the same, and so are the figures."""
+    file = folder / "pair" / "samples.jsonl"
+    file.parent.mkdir()
+    shutil.copy(folder / "whole" / "config.json", file.parent)
+    kept = b"".join((folder / "whole" / "samples.jsonl").read_bytes().splitlines(keepends=True)[:90])
+    file.write_bytes(kept)
+    argv = flags(folder, "pair")
+    (code, out, err), second = pair(folder, argv, argv, count=4)
+    assert code == second[0] == 0 and err == second[2] == "", (err, second)
+    assert not any(line.startswith(("{", "problems")) for line in second[1].splitlines())  # Gloo prints a line everywhere
+    assert file.read_bytes().startswith(kept) and samples(folder / "pair") == samples(folder / "whole")
+    timed = ("seconds", "tokens_per_s")
+    assert drop(json.loads(out.splitlines()[-1]), timed) == drop(whole, timed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"seed": 1}, "another seed than process 0, 1 instead of 0"),
+        ({"data": "{0}/other.jsonl"}, "another data than process 0, '{0}/other.jsonl' instead of '{0}/problems.jsonl'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_processes_of_other_settings_end_together(folder, changed, said):
+    shutil.copy(folder / "problems.jsonl", folder / "other.jsonl")
+    changed = {name: str(value).format(folder) for name, value in changed.items()}
+    for code, _, err in pair(folder, flags(folder, "unequal"), flags(folder, "unequal", **changed)):
+        assert code == 2 and err.count("\n") == 1
+        assert err.startswith(f"error: process 1 has {said.format(folder)}"), err
+    assert not (folder / "unequal").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "name"), [("problems.jsonl", "set of problems"), ("model/model.safetensors", "trained model")], ids=str
+)
+def test_processes_of_other_files_end_together(folder, tmp_path, file, name):
+    """Files that have the same name on two machines, but not the same content."""
+    for i in range(2):
+        shutil.copytree(folder / "model", tmp_path / str(i) / "model")
+        shutil.copy(folder / "problems.jsonl", tmp_path / str(i))
+    content = (tmp_path / "1" / file).read_bytes()
+    old, new = (content[-1:], bytes([content[-1] ^ 1])) if "model" in file else (b"#### ", b"#### 1")
+    (tmp_path / "1" / file).write_bytes(content[: content.rindex(old)] + new + content[content.rindex(old) + len(old) :])
+    argv = flags(folder, "unequal", model_path="model", data="problems.jsonl")
+    for code, _, err in pair(folder, argv, argv, at=(tmp_path / "0", tmp_path / "1")):
+        assert code == 2 and err.count("\n") == 1
+        assert err.startswith(f"error: process 1 has another {name} than process 0, "), err
 
 
 def test_ctrl_c_stops_at_once_and_says_how_to_go_on(folder, whole, monkeypatch, capsys):

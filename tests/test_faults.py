@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -474,17 +474,37 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+SHARED = ["--prompts_per_step=16", "--new_problems=64", "--eval_problems=8", "--retention_problems=8", "--logprob_chunk=64"]
+
+
+@pytest.fixture(scope="module")
+def single(launch) -> Path:
+    """The directory of one process with eight devices, where two with four each give the same."""
+    folder = launch.folder / "single"
+    launch(f"--run_dir={folder}", *SHARED, devices=8).result()
+    return folder
+
+
+def assert_same_to_rounding(folder: Path, single: Path) -> None:
+    """The same samples; the same losses, whose sums have another order."""
+    found, expected = records(folder), records(single)
+    assert found["completions"] == expected["completions"]
+    assert [pieces_of(record) for record in found["tokens"]] == [pieces_of(record) for record in expected["tokens"]]
+    for record, other in zip(found["metrics"], expected["metrics"], strict=True):
+        assert record.pop("alarms") == other.pop("alarms")
+        assert record == pytest.approx(other, rel=1e-3, abs=1e-4)
+    assert [record["accuracy"] for record in found["evaluations"]] == [record["accuracy"] for record in expected["evaluations"]]
+
+
 @pytest.mark.long
-def test_fault_35_two_processes_are_one_run_and_end_together(launch):
+def test_fault_35_two_processes_are_one_run_and_end_together(launch, single):
     """2 processes x 4 devices against 1 x 8. One of the two is killed; the other ends soon, and not as if all were well. The
     two start again from the last checkpoint, and end with the same samples and, to rounding, the same losses as the one.
     """
-    flags = ["--prompts_per_step=16", "--new_problems=64", "--eval_problems=8", "--retention_problems=8", "--logprob_chunk=64"]
-    single, double = launch.folder / "single", launch.folder / "double"
-    launch(f"--run_dir={single}", *flags, devices=8).result()
+    double = launch.folder / "double"
 
     def start() -> list[Process]:
-        joined = [f"--run_dir={double}", *flags, f"--coordinator=127.0.0.1:{free_port()}", "--processes=2"]
+        joined = [f"--run_dir={double}", *SHARED, f"--coordinator=127.0.0.1:{free_port()}", "--processes=2"]
         return [launch(*joined, f"--process_id={i}", devices=4) for i in range(2)]
 
     first, second = start()
@@ -509,11 +529,77 @@ def test_fault_35_two_processes_are_one_run_and_end_together(launch):
     assert second.end() == 0 and not any(line.startswith(("{", "step", "model")) for line in second.output)
     steps = [int(line.split("after step ")[1]) for line in first.output if line.startswith("resumed")]
     assert steps == [saved] and result["finished"]
+    assert_same_to_rounding(double, single)
 
-    found, expected = records(double), records(single)
-    assert found["completions"] == expected["completions"]
-    assert [pieces_of(record) for record in found["tokens"]] == [pieces_of(record) for record in expected["tokens"]]
-    for record, other in zip(found["metrics"], expected["metrics"], strict=True):
-        assert record.pop("alarms") == other.pop("alarms")
-        assert record == pytest.approx(other, rel=1e-3, abs=1e-4)
-    assert [record["accuracy"] for record in found["evaluations"]] == [record["accuracy"] for record in expected["evaluations"]]
+
+@dataclass
+class Network:
+    """Two network namespaces with a cable between them. `enter[i]` is a line for bash that starts a command in one of them."""
+
+    names: tuple[str, str] = (f"grpo-{os.getpid()}-0", f"grpo-{os.getpid()}-1")
+    addresses: tuple[str, str] = ("10.213.0.1", "10.213.0.2")
+    enter: list[str] = field(default_factory=list)
+
+    def ip(self, line: str) -> None:
+        subprocess.run(["ip", *line.split()], check=True, capture_output=True)
+
+    def set_cable(self, state: str) -> None:
+        self.ip(f"-n {self.names[0]} link set cable {state}")
+
+    def build(self) -> None:
+        for name in self.names:
+            self.ip(f"netns add {name}")
+        self.ip(f"-n {self.names[0]} link add cable type veth peer name cable netns {self.names[1]}")
+        for name, address in zip(self.names, self.addresses, strict=True):
+            for line in ("link set lo up", f"addr add {address}/24 dev cable", "link set cable up"):
+                self.ip(f"-n {name} {line}")
+            named = f"echo {address} > /proc/sys/kernel/hostname"  # Gloo uses the address that the host's name has
+            self.enter.append(f'ip netns exec {name} unshare --uts bash -c \'{named} && exec "$@"\' bash "$@"')
+            subprocess.run(["bash", "-c", self.enter[-1], "bash", "true"], check=True, capture_output=True)
+
+
+@pytest.fixture
+def network() -> Iterator[Network]:
+    network = Network()
+    try:
+        network.build()
+        yield network
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"network namespaces are not permitted here: {getattr(error, 'stderr', b'') or error}")
+    finally:
+        for name in network.names:
+            with suppress(OSError):
+                subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+@pytest.mark.long
+def test_a_network_that_splits(launch, single, network):
+    """Of two processes with four devices each. For a while: they wait, and go on. For good: both say so and end, the side whose
+    interface is down and the one that only hears nothing; when it is whole again, they resume and end as one process.
+    """
+    folder = launch.folder / "split"
+
+    def start() -> list[Process]:
+        joined = [f"--run_dir={folder}", *SHARED, f"--coordinator={network.addresses[0]}:2345", "--processes=2"]
+        return [launch(*joined, f"--process_id={i}", devices=4, shell=network.enter[i]) for i in range(2)]
+
+    processes = start()
+    processes[0].wait_for("step 2/")
+    network.set_cable("down")
+    time.sleep(15)
+    network.set_cable("up")
+    processes[0].wait_for("step 4/")
+    network.set_cable("down")
+    began = time.monotonic()
+    assert [process.end() for process in processes] == [1, 1]
+    assert time.monotonic() - began < 70
+    for i, process in enumerate(processes):
+        said = f"error: another process of this run is gone (process {1 - i} has been silent for 45 s); "
+        errors = process.errors()
+        assert errors.startswith(said) and errors.count("\n") == 1, errors
+
+    network.set_cable("up")
+    processes = start()
+    assert [process.end() for process in processes] == [0, 0], [process.errors() for process in processes]
+    assert any(line.startswith("resumed") for line in processes[0].output)
+    assert_same_to_rounding(folder, single)

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+import grpo.runs.distributed
 import grpo.runs.peers
 from grpo.errors import ConfigError
-from grpo.runs.distributed import join
+from grpo.runs.distributed import cluster, join
 from grpo.runs.peers import Watch, meet, split_address
 
 ROOT = Path(__file__).parents[1]
@@ -90,9 +91,52 @@ def test_who_has_not_come_is_named(address, monkeypatch):
         meet(address, 3, 1)
 
 
+def test_every_address_of_process_0(address):
+    """Of a cluster, whose name for a machine may be another one there."""
+    port = split_address(address)[1]
+    with ThreadPoolExecutor(2) as pool:
+        main = pool.submit(meet, f"[::]:{port}", 3, 0)
+        second = pool.submit(meet, f"127.0.0.1:{port}", 3, 1)
+        connections = [*meet(f"localhost:{port}", 3, 2).values(), *second.result(10).values(), *main.result(10).values()]
+    assert len(connections) == 4
+    for connection in connections:
+        connection.close()
+
+
 def test_auto_needs_a_cluster():
+    assert cluster() is None
     with pytest.raises(ConfigError, match=r"coordinator auto: no cluster tells .*; give HOST:PORT"):
         join("auto", 1, 0)
+
+
+def environment_of(kind: str, address: str, process_id: int) -> dict[str, str]:
+    """What a cluster of this machine alone tells one of two processes."""
+    host, port = split_address(address)
+    names = {
+        "slurm": {"JOB_ID": "77", "STEP_NODELIST": host, "NTASKS": "2", "PROCID": str(process_id), "LOCALID": "0"},
+        "ompi": {
+            "MCA_orte_hnp_uri": f"1531576320.0;tcp://{host},{host}:34911", "COMM_WORLD_SIZE": "2",
+            "COMM_WORLD_RANK": str(process_id), "COMM_WORLD_LOCAL_RANK": "0",
+        },
+    }  # fmt: skip
+    return {"JAX_COORDINATOR_PORT": str(port)} | {f"{kind.upper()}_{name}": value for name, value in names[kind].items()}
+
+
+@pytest.mark.parametrize("kind", ["slurm", "ompi"])
+def test_what_a_cluster_tells(kind, address, monkeypatch):
+    for name, value in environment_of(kind, address, 1).items():
+        monkeypatch.setenv(name, value)
+    assert cluster() == (address, 2, 1)
+
+
+def test_a_jax_that_does_not_tell_who_takes_part(monkeypatch, capsys):
+    """Its own detection is not public. It connects the processes all the same."""
+    calls = []
+    monkeypatch.setattr("jax._src.clusters.ClusterEnv.auto_detect_unset_distributed_params", lambda: 1 / 0)
+    monkeypatch.setattr("jax.distributed.initialize", lambda *args, **options: calls.append(args))
+    join("auto", 1, 0)
+    assert calls == [()] and grpo.runs.distributed.watch is None
+    assert capsys.readouterr().err.startswith("warning: this jax does not tell who process 0 is")
 
 
 @pytest.mark.parametrize("how", ["dies", "silent", "failed", "done"])
@@ -121,12 +165,14 @@ def test_a_process_that_is_gone_is_noticed(how, monkeypatch, capsys):
 
 @pytest.fixture
 def start(address) -> Iterator:
-    """Starts tests/joined.py as one of several processes; none stays."""
+    """Starts tests/joined.py as one of two processes; none stays. `kind`: of the cluster that tells them about each other."""
     started = []
 
-    def start(process_id: int, *argv: str) -> subprocess.Popen:
-        command = [sys.executable, "tests/joined.py", address, "2", str(process_id), *argv]
+    def start(process_id: int, *argv: str, kind: str = "") -> subprocess.Popen:
+        who = ["auto", "1", "0"] if kind else [address, "2", str(process_id)]
+        command = [sys.executable, "tests/joined.py", *who, *argv]
         env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "0"}
+        env |= environment_of(kind, address, process_id) if kind else {}
         started.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
         return started[-1]
 
@@ -142,11 +188,16 @@ def wait_until_joined(*processes: subprocess.Popen) -> None:
         assert any(line == "joined\n" for line in process.stdout), process.stderr and process.stderr.read()
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_fault_35_a_process_is_killed_or_stopped(start, address, victim, number):
+@pytest.mark.parametrize(
+    ("victim", "number", "kind"),
+    [
+        *((victim, number, "") for victim in (0, 1) for number in (signal.SIGKILL, signal.SIGSTOP)),
+        (0, signal.SIGKILL, "slurm"), (1, signal.SIGSTOP, "ompi"),
+    ],
+)  # fmt: skip
+def test_fault_35_a_process_is_killed_or_stopped(start, address, victim, number, kind):
     """Process 0 too, which has the coordinator: the other says so, and ends without a stack of C++."""
-    processes = [start(i, "x") for i in range(2)]
+    processes = [start(i, "x", kind=kind) for i in range(2)]
     wait_until_joined(*processes)
     if victim == 1 and number == signal.SIGKILL:  # while they run: the port is open to its own address only, and to nobody new
         listening = subprocess.run(["ss", "-ltnH"], capture_output=True, text=True, check=False).stdout.split()
@@ -162,9 +213,11 @@ def test_fault_35_a_process_is_killed_or_stopped(start, address, victim, number)
     assert "error: another process of this run is gone" in errors and "Check failure stack trace" not in errors
 
 
-@pytest.mark.parametrize("argv", [("y", ""), ("x", "no file here")])
-def test_processes_that_disagree_end_together(start, argv):
-    processes = [start(0, "x"), start(1, *argv)]
+@pytest.mark.parametrize(
+    ("argv", "kind"), [(("y", ""), ""), (("x", "no file here"), ""), (("y", ""), "slurm"), (("y", ""), "ompi")]
+)
+def test_processes_that_disagree_end_together(start, argv, kind):
+    processes = [start(0, "x", kind=kind), start(1, *argv, kind=kind)]
     said = "process 1 has another setting than process 0, y instead of x: all processes need the same command, files and code"
     for process in processes:
         assert process.wait(30) == 2

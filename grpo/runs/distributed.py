@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import traceback
+from contextlib import suppress
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from grpo.errors import ConfigError
 from grpo.runs.hub import first_line
-from grpo.runs.peers import GONE, Watch, meet
+from grpo.runs.peers import GONE, WAIT, Watch, meet, split_address
 
 # Seconds without a heartbeat after which jax ends all processes, if peers.py has not; seconds that finished processes wait for
 # the others.
@@ -35,14 +36,20 @@ def join(coordinator: str, processes: int, process_id: int) -> None:
             raise ConfigError(f"processes {processes} need a coordinator: HOST:PORT of process 0, or auto")
         return
     limits: dict[str, Any] = {"heartbeat_timeout_seconds": HEARTBEAT, "shutdown_timeout_seconds": SHUTDOWN}
+    address = listen_at = coordinator
     try:
         if coordinator == "auto":
-            jax.distributed.initialize(**limits)
-            return
+            if (found := cluster()) is None:
+                jax.distributed.initialize(**limits)  # says what it lacks; else only jax notices a process that is gone
+                print("warning: this jax does not tell who process 0 is: a process that dies is noticed late", file=sys.stderr)
+                return
+            address, processes, process_id = found
+            any_address = f"[::]:{split_address(address)[1]}"  # of a machine whose own name may be another one to itself
+            listen_at = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", any_address)
         if process_id >= processes:
             raise ConfigError(f"process_id {process_id} must be below processes {processes}")
-        watch = Watch(meet(coordinator, processes, process_id))
-        jax.distributed.initialize(coordinator, processes, process_id, coordinator_bind_address=coordinator, **limits)
+        watch = Watch(meet(listen_at if process_id == 0 else address, processes, process_id))
+        jax.distributed.initialize(address, processes, process_id, coordinator_bind_address=listen_at, **limits)
     except ConfigError:
         raise
     except (ValueError, RuntimeError) as error:
@@ -50,6 +57,22 @@ def join(coordinator: str, processes: int, process_id: int) -> None:
         if coordinator == "auto":
             reason = f"coordinator auto: no cluster tells the processes about each other ({first_line(error)})"
         raise ConfigError(f"{reason}; give HOST:PORT of process 0, --processes and --process_id") from None
+
+
+def cluster() -> tuple[str, int, int] | None:
+    """Address of process 0, number of processes and id of this one, as Cloud TPU, GKE, SLURM or Open MPI tell them; None if
+    none does.
+
+    jax has no public function that says it before it connects.
+    """
+    with suppress(Exception):
+        from jax._src.clusters import ClusterEnv
+
+        unset = os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None
+        address, processes, process_id, _ = ClusterEnv.auto_detect_unset_distributed_params(*unset, int(WAIT))
+        if address is not None and processes is not None and process_id is not None:
+            return address, processes, process_id
+    return None
 
 
 def leave(error: BaseException | None = None) -> None:

@@ -40,10 +40,12 @@ def meet(address: str, processes: int, me: int) -> dict[int, socket.socket]:
 
 
 def wait_for_others(address: str, processes: int) -> dict[int, socket.socket]:
-    where, found, deadline = split_address(address), dict[int, socket.socket](), time.monotonic() + WAIT
+    (host, port), found, deadline = split_address(address), dict[int, socket.socket](), time.monotonic() + WAIT
+    everywhere = host == "::" and socket.has_dualstack_ipv6()
+    host = "0.0.0.0" if host == "::" and not everywhere else host
     try:
-        family = socket.getaddrinfo(*where)[0][0]
-        server = socket.create_server(where, family=family)
+        family = socket.getaddrinfo(host, port)[0][0]
+        server = socket.create_server((host, port), family=family, dualstack_ipv6=everywhere)
     except OSError as error:
         reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
         raise ConfigError(

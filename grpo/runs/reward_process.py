@@ -18,18 +18,19 @@ import ctypes
 import importlib.util
 import inspect
 import json
-import math
 import numbers
 import os
 import resource
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import isfinite, nan
+from os import _exit, getpid, read, write  # by name: the user's code may replace what it finds in a module
 from pathlib import Path
+from traceback import extract_tb, format_exception
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grpo.errors import ConfigError
@@ -45,7 +46,17 @@ KILL_SECONDS = 5.0
 TO_THREAD = 256  # calls by asyncio.to_thread that wait at the same time; by default they are about as many as cores
 
 Outcome = dict[str, Any]  # {"value": 1.0}; {"kind", "reason", "traceback"}: no value; {"wrong", "must"}: ends the run
-dumps, loads = json.dumps, json.loads  # the user's code may replace them
+
+
+def own(name: str) -> Any:
+    """A copy of a package that only this file has: the user's code may replace any part of the other one."""
+    others = {found: sys.modules.pop(found) for found in [*sys.modules] if found.partition(".")[0] == name}
+    mine = importlib.import_module(name)
+    sys.modules.update(others)
+    return mine
+
+
+own_json = own("json")
 
 
 class Form(NamedTuple):
@@ -73,17 +84,17 @@ class Request:
 def main(parent: int, files: dict[str, str]) -> None:
     if sys.platform == "linux":
         keep_worker(parent)
-    me, source, sink = os.getpid(), os.dup(0), os.dup(1)
+    me, source, sink = getpid(), os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     os.register_at_fork(after_in_child=lambda: [close(fd) for fd in (source, sink)])
 
     def reply(number: int, row: int, outcome: Outcome) -> None:
-        if os.getpid() != me:  # the function has forked, and this is the child
-            os._exit(0)
-        line = b"\n" + dumps([number, row, outcome]).encode() + b"\n"  # begins a line, whatever else was written
+        if getpid() != me:  # the function has forked, and this is the child
+            _exit(0)
+        line = b"\n" + own_json.dumps([number, row, outcome]).encode() + b"\n"  # begins a line, whatever else was written
         while line:
-            line = line[os.write(sink, line) :]
+            line = line[write(sink, line) :]
 
     try:
         functions = load(files)
@@ -105,10 +116,10 @@ def requests_from(source: int) -> Iterator[Request]:
     from data.problems import Problem
 
     parts: list[bytes] = []
-    while data := os.read(source, 1 << 20):
+    while data := read(source, 1 << 20):
         parts.append(data)
         if data.endswith(b"\n"):  # the owner waits for replies before it sends the next
-            fields, parts = loads(b"".join(parts)), []
+            fields, parts = own_json.loads(b"".join(parts)), []
             yield Request(**fields | {"problems": tuple(Problem(**problem) for problem in fields["problems"])})
 
 
@@ -127,7 +138,7 @@ def load(files: dict[str, str]) -> dict[str, Callable[..., Any]]:
             try:
                 module_spec.loader.exec_module(modules[path])
             except BaseException as error:
-                at = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(path)]
+                at = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename.endswith(path)]
                 line = f", line {at[-1]}" if at else ""
                 raise ConfigError(f"reward '{path}:{function}': {path} fails: {describe(error)}{line}") from None
         functions[function] = getattr(modules[path], function, None)
@@ -252,7 +263,7 @@ def fault(error: BaseException) -> Outcome:
     frames = error.__traceback__
     while frames and frames.tb_frame.f_code.co_filename == __file__:
         frames = frames.tb_next
-    lines = "".join(traceback.format_exception(type(error), error, frames))
+    lines = "".join(format_exception(type(error), error, frames))
     return {"kind": type(error).__name__, "reason": f"raised {describe(error)}", "traceback": lines[-4000:]}
 
 
@@ -261,12 +272,12 @@ def checked(value: Any) -> Outcome:
     if value is not None and not isinstance(value, numbers.Real):
         return {"wrong": repr(value)[:80], "must": "a number"}
     try:
-        number = math.nan if value is None else float(value)
+        number = nan if value is None else float(value)
     except OverflowError as error:
         return fault(error)
-    if math.isfinite(number) and abs(number) > LARGEST:
+    if isfinite(number) and abs(number) > LARGEST:
         return {"kind": "value", "reason": f"gave {number}, beyond {LARGEST:g}"}
-    return {"value": number} if math.isfinite(number) else {"kind": "value", "reason": f"gave {number}"}
+    return {"value": number} if isfinite(number) else {"kind": "value", "reason": f"gave {number}"}
 
 
 def finished(value: Any) -> Any:
