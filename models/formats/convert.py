@@ -211,7 +211,7 @@ def check_weights(container: Container, config: GemmaConfig) -> None:
         for layer in layers_of(leaf, config):
             container.check(place.of(layer), config.kind(kind_of(leaf)))
             wanted.add(place.of(layer).name)
-    for leaf in ("layers.k", "layers.v", "layers.k_norm") if config.shared_layers else ():  # of layers that use others'
+    for leaf in ("layers.k", "layers.v", "layers.k_norm"):  # a file may have them for sharing layers too, which need none
         wanted |= {container.place(leaf, config).of(layer).name for layer in range(config.own_layers, config.num_layers)}
     if container.head in container.names:
         wanted.add(container.head)
