@@ -10,6 +10,7 @@ one whose digests agree is taken. Left out: other formats (models/formats/save.p
 
 import hashlib
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Callable
@@ -117,6 +118,7 @@ class Checkpoints:
             self.give_up_old(step)
             return
         self.failures += 1
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # orbax's other tasks fail alike; each would leave a traceback
         self.delete(step)
         self.clean()
         reason = " ".join(str(error).split())[:300] if error else "another process failed"
