@@ -39,14 +39,14 @@ def test_a_described_gpu_is_the_card_of_that_name(name):
 
 
 def test_decoding_on_a_gpu_copies_no_weight_and_no_cache_at_any_step():
-    """Its layers are unrolled, for that reason: in a loop over layers each step copies more than all of the model."""
+    """Its layers are unrolled, for that reason: in a loop over layers each step copies some weights of every layer."""
     made, program = decode_on("gpu:h100")
     with jax.set_mesh(made.mesh):
         assert plan.examine(program, made)["copied_bytes_per_step"] == 0
         looped = program.arguments[-2].__class__(rules=program.arguments[-2].rules, dtype=made.dtype)
         program = plan.Program(program.function, (*program.arguments[:-2], looped, program.arguments[-1]), [])
-        in_layers = 2 * made.model.num_layers * 640 * (3 * 2048 + 2 * 1024)
-        assert plan.examine(program, made)["copied_bytes_per_step"] > 0.5 * in_layers
+        down = 2 * made.model.num_layers * made.model.mlp_dim * made.model.embed_dim
+        assert plan.examine(program, made)["copied_bytes_per_step"] >= down
 
 
 def test_two_cards_share_the_weights():
