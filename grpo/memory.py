@@ -48,7 +48,7 @@ def choose_remat(
 
 def unroll_on_gpu(execution: ExecutionConfig, model: GemmaConfig, config: Config, mesh: Mesh, memory: float) -> ExecutionConfig:
     """How a rollout decodes: on a GPU with unrolled layers, where nine tenths of `memory` (bytes a device) hold a second copy
-    of the weights. In a loop over layers XLA's compiler for GPUs copies the cache and some weights out of their stacks, at every step.
+    of the weights. In a loop over layers XLA's compiler for GPUs copies the cache and some weights at every step.
     """
     gpu = mesh.devices.flat[0].platform in ("gpu", "cuda")
     update, width, weights = UpdateConfig.of(config), jnp.dtype(execution.dtype).itemsize, count(shapes(model))
