@@ -47,6 +47,7 @@ class Checkpoints:
         self.folder, self.keep, self.background = folder.absolute(), keep, background
         handler = ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler())
         self.writer = ocp.AsyncCheckpointer(handler)
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # where a save fails, orbax's other tasks would leave tracebacks
         self.thread = ThreadPoolExecutor(1)
         self.pending: tuple[int, Future[None]] | None = None  # the save in progress
         self.failures = 0  # in a row
@@ -118,7 +119,6 @@ class Checkpoints:
             self.give_up_old(step)
             return
         self.failures += 1
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # orbax's other tasks fail alike; each would leave a traceback
         self.delete(step)
         self.clean()
         reason = " ".join(str(error).split())[:300] if error else "another process failed"
