@@ -47,7 +47,7 @@ class Checkpoints:
         self.folder, self.keep, self.background = folder.absolute(), keep, background
         handler = ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler())
         self.writer = ocp.AsyncCheckpointer(handler)
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # where a save fails, orbax's other tasks would leave tracebacks
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # of orbax's tasks, when a save fails: tracebacks
         self.thread = ThreadPoolExecutor(1)
         self.pending: tuple[int, Future[None]] | None = None  # the save in progress
         self.failures = 0  # in a row
