@@ -714,6 +714,7 @@ def test_names_explain_themselves_under_pointer_touch_and_focus(shown, width):
             shown.hover("#loss")
         shown.wait.until(lambda _: shown.explanation() is None)
         shown.keys("#charts .term", "\ue004")  # tab: from the first name to the next one
+        shown.browser.execute_async_script("setTimeout(arguments[0], 300)")  # the page scrolled under a pointer at rest
         assert "greedy answers" in shown.explanation()
         assert shown.js("return document.activeElement.textContent") == "accuracy"
         shown.keys("#charts figure:nth-child(2) .term", "\ue00c")  # escape
