@@ -26,7 +26,7 @@ from grpo.rollout import Completions
 from grpo.step import Run
 from grpo.update import AGGREGATIONS, TrainState, batch_loss, init_state, policy, reference_of, sampling_params, starting_point
 from models.gemma import Params
-from models.sharding import STORE, check_divides, to_host
+from models.sharding import check_divides, to_host
 
 compiled_loss = jax.jit(batch_loss, static_argnames=("model", "execution", "config"))
 
@@ -51,13 +51,13 @@ def load(preset: str = "tiny", **settings: Any) -> Policy:
 
     `policy.run.problems` are made-up ones unless `data` says otherwise. Raises ConfigError, DataError or ModelError.
     """
-    from grpo.runs.setup import prepare  # the only way from the algorithm to what surrounds a run
+    from grpo.runs.setup import load_base, prepare  # the only way from the algorithm to what surrounds a run
 
     if preset not in PRESETS:
         raise ConfigError(f"preset {preset!r} is unknown: one of {', '.join(PRESETS)}")
     run = prepare(replace(PRESETS[preset], **({"data": "arithmetic"} | settings)))
     with jax.set_mesh(run.mesh):
-        weights = run.base.load(run.mesh, STORE, "float32")
+        weights, _ = load_base(run)
         trained, base = starting_point(weights, run.model, run.train.dtype, run.config.seed, run.update)
         reference = reference_of(trained, base, run.train.dtype, run.update) if run.config.beta else None
         return Policy(run, init_state(trained, run.update), base, reference)

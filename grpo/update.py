@@ -21,7 +21,16 @@ from jax.typing import ArrayLike
 
 from grpo.batch import Batch, split, unsplit
 from grpo.loss import dapo_weights, dr_grpo_weights, grpo_loss, grpo_weights
-from models.gemma import Adapted, ExecutionConfig, GemmaConfig, Params, axes, forward_group, split_table, token_logprobs
+from models.gemma import (
+    Adapted,
+    ExecutionConfig,
+    GemmaConfig,
+    Params,
+    axes,
+    forward_group,
+    split_table,
+    token_logprobs,
+)
 from models.lora import Adapters, adapter_axes, attach, attached, init_adapters
 from models.sharding import STORE, MeshJit
 
@@ -89,8 +98,8 @@ def starting_point(
 ) -> tuple[Params | Adapters, Params | None]:
     """(what is trained, the frozen base below it): the weights and None, or with LoRA fresh adapters and the weights.
 
-    Without LoRA the base of a Gemma 4 is its table of per-layer embeddings, unless that is trained too. What is frozen is cast
-    to `dtype`, and the float32 numbers are freed.
+    Without LoRA the base of a Gemma 4 is its table of per-layer embeddings, unless that is trained too. What is frozen and is
+    not yet in `dtype` is cast, and the float32 numbers are freed.
     """
     if not config.lora_rank:
         if not freezes_table(model, config):
@@ -329,8 +338,8 @@ def kept_by_rounding(
     return {"lora/kept/trainer": slope(old), "lora/kept/sampler": slope(part.sampler_logprobs)}
 
 
-def narrow(params: Params, dtype: str) -> Params:
-    """The weights in another dtype. Frees each leaf once it is cast, so that the two trees never coexist."""
+def narrow(params: Any, dtype: str) -> Any:
+    """A tree of weights in another dtype. Frees each leaf once it is cast, so that the two trees never coexist."""
 
     def cast(leaf: Array) -> Array:
         if leaf.dtype == dtype:

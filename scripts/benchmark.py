@@ -120,7 +120,7 @@ def make_run(config: BenchmarkConfig, mesh: Mesh) -> Run:
 
 
 def random_weights(run: Run) -> Params:
-    return init_params(jax.random.key(0), run.model, STORE, "float32")
+    return init_params(jax.random.key(0), run.model, STORE, run.train.dtype if run.config.lora_rank else "float32")
 
 
 def measure(run: Run, config: BenchmarkConfig) -> dict[str, list[float]]:

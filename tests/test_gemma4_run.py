@@ -11,13 +11,15 @@ import pytest
 from make_references import REFERENCES
 from training import devices, interrupted, read_files, run, without_times, write_model
 
+import grpo.runs.checkpoint
 import grpo.runs.setup
 from grpo.config import Config
 from grpo.errors import ConfigError
 from grpo.memory import resident_bytes
+from grpo.runs.checkpoint import digest, read_digest
 from grpo.runs.model_source import find_model
 from grpo.update import reference_of, sampling_params, starting_point
-from models.formats.convert import read_config
+from models.formats.convert import open_weights, read_config
 from models.formats.save import save_params
 from models.gemma import init_params
 from models.sharding import STORE, make_mesh
@@ -97,6 +99,34 @@ def test_the_frozen_table_is_held_once_and_in_the_dtype_of_activations(config):
         assert reference.per_layer.table is base.per_layer.table is sampled.per_layer.table
     frozen = base.per_layer.table.size
     assert resident_bytes(prepared.model, "bfloat16", prepared.update) == 2 * frozen + 18 * (count - frozen)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_what_is_frozen_is_narrowed_leaf_by_leaf_while_it_is_read(config, monkeypatch, rank):
+    """A model of which one device can hold the narrow form loads there; the digest is that of the wide form."""
+    with devices(1):
+        prepared = grpo.runs.setup.prepare(replace(config, lora_rank=rank, dtype="bfloat16"))
+    wide, held = [], {id(array) for array in jax.live_arrays()}
+    real_digest = grpo.runs.checkpoint.leaf_words
+
+    def spy(leaf):
+        known = [array for array in jax.live_arrays() if id(array) not in held and array.dtype == "float32" and array.ndim > 1]
+        wide.append((leaf.size, sum(array.size for array in known)))
+        return real_digest(leaf)
+
+    with jax.set_mesh(prepared.mesh):
+        monkeypatch.setattr(grpo.runs.checkpoint, "leaf_words", spy)
+        narrow, fingerprint = grpo.runs.setup.load_base(prepared)
+        monkeypatch.undo()
+        weights = prepared.base.load(prepared.mesh, STORE, "float32")
+    assert fingerprint == digest(weights) == read_digest(open_weights(config.model_path, prepared.model), prepared.model)
+    sizes = [leaf.size for leaf in jax.tree.leaves(weights)]
+    assert [size for size, _ in wide] == sorted(sizes, reverse=True)
+    if rank:
+        assert all(found <= size for size, found in wide), "only the leaf that is being read is wide"
+    table = narrow.per_layer.table
+    assert table.dtype == "bfloat16" and narrow.per_layer.projection.dtype == ("bfloat16" if rank else "float32")
+    jax.tree.map(lambda kept, leaf: np.testing.assert_array_equal(kept, leaf.astype(kept.dtype)), narrow, weights)
 
 
 @pytest.mark.parametrize("change", [{}, pytest.param({"lora_rank": 2, "lora_alpha": 4.0}, marks=pytest.mark.long)])

@@ -129,9 +129,10 @@ def test_a_step_is_a_page():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "grpo").glob("*.py")), ids=name_of)
 def test_the_algorithm_knows_nothing_of_runs_and_reports(path):
-    """But for `notebook.load`, which prepares a run as train.py does."""
+    """But for `notebook.load`, which prepares a run and loads its weights as train.py does."""
     above = {name for name in imports(path) if name.startswith(("grpo.runs", "grpo.reports"))}
-    assert above == ({"grpo.runs.setup", "grpo.runs.setup.prepare"} if path.name == "notebook.py" else set())
+    allowed = {"grpo.runs.setup"} | {f"grpo.runs.setup.{name}" for name in ("prepare", "load_base")}
+    assert above == (allowed if path.name == "notebook.py" else set())
 
 
 def test_reports_know_no_jax_and_no_runs():

@@ -30,8 +30,8 @@ from jax.sharding import Mesh, NamedSharding
 from grpo.errors import RunError
 from grpo.runs.distributed import all_processes, broadcast_from_main, is_main_process
 from models.formats.adapters import LoadedAdapters
-from models.formats.convert import Reader, layers_of, leaf_names
-from models.gemma import GemmaConfig, Params, axes, leaf_name, leaf_shape
+from models.formats.convert import Keep, Reader, as_it_is, layers_of, leaf_names, load_leaves
+from models.gemma import GemmaConfig, Params, leaf_name, leaf_shape
 from models.lora import Adapter
 from models.sharding import Rules, spec
 
@@ -238,13 +238,12 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def read_params(folder: Path, config: GemmaConfig, mesh: Mesh, rules: Rules, dtype: str) -> Params:
-    """The trained parameters of a checkpoint, cast to `dtype`, sharded by `rules`. Raises RunError."""
+def read_params(folder: Path, config: GemmaConfig, mesh: Mesh, rules: Rules, dtype: str, keep: Keep = as_it_is) -> Params:
+    """The trained parameters of a checkpoint, cast to `dtype`, sharded by `rules`; see `load_leaves`. Raises RunError."""
     expected = read_meta(folder)["digests"]
 
-    def read(path: Any, letters: str) -> Array:
-        name = "params." + leaf_name(path)
-        shape = leaf_shape(leaf_name(path), letters, config)
+    def read(leaf_of: str, letters: str) -> Array:
+        name, shape = f"params.{leaf_of}", leaf_shape(leaf_of, letters, config)
         try:
             stored = open_leaf(folder, name)
             if stored.shape != shape:
@@ -258,7 +257,7 @@ def read_params(folder: Path, config: GemmaConfig, mesh: Mesh, rules: Rules, dty
         return leaf.astype(dtype)
 
     with jax.set_mesh(mesh):
-        return jax.tree_util.tree_map_with_path(read, axes(config))
+        return load_leaves(read, config, keep)
 
 
 def open_params(folder: Path, config: GemmaConfig) -> Reader:
@@ -358,6 +357,18 @@ def differing(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
 def digest(tree: Any) -> str:
     """One digest of a tree of arrays, their names, shapes and dtypes: 16 hex digits."""
     return digest_of(digests(tree), [f"{leaf.shape} {leaf.dtype}" for leaf in jax.tree.leaves(tree)])
+
+
+def load_digested(load: Callable[[Keep], Params], config: GemmaConfig, keep: Keep) -> tuple[Params, str]:
+    """`load(keep)`, and the `digest` of the leaves before anything is done to them."""
+    found: dict[str, tuple[str, str]] = {}
+
+    def digest_first(name: str, leaf: Array) -> Array:
+        found[name] = hexadecimal(np.asarray(leaf_words(leaf))), f"{leaf.shape} {leaf.dtype}"
+        return keep(name, leaf)
+
+    params, names = load(digest_first), leaf_names(config)
+    return params, digest_of({name: found[name][0] for name in names}, [found[name][1] for name in names])
 
 
 def read_digest(read: Reader, config: GemmaConfig) -> str:

@@ -33,14 +33,15 @@ from models.formats.convert import Reader, load_params, open_weights, place_para
 from models.formats.save import config_json, write_json
 from models.gemma import GemmaConfig, Params, shapes
 from models.lora import PROJECTIONS, Adapter, adapter_axes, attach
-from models.sharding import ROLLOUT, Rules, spec
+from models.sharding import ROLLOUT, spec
 
-TABLE = "per_layer.table"
 # The files of a model folder other than its weights.
 DESCRIPTION = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+
+TABLE = "per_layer.table"  # a Gemma 4's table of per-layer embeddings, frozen by default
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Model:
     found: str  # a description for the user
     folder: Path  # of the tokenizer, and of config.json if there is one
     config: GemmaConfig
-    load: Callable[[Mesh, Rules, str], Params]  # reads the weights, each leaf cast to a dtype and laid out; adapters merged
+    load: Callable[..., Params]  # (mesh, rules, dtype[, keep]) reads the weights as `load_params` does; adapters merged
     open: Callable[[], Reader] | None = None  # reads them leaf by leaf, on the host; adapters merged
     run_dir: Path | None = None  # the run that made it, when it is a checkpoint
     meta: dict[str, Any] = field(default_factory=dict)  # the meta of that checkpoint
@@ -150,8 +151,8 @@ def with_adapters(path: Path, found: str, under: Model, adapters: Callable[[], L
         assert under.open
         return adapters().on(under.open(), under.config)
 
-    def load(mesh: Mesh, rules: Rules, dtype: str) -> Params:
-        return place_params(open_merged(), under.config, mesh, rules, dtype)
+    def load(*placement: Any) -> Params:
+        return place_params(open_merged(), under.config, *placement)
 
     return Model(
         path, f"{found} on {under.found}", under.folder, under.config, load, open_merged, under=under, adapters=adapters,
@@ -189,7 +190,7 @@ def find_checkpoint(folder: Path, run_dir: Path, base_path: str | Path, adapter_
             raise ConfigError(f"{run_dir} has no {TABLE}, which is that of the model in {base_path}; give --base_path DIR")
         under = trained_from()
         read = partial(open_with_table, under, folder, meta, config)
-        load = lambda mesh, rules, dtype: place_params(read(), config, mesh, rules, dtype)  # noqa: E731
+        load = lambda *placement: place_params(read(), config, *placement)  # noqa: E731
     return Model(folder, found, described, config, load, read, run_dir, meta, trained_from=trained_from)
 
 

@@ -3,10 +3,12 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+from jax import Array
 from jax.sharding import Mesh
 
 from data import DataError
@@ -17,18 +19,19 @@ from data.prompts import drop_long
 from data.tokenizer import Tokenizer, load_tokenizer
 from grpo.config import Config
 from grpo.errors import ConfigError
+from grpo.runs.checkpoint import load_digested
 from grpo.runs.distributed import check_same, is_main_process
 from grpo.runs.grading import make_grader
-from grpo.runs.model_source import DESCRIPTION, Model, find_model
+from grpo.runs.model_source import DESCRIPTION, TABLE, Model, find_model
 from grpo.runs.reward_worker import UserRewards, find_functions, reward_fingerprint
 from grpo.runs.trackers import check_installed
 from grpo.session import Session, plan_sessions
 from grpo.step import Run
-from grpo.update import UpdateConfig
+from grpo.update import UpdateConfig, freezes_table, narrow
 from models import ModelError
-from models.gemma import ExecutionConfig, GemmaConfig
+from models.gemma import ExecutionConfig, GemmaConfig, Params
 from models.lora import adapter_shapes
-from models.sharding import ROLLOUT, TRAIN, activation_dtype, check_divides, make_mesh
+from models.sharding import ROLLOUT, STORE, TRAIN, activation_dtype, check_divides, make_mesh
 
 P = TypeVar("P")
 
@@ -88,6 +91,20 @@ def prepare(config: Config, demonstrated: bool = False) -> Setup:
         base=base, eval_problems=eval_problems, eval_ids=eval_ids, dropped=dropped, rewards=rewards,
         chosen=chosen,
     )  # fmt: skip
+
+
+def load_base(run: Setup) -> tuple[Params, str]:
+    """The weights before the first step, and their digest in float32.
+
+    What is not trained is narrowed to the dtype of activations as soon as it is read: a base that just fits beside its adapters
+    would not fit in float32.
+    """
+
+    def keep(leaf: str, array: Array) -> Array:
+        frozen = run.config.lora_rank or (leaf == TABLE and freezes_table(run.model, run.update))
+        return narrow(array, run.train.dtype) if frozen else array
+
+    return load_digested(partial(run.base.load, run.mesh, STORE, "float32"), run.model, keep)
 
 
 def prepare_alike(config: Any, prepare: Callable[[], P], identity: Callable[[P], dict[str, str]]) -> P:

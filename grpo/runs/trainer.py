@@ -22,7 +22,7 @@ from grpo.runs.metrics import CompileCounter, JsonLines, completion_records, ste
 from grpo.runs.model_source import copy_description
 from grpo.runs.resume import Lineage, find_start, rate_change, restore_session_start
 from grpo.runs.run_dir import open_run_dir
-from grpo.runs.setup import Setup, identity_of, prepare, prepare_alike
+from grpo.runs.setup import Setup, identity_of, load_base, prepare, prepare_alike
 from grpo.runs.token_trace import groups_due, token_records
 from grpo.runs.trackers import Trackers
 from grpo.session import Session
@@ -39,7 +39,7 @@ from grpo.update import (
     starting_point,
 )
 from models.gemma import Params
-from models.sharding import STORE, abstract_like
+from models.sharding import abstract_like
 
 
 def train(config: Config, kind: "type[Trainer] | None" = None) -> dict[str, Any]:
@@ -101,8 +101,8 @@ class Trainer:
         self.progress = self.progress_kind(run.steps)
         self.checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints, config.async_save)
 
-        weights = load_base(run)
-        files = {"model": digest(weights), "tokenizer": run.tokenizer.fingerprint, "reward": run.rewards.fingerprint}
+        weights, fingerprint = load_base(run)
+        files = {"model": fingerprint, "tokenizer": run.tokenizer.fingerprint, "reward": run.rewards.fingerprint}
         self.lineage = Lineage(run, folder, broadcast_from_main(files))
         trained, self.base = starting_point(weights, run.model, run.train.dtype, config.seed, run.update)
         del weights
@@ -339,8 +339,3 @@ class Trainer:
             "recompilations": self.recompilations,
             "params_digest": digest(self.state.params),
         }
-
-
-def load_base(run: Setup) -> Params:
-    """The weights before the first step."""
-    return run.base.load(run.mesh, STORE, "float32")

@@ -4,6 +4,7 @@ weight_names.py maps the names of weights. Each device reads its own slices wher
 host memory besides what the devices hold. Not supported: pickled checkpoints (`.bin`, `.pth`), which could run code.
 """
 
+import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -242,6 +243,7 @@ def finite(weight: np.ndarray, path: Path, name: str) -> np.ndarray:
     return weight
 
 
+Keep = Callable[[str, jax.Array], jax.Array]  # (leaf, its array) -> what is kept of it
 Reader = Callable[[str, int, Any], np.ndarray]  # (leaf, layer, index) -> the slice `index` of one layer's weight, in our layout
 
 
@@ -259,16 +261,21 @@ def open_weights(path: str | Path, config: GemmaConfig) -> Reader:
     return read
 
 
-def load_params(path: str | Path, config: GemmaConfig, mesh: Mesh, rules: Rules, dtype: str = "float32") -> Params:
-    """The weights at `path`, sharded over `mesh` by `rules` and cast to `dtype`. Raises ModelError."""
-    return place_params(open_weights(path, config), config, mesh, rules, dtype)
+def as_it_is(leaf: str, array: jax.Array) -> jax.Array:
+    return array
 
 
-def place_params(read: Reader, config: GemmaConfig, mesh: Mesh, rules: Rules, dtype: str) -> Params:
+def load_params(
+    path: str | Path, config: GemmaConfig, mesh: Mesh, rules: Rules, dtype: str = "float32", keep: Keep = as_it_is
+) -> Params:
+    """The weights at `path`, sharded over `mesh` by `rules` and cast to `dtype`; see `load_leaves`. Raises ModelError."""
+    return place_params(open_weights(path, config), config, mesh, rules, dtype, keep)
+
+
+def place_params(read: Reader, config: GemmaConfig, mesh: Mesh, rules: Rules, dtype: str, keep: Keep = as_it_is) -> Params:
     """The weights that `read` reads, sharded over `mesh` by `rules` and cast to `dtype`; each device reads its own slices."""
 
-    def load(path: Any, letters: str) -> jax.Array:
-        leaf = leaf_name(path)
+    def load(leaf: str, letters: str) -> jax.Array:
         shape, layers = leaf_shape(leaf, letters, config), layers_of(leaf, config)
 
         def slice_of(index: Any) -> np.ndarray:
@@ -282,4 +289,14 @@ def place_params(read: Reader, config: GemmaConfig, mesh: Mesh, rules: Rules, dt
 
         return jax.make_array_from_callback(shape, NamedSharding(mesh, spec(letters, rules)), slice_of)
 
-    return jax.tree_util.tree_map_with_path(load, axes(config))
+    return load_leaves(load, config, keep)
+
+
+def load_leaves(load: Callable[[str, str], jax.Array], config: GemmaConfig, keep: Keep) -> Params:
+    """The tree of `load(leaf, letters)`, of which `keep(leaf, array)` is kept. The largest leaf comes first: if `keep` narrows,
+    the wide form of one leaf at a time is in memory, and that of the largest while no other is there."""
+    flat, tree = jax.tree_util.tree_flatten_with_path(axes(config))
+    letters = {leaf_name(path): letters for path, letters in flat}
+    sizes = {leaf: math.prod(leaf_shape(leaf, letters[leaf], config)) for leaf in letters}
+    kept = {leaf: keep(leaf, load(leaf, letters[leaf])) for leaf in sorted(letters, key=sizes.__getitem__, reverse=True)}
+    return jax.tree.unflatten(tree, [kept[leaf] for leaf in letters])
