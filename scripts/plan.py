@@ -8,10 +8,9 @@
 
 Takes the command line of train.py and reads no weights, data or tokenizer. Compiling for a TPU slice needs libtpu, which any
 machine can install: pip install -e ".[tpu]"; compiling for a GPU needs ".[cuda]", but neither GPU nor driver. `local` means the
-devices of this machine. Prints a line for each program, then
-one line of JSON. Memory, collectives and copies are the compiler's figures. `bound` is that of models/bounds/roofline.py, with
-full prompts and completions of full or natural (`--mean_length`) length, packed as in training: no run is faster. Evaluation is
-not planned.
+devices of this machine. Compiling takes minutes. Prints a line for each program, then one line of JSON. Memory, collectives and
+copies are the compiler's figures. `bound` is that of models/bounds/roofline.py, with full prompts and completions of full or
+natural (`--mean_length`) length, packed as in training: no run is faster. Evaluation is not planned.
 
 For a TPU slice an estimate follows. `cycles` are those that the compiler expects of each instruction, times the trips of loops;
 `dma` are asynchronous copies at the bandwidth of HBM; `ici` is what is received, at the rate of the links. `from` takes all
@@ -583,6 +582,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     with jax.set_mesh(plan.mesh):
         for name, program in programs(plan).items():
+            print(f"compiling   {name}", file=sys.stderr, flush=True)
             figures[name] = examine(program, plan)
         for name, bound in bounds(plan).items():
             if name in figures:

@@ -36,6 +36,7 @@ PACKAGES = ("grpo", "models", "data")
 SOURCES = [path for package in (*PACKAGES, "scripts") for path in sorted((ROOT / package).rglob("*.py"))]
 SOURCE = "\n".join(path.read_text() for path in SOURCES)
 
+FENCE = re.compile(r"^```(\w*)$", re.MULTILINE)
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^)#]*)(?:#([^)]*))?\)")
@@ -64,6 +65,12 @@ FILES = {path.name for path in [*SOURCES, *ROOT.glob("tests/*.py")]}.union(*(fil
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 texts = pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=lambda page: page.name)
+
+
+@pages
+def test_every_block_is_closed(page):
+    fences = [match[1] for match in FENCE.finditer(page.read_text("utf-8"))]
+    assert len(fences) % 2 == 0 and not any(fences[1::2])
 
 
 @pages
