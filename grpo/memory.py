@@ -30,19 +30,20 @@ def count(tree: Any) -> int:
 
 
 def choose_remat(
-    execution: ExecutionConfig, model: GemmaConfig, batch: Batch, config: UpdateConfig, devices: int, memory: float
+    execution: ExecutionConfig, model: GemmaConfig, batch: Batch, config: UpdateConfig, mesh: Mesh, memory: float
 ) -> ExecutionConfig:
     """Replaces remat `auto` by `dots` (keep the results of products and attention) where `memory` allows it; else by `full`.
 
     `memory` is bytes a device. Counts the resident bytes and what `dots` keeps for each slot of the packed rows, and leaves a
-    fifth of the memory free.
+    fifth of the memory free. GPUs below compute capability 8 compute, and keep, bfloat16 in float32.
     """
     if execution.remat != "auto":
         return execution
     slots = (batch.prompts.size + batch.packed.tokens.size) / config.microbatches
     numbers = sum(kind.num_layers * kept_by_layer(kind) for kind in model.kinds.values())
-    kept = slots * numbers * jnp.dtype(execution.dtype).itemsize
-    needed = (resident_bytes(model, execution.dtype, config) + kept) / devices
+    old_gpu = float(getattr(mesh.devices.flat[0], "compute_capability", 8)) < 8
+    kept = slots * numbers * (4 if old_gpu else jnp.dtype(execution.dtype).itemsize)
+    needed = (resident_bytes(model, execution.dtype, config) + kept) / mesh.size
     return replace(execution, remat="dots" if needed < 0.8 * memory else "full")
 
 

@@ -93,7 +93,7 @@ def add_logprobs(batch: Batch, weights: Params, reference: Params | None, run: R
 def update(state: TrainState, batch: Batch, rates: list[float], run: Run, base: Params | None = None) -> tuple:
     """One optimizer update for each of `rates`: the state after them; statistics and per-token terms of the last one."""
     stats, terms = {}, {}
-    execution = choose_remat(run.train, run.model, batch, run.update, run.mesh.size, device_memory(run.mesh))
+    execution = choose_remat(run.train, run.model, batch, run.update, run.mesh, device_memory(run.mesh))
     for rate in rates:
         state, stats, terms = train_step(state, batch, rate, run.model, execution, run.update, base)
     return state, stats, terms

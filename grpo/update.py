@@ -21,16 +21,7 @@ from jax.typing import ArrayLike
 
 from grpo.batch import Batch, split, unsplit
 from grpo.loss import dapo_weights, dr_grpo_weights, grpo_loss, grpo_weights
-from models.gemma import (
-    Adapted,
-    ExecutionConfig,
-    GemmaConfig,
-    Params,
-    axes,
-    forward_group,
-    split_table,
-    token_logprobs,
-)
+from models.gemma import Adapted, ExecutionConfig, GemmaConfig, Params, axes, forward_group, split_table, token_logprobs
 from models.lora import Adapters, adapter_axes, attach, attached, init_adapters
 from models.sharding import STORE, MeshJit
 

@@ -28,7 +28,7 @@ MODELS: dict[str, GemmaConfig] = {
     "gemma3-4b":  gemma3_large(34, 2560, 8, 4, 256, 10_240, 262_208, 256**-0.5, local(34, 6)),
     "gemma4-e2b":       gemma4(35, 1536, 8, 1, 256,  6_144, 262_144, 1.0, local(35, 5), shared_layers=20, shared_mlp_dim=12288),
     "gemma4-e4b":       gemma4(42, 2560, 8, 2, 256, 10_240, 262_144, 1.0, local(42, 6), shared_layers=18),
-    "gemma4-12b": gemma4_large(48, 3840,16, 8, 256, 15_360, 262_144, 1.0, local(48, 6)),
+    "gemma4-12b": gemma4_large(48, 3840, 16, 8, 256, 15_360, 262_144, 1.0, local(48, 6)),
     "gemma2-6m":        gemma2( 4,  256, 4, 2,  64,  1_024,   8_192,  64**-0.5, local(4, 2)),  # for any machine
 }
 # The embedded model, whose config.json is read without transformers.

@@ -232,7 +232,7 @@ def training(plan: Plan) -> ExecutionConfig:
     config = plan.config
     memory = device_memory(plan.mesh) if config.topology == "local" else plan.memory
     execution = ExecutionConfig(TRAIN, plan.dtype, config.remat, config.unroll)
-    return choose_remat(execution, plan.model, abstract_batch(plan), plan.update, plan.mesh.size, memory)
+    return choose_remat(execution, plan.model, abstract_batch(plan), plan.update, plan.mesh, memory)
 
 
 def programs(plan: Plan) -> dict[str, Program]:

@@ -130,14 +130,29 @@ def batch_of(prompt_slots: int, packed_slots: int) -> Batch:
     return Batch(np.zeros((prompt_slots, 1)), nothing, packed, nothing, nothing, nothing)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("microbatches", "devices", "width"), [(1, 1, 4), (2, 1, 4), (1, 8, 2), (4, 8, 4)])
-def test_auto_keeps_products_where_four_fifths_of_the_memory_hold_them(microbatches, devices, width):
-    """A slot keeps, a layer: q 8, k 4, v 4, mixed values 8, the outputs of attention and MLP 8 each, gate and up 16 each."""
+def mesh_of(size: int, **device: Any) -> Any:
+    """Only its size and its first device are read."""
+    return SimpleNamespace(size=size, devices=np.array([SimpleNamespace(**device)]))
+
+
+@pytest.mark.parametrize(
+    ("microbatches", "devices", "width", "device"),
+    [
+        (1, 1, 4, {}), (2, 1, 4, {}), (1, 8, 2, {}), (4, 8, 4, {}),
+        (1, 1, 2, {"compute_capability": "8.9"}), (1, 2, 2, {"compute_capability": "7.5"}),
+    ],
+)  # fmt: skip
+def test_auto_keeps_products_where_four_fifths_of_the_memory_hold_them(microbatches, devices, width, device):
+    """A slot keeps, a layer: q 8, k 4, v 4, mixed values 8, the outputs of attention and MLP 8 each, gate and up 16 each.
+
+    A T4 (compute capability 7.5) has no units for bfloat16, and keeps float32.
+    """
     model, config = replace(MODEL, num_layers=3, local_layers=(False,) * 3), replace(UPDATE, microbatches=microbatches)
     execution = ExecutionConfig(remat="auto", dtype={4: "float32", 2: "bfloat16"}[width])
-    kept = (24 + 40) / microbatches * 3 * (8 + 4 + 4 + 8 + 2 * 8 + 2 * 16) * width
+    computed = 4 if device.get("compute_capability") == "7.5" else width
+    kept = (24 + 40) / microbatches * 3 * (8 + 4 + 4 + 8 + 2 * 8 + 2 * 16) * computed
     needed = (resident_bytes(model, execution.dtype, config) + kept) / devices
-    arguments = execution, model, batch_of(24, 40), config, devices
+    arguments = execution, model, batch_of(24, 40), config, mesh_of(devices, **device)
     assert choose_remat(*arguments, needed / 0.8 * 1.001) == replace(execution, remat="dots")
     assert choose_remat(*arguments, needed / 0.8 * 0.999) == replace(execution, remat="full")
     assert choose_remat(*arguments, 0) == replace(execution, remat="full")
@@ -146,8 +161,8 @@ def test_auto_keeps_products_where_four_fifths_of_the_memory_hold_them(microbatc
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_a_rematerialisation_that_is_asked_for_stays(remat):
     execution = ExecutionConfig(remat=remat)
-    assert choose_remat(execution, MODEL, batch_of(1, 1), UPDATE, 1, 0) == execution
-    assert choose_remat(execution, MODEL, batch_of(1, 1), UPDATE, 1, 1e12) == execution
+    assert choose_remat(execution, MODEL, batch_of(1, 1), UPDATE, mesh_of(1), 0) == execution
+    assert choose_remat(execution, MODEL, batch_of(1, 1), UPDATE, mesh_of(1), 1e12) == execution
 
 
 @pytest.mark.parametrize(("rank", "devices", "copies"), [(0, 1, 2), (0, 4, 2), (2, 1, 1), (2, 4, 2)])
@@ -162,8 +177,7 @@ def test_a_gpu_decodes_unrolled_where_nine_tenths_of_its_memory_hold_another_cop
     execution = ExecutionConfig(dtype="bfloat16")
 
     def chosen(platform: str, memory: float) -> bool:
-        mesh: Any = SimpleNamespace(size=devices, devices=np.array([SimpleNamespace(platform=platform)]))
-        return unroll_on_gpu(execution, MODEL, config, mesh, memory).unroll
+        return unroll_on_gpu(execution, MODEL, config, mesh_of(devices, platform=platform), memory).unroll
 
     assert chosen("gpu", needed / 0.9 * 1.001) and not chosen("gpu", needed / 0.9 * 0.999)
     assert not chosen("tpu", 1e12) and not chosen("cpu", 0)
