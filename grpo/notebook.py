@@ -57,7 +57,7 @@ def load(preset: str = "tiny", **settings: Any) -> Policy:
         raise ConfigError(f"preset {preset!r} is unknown: one of {', '.join(PRESETS)}")
     run = prepare(replace(PRESETS[preset], **({"data": "arithmetic"} | settings)))
     with jax.set_mesh(run.mesh):
-        weights, _ = load_base(run)
+        weights = load_base(run)
         trained, base = starting_point(weights, run.model, run.train.dtype, run.config.seed, run.update)
         reference = reference_of(trained, base, run.train.dtype, run.update) if run.config.beta else None
         return Policy(run, init_state(trained, run.update), base, reference)

@@ -129,7 +129,7 @@ def test_fault_27_links(config, model, capsys):
     with devices(1):
         prepared = grpo.runs.setup.prepare(replace(config, model_path=str(model)))
     with jax.set_mesh(prepared.mesh):
-        grpo.runs.trainer.load_base(prepared)[0]
+        grpo.runs.trainer.load_base(prepared)
     for target in ("gone", WHOLE):
         (model / WHOLE).unlink()
         (model / WHOLE).symlink_to(target)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import grpo.runs.setup
 from grpo.config import Config
 from grpo.errors import ConfigError
 from grpo.memory import resident_bytes
-from grpo.runs.checkpoint import digest, read_digest
+from grpo.runs.checkpoint import digest, load_digested, read_digest
 from grpo.runs.model_source import find_model
 from grpo.update import reference_of, sampling_params, starting_point
 from models.formats.convert import open_weights, read_config
@@ -116,7 +117,7 @@ def test_what_is_frozen_is_narrowed_leaf_by_leaf_while_it_is_read(config, monkey
 
     with jax.set_mesh(prepared.mesh):
         monkeypatch.setattr(grpo.runs.checkpoint, "leaf_words", spy)
-        narrow, fingerprint = grpo.runs.setup.load_base(prepared)
+        narrow, fingerprint = load_digested(partial(grpo.runs.setup.load_base, prepared), prepared.model)
         monkeypatch.undo()
         weights = prepared.base.load(prepared.mesh, STORE, "float32")
     assert fingerprint == digest(weights) == read_digest(open_weights(config.model_path, prepared.model), prepared.model)

@@ -177,7 +177,7 @@ def test_an_evaluation_does_not_depend_on_the_batch_it_is_computed_in(config, fi
         with devices(1):
             run = grpo.runs.setup.prepare(replace(config, prompts_per_step=prompts, group_size=group))
         with jax.set_mesh(run.mesh):
-            params = grpo.update.sampling_params(grpo.runs.trainer.load_base(run)[0], run.model, run.sample)
+            params = grpo.update.sampling_params(grpo.runs.trainer.load_base(run), run.model, run.sample)
             figures = grpo.runs.trainer.evaluate(params, run.eval_problems, run.eval_ids, run)
         assert figures == finished.files["evaluations.jsonl"][0]["accuracy"]
 

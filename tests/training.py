@@ -143,7 +143,7 @@ def final_state(config: Config) -> grpo.update.TrainState:
 
 def initial(run: grpo.runs.setup.Setup) -> grpo.update.TrainState:
     """The state before the first step."""
-    return grpo.update.init_state(grpo.runs.trainer.load_base(run)[0], run.update)
+    return grpo.update.init_state(grpo.runs.trainer.load_base(run), run.update)
 
 
 def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -322,7 +322,7 @@ def way(config: Config, finished: Finished) -> float:
     with devices(1):
         prepared = grpo.runs.setup.prepare(config)
     with jax.set_mesh(prepared.mesh):
-        start = jax.device_get(grpo.runs.trainer.load_base(prepared)[0])
+        start = jax.device_get(grpo.runs.trainer.load_base(prepared))
     return distance(finished.state.params, start)
 
 

@@ -359,15 +359,15 @@ def digest(tree: Any) -> str:
     return digest_of(digests(tree), [f"{leaf.shape} {leaf.dtype}" for leaf in jax.tree.leaves(tree)])
 
 
-def load_digested(load: Callable[[Keep], Params], config: GemmaConfig, keep: Keep) -> tuple[Params, str]:
-    """`load(keep)`, and the `digest` of the leaves before anything is done to them."""
+def load_digested(load: Callable[[Keep], Params], config: GemmaConfig) -> tuple[Params, str]:
+    """What `load(keep)` loads, and the `digest` of the leaves that it shows to `keep`."""
     found: dict[str, tuple[str, str]] = {}
 
-    def digest_first(name: str, leaf: Array) -> Array:
+    def keep(name: str, leaf: Array) -> Array:
         found[name] = hexadecimal(np.asarray(leaf_words(leaf))), f"{leaf.shape} {leaf.dtype}"
-        return keep(name, leaf)
+        return leaf
 
-    params, names = load(digest_first), leaf_names(config)
+    params, names = load(keep), leaf_names(config)
     return params, digest_of({name: found[name][0] for name in names}, [found[name][1] for name in names])
 
 

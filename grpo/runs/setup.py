@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +18,6 @@ from data.prompts import drop_long
 from data.tokenizer import Tokenizer, load_tokenizer
 from grpo.config import Config
 from grpo.errors import ConfigError
-from grpo.runs.checkpoint import load_digested
 from grpo.runs.distributed import check_same, is_main_process
 from grpo.runs.grading import make_grader
 from grpo.runs.model_source import DESCRIPTION, TABLE, Model, find_model
@@ -29,6 +27,7 @@ from grpo.session import Session, plan_sessions
 from grpo.step import Run
 from grpo.update import UpdateConfig, freezes_table, narrow
 from models import ModelError
+from models.formats.convert import Keep, as_it_is
 from models.gemma import ExecutionConfig, GemmaConfig, Params
 from models.lora import adapter_shapes
 from models.sharding import ROLLOUT, STORE, TRAIN, activation_dtype, check_divides, make_mesh
@@ -93,18 +92,19 @@ def prepare(config: Config, demonstrated: bool = False) -> Setup:
     )  # fmt: skip
 
 
-def load_base(run: Setup) -> tuple[Params, str]:
-    """The weights before the first step, and their digest in float32.
+def load_base(run: Setup, keep: Keep = as_it_is) -> Params:
+    """The weights before the first step; `keep` gets each leaf in float32.
 
     What is not trained is narrowed to the dtype of activations as soon as it is read: a base that just fits beside its adapters
     would not fit in float32.
     """
 
-    def keep(leaf: str, array: Array) -> Array:
+    def narrow_frozen(leaf: str, array: Array) -> Array:
         frozen = run.config.lora_rank or (leaf == TABLE and freezes_table(run.model, run.update))
+        array = keep(leaf, array)
         return narrow(array, run.train.dtype) if frozen else array
 
-    return load_digested(partial(run.base.load, run.mesh, STORE, "float32"), run.model, keep)
+    return run.base.load(run.mesh, STORE, "float32", narrow_frozen)
 
 
 def prepare_alike(config: Any, prepare: Callable[[], P], identity: Callable[[P], dict[str, str]]) -> P:

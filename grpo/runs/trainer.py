@@ -13,7 +13,7 @@ import jax
 from grpo.config import Config
 from grpo.errors import RunError
 from grpo.runs.alarms import alarms, diagnose, zero_variance_steps
-from grpo.runs.checkpoint import Checkpoints, digest
+from grpo.runs.checkpoint import Checkpoints, digest, load_digested
 from grpo.runs.console import Progress, closing_table, describe_plan, sampling_bias
 from grpo.runs.distributed import broadcast_from_main, is_main_process, join, print_main
 from grpo.runs.evaluate import evaluate
@@ -101,7 +101,7 @@ class Trainer:
         self.progress = self.progress_kind(run.steps)
         self.checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints, config.async_save)
 
-        weights, fingerprint = load_base(run)
+        weights, fingerprint = load_digested(partial(load_base, run), run.model)
         files = {"model": fingerprint, "tokenizer": run.tokenizer.fingerprint, "reward": run.rewards.fingerprint}
         self.lineage = Lineage(run, folder, broadcast_from_main(files))
         trained, self.base = starting_point(weights, run.model, run.train.dtype, config.seed, run.update)

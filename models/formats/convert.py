@@ -295,8 +295,8 @@ def place_params(read: Reader, config: GemmaConfig, mesh: Mesh, rules: Rules, dt
 def load_leaves(load: Callable[[str, str], jax.Array], config: GemmaConfig, keep: Keep) -> Params:
     """The tree of `load(leaf, letters)`, of which `keep(leaf, array)` is kept. The largest leaf comes first: if `keep` narrows,
     the wide form of one leaf at a time is in memory, and that of the largest while no other is there."""
-    flat, tree = jax.tree_util.tree_flatten_with_path(axes(config))
-    letters = {leaf_name(path): letters for path, letters in flat}
+    leaves, tree = jax.tree.flatten(axes(config))
+    letters = dict(zip(leaf_names(config), leaves, strict=True))
     sizes = {leaf: math.prod(leaf_shape(leaf, letters[leaf], config)) for leaf in letters}
     kept = {leaf: keep(leaf, load(leaf, letters[leaf])) for leaf in sorted(letters, key=sizes.__getitem__, reverse=True)}
     return jax.tree.unflatten(tree, [kept[leaf] for leaf in letters])
