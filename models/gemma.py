@@ -845,10 +845,12 @@ def forward_cached(
     """One token per row.  B, B1, scalar, (LQKPH, QP), (LBKCH, BC) -> BD, cache
 
     Their keys and values go to slot count % C of the cache, where its `positions` are theirs already. Layers, prefix and cache
-    are stacked on L, or all three are unrolled (`unroll`, `unroll_kv`).
+    are stacked on L, or all three are unrolled (`unroll`, `unroll_kv`). From a stacked cache attention reads the fewest of
+    `read_widths` slots that hold everything written: one branch for each width, because a shape cannot depend on `count`.
     """
     table = lax.optimization_barrier(rope_table(positions, config))  # otherwise XLA on CPU recomputes the sines for each head
     apart = isinstance(params.layers, tuple)
+    most = None if apart else max(each.shape[1] for each in jax.tree.leaves(cache.positions))
 
     def step(kind, local, carry, index, w, token, _):
         x, all_k, all_v = carry
@@ -858,17 +860,41 @@ def forward_cached(
         if k is not None:
             all_k = write_slot(all_k, local, index, jnp.moveaxis(k, 1, 3 if apart else 2), slot, axis=3 if apart else 2)
             all_v = write_slot(all_v, local, index, jnp.moveaxis(v, 1, 2), slot, axis=2)
-        keys = [by_type(k, local)[index] for k in (prefix.k, all_k)]
-        values = [by_type(v, local)[index] for v in (prefix.v, all_v)]
-        keys = keys if apart else [jnp.swapaxes(k, 2, 3) for k in keys]
-        pieces = [KV(keys[0], values[0], prefix.positions), KV(keys[1], values[1], own_positions)]
-        mixed = attend(q, pieces, positions, layer_window(local, kind), kind, execution.at)
+
+        def mix(width):
+            pieces = [
+                read_slots(prefix.k, prefix.v, prefix.positions, local, index, prefix.positions.shape[1]),
+                read_slots(all_k, all_v, own_positions, local, index, width),
+            ]
+            return attend(q, pieces, positions, layer_window(local, kind), kind, execution.at)
+
+        widths = read_widths(own_positions.shape[1], most)
+        mixed = lax.switch(jnp.minimum(count // widths[0], len(widths) - 1), [partial(mix, width) for width in widths])
         return (attention_out_and_mlp(x, w, mixed, token, kind, execution), all_k, all_v), None
 
     x = embed(params, tokens[:, None], config, execution)
     per_layer = embed_per_layer(params, tokens[:, None], x, config, execution)
     (x, k, v), _ = scan_layers(step, (x, cache.k, cache.v), params.layers, per_layer, config, execution, learning=False)
     return rms_norm(x[:, 0], params.final_norm, config), KV(k, v, cache.positions)
+
+
+def read_widths(slots: int, most: int | None = None) -> list[int]:
+    """How many slots of a cache, counted from its first, attention may read: multiples of 128, and all of them.
+
+    At most eight for the largest cache, which has `most` slots; None: all slots only.
+    """
+    size = slots if most is None else 128 * -(-most // 1024)
+    return [*range(size, slots, size), slots]
+
+
+def read_slots(k: Any, v: Any, positions: Array, local: Any, index: Any, width: int) -> KV:
+    """The first `width` slots of one layer's keys and values, of which unrolled layers have no more."""
+    k, v = by_type(k, local), by_type(v, local)
+    if isinstance(k, tuple):
+        return KV(k[index], v[index], positions)
+    _, B, K, _, H = k.shape
+    k, v = (lax.dynamic_slice(each, (index, 0, 0, 0, 0), (1, B, K, width, H))[0] for each in (k, v))
+    return KV(jnp.swapaxes(k, 2, 3), v, positions[:, :width])
 
 
 def write_slot(cache: Any, local: Any, index: Any, new: Array, slot: Array, axis: int) -> Any:

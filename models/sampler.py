@@ -133,14 +133,17 @@ def decode(
 ) -> Samples:
     """Draw up to `limits` <= C tokens in each row, and end as soon as every row has stopped.  B keys, B, B -> Samples
 
-    Row b continues prompt b // (B / Q). Attention reads all slots of the cache, filled or not. So decoding starts with half of
-    the C slots, and continues with all of them when these are full.
+    Row b continues prompt b // (B / Q). With unrolled layers attention reads all slots of the cache, filled or not. So decoding
+    starts with half of the C slots then, and continues with all of them when these are full.
     """
-    params, half = unroll(params, config, execution), replace(sampling, width=-(-sampling.width // 2))
-    state = init_decode_state(prefilled, keys, temperature, limits, config, execution, half)
-    keep = rows_after_halving(state, sampling)
-    state, count = decode_until(params, state, 0, keep, config, execution, half, max_count=half.width)
-    return decode_compacting(params, grow_slots(state, sampling.width, config, execution), count, config, execution, sampling)
+    params = unroll(params, config, execution)
+    first = replace(sampling, width=-(-sampling.width // 2)) if execution.unroll else sampling
+    state, count = init_decode_state(prefilled, keys, temperature, limits, config, execution, first), jnp.int32(0)
+    if execution.unroll:
+        keep = rows_after_halving(state, sampling)
+        state, count = decode_until(params, state, count, keep, config, execution, first, max_count=first.width)
+        state = grow_slots(state, sampling.width, config, execution)
+    return decode_compacting(params, state, count, config, execution, sampling)
 
 
 def init_decode_state(

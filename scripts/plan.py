@@ -58,7 +58,7 @@ from models.bounds import hlo, roofline
 from models.bounds.gpu import GPUS, described_gpus
 from models.bounds.roofline import GIB, Chip, find_chip
 from models.formats.convert import read_config
-from models.gemma import ExecutionConfig, GemmaConfig, Params, axes, shapes, split_table
+from models.gemma import FAR, ExecutionConfig, GemmaConfig, Params, axes, read_widths, shapes, split_table
 from models.lora import adapter_axes, adapter_shapes, count_adapters
 from models.presets import MODELS
 from models.sampler import Sampling, decode, prefill, row_keys
@@ -322,7 +322,7 @@ def examine(program: Program, plan: Plan) -> dict[str, Any]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return {"peak_gib": None, "beside_gib": beside / GIB, "error": str(error).splitlines()[0]}
-    module = hlo.parse(built.as_text())
+    module = replace(hlo.parse(built.as_text()), branch=FAR)  # attention reads the whole cache
     open_loops = hlo.open_loops(module)
     trips = [(loop.condition, loop.body) for loop in open_loops] or [(module.entry,)]
     weights = weight_shapes(plan, program.adapters)
@@ -374,36 +374,49 @@ def estimate(module: hlo.Module, loops: list[hlo.Loop], plan: Plan) -> dict[str,
     chip, config = plan.chip, plan.config
     if chip is None or chip.clock is None or not hlo.costs(module):
         return {}
-    sizes = decode_loops(row_limits(config, 0), plan.mesh.size, config.max_new_tokens, config.halvings) if loops else []
+    lengths = row_limits(config, 0)
+    sizes = decode_loops(lengths, plan.mesh.size, config.max_new_tokens, config.halvings, config.unroll) if loops else []
     if len(sizes) != len(loops):
         return {}
-    steps = [size["steps"] for size in sizes]
-    counted = replace(module, trips={loop.body: trips for loop, trips in zip(loops, steps, strict=True)})
-    outside = Estimate.of(replace(module, trips=dict.fromkeys(counted.trips, 0)), chip)
-    whole, figures = outside, asdict(outside)
+    rest = replace(module, trips={loop.body: 0 for loop in loops})
+    whole, counted = Estimate.of(rest, chip), [(hlo.costs(rest), 1)]
+    figures: dict[str, Any] = asdict(whole)
     if loops:
-        found = [Estimate.of(module, chip, loop.condition, loop.body) for loop in loops]
-        inside = sum((each * trips for each, trips in zip(found, steps, strict=True)), Estimate())
-        whole, figures = outside + inside, asdict(inside * (1 / sum(steps)))
-        figures["loops"] = [size | asdict(each) for size, each in zip(sizes, found, strict=True)]
-        figures["outside_loops"] = asdict(outside)
+        figures["loops"], inside = [], Estimate()
+        for loop, stages in zip(loops, sizes, strict=True):
+            for branch, stage in enumerate(stages):
+                chosen, steps = replace(module, branch=branch), stage["steps"]
+                each = Estimate.of(chosen, chip, loop.condition, loop.body)
+                figures["loops"].append(stage | asdict(each))
+                counted.append((hlo.costs(chosen, loop.condition, loop.body), steps))
+                inside += each * steps
+        total = sum(steps for _, steps in counted[1:])
+        figures |= asdict(inside * (1 / total)) | {"outside_loops": asdict(whole)}
+        whole += inside
     if config.costliest:
         figures["costliest"] = costliest(counted, chip, config.costliest)
     return figures | {"estimate_ms": [whole.from_ms, whole.to_ms]}
 
 
-def decode_loops(lengths: np.ndarray, devices: int, width: int, halvings: int) -> list[dict[str, int]]:
-    """Each loop of models.sampler.decode: rows a device, slots of the cache, and the steps of rows that end at `lengths` B."""
-    rows, count, slots, found = len(lengths) // devices, 0, -(-width // 2), []
+def decode_loops(lengths: np.ndarray, devices: int, width: int, halvings: int, unroll: bool) -> list[list[dict[str, int]]]:
+    """Each loop of models.sampler.decode, of rows that end at `lengths` B, as its stages, of which each reads more of the cache.
+
+    A stage has rows a device, the slots that attention reads, and steps; its number is that of the branch that runs.
+    """
+    rows, count, slots, found = len(lengths) // devices, 0, -(-width // 2) if unroll else width, []
     longest = -np.sort(-lengths.reshape(devices, rows))  # the rows of each device, the longest first
     while rows:
         keep = rows // 2 if halvings and rows % 2 == 0 else 0
-        end = int(longest[:, keep].max())  # no device has more than `keep` rows alive
-        if slots < width or not found:
-            found.append({"rows": rows, "slots": slots, "steps": min(end, slots)})
-            count, slots = found[-1]["steps"], width
-        found.append({"rows": rows, "slots": width, "steps": max(end - count, 0)})
-        rows, halvings, count = keep, halvings - 1, max(end, count)
+        end = max(int(longest[:, keep].max()), count)  # no device has more than `keep` rows alive
+        if unroll and not found:
+            count = min(end, slots)
+            found.append([{"rows": rows, "slots": slots, "steps": count}])
+        starts = [0, *read_widths(width, None if unroll else width)]
+        stages = zip(starts[1:], starts[:-1], [*starts[1:-1], FAR], strict=True)
+        found.append(
+            [{"rows": rows, "slots": read, "steps": max(min(end, stop) - max(count, start), 0)} for read, start, stop in stages]
+        )
+        rows, halvings, count = keep, halvings - 1, end
     return found
 
 
@@ -412,13 +425,16 @@ def shape_text(shapes: tuple[hlo.Shape, ...]) -> str:
     return " ".join(f"{shape.dtype}{list(shape.dims)}".replace(" ", "") for shape in shapes)
 
 
-def costliest(module: hlo.Module, chip: Chip, count: int) -> list[dict[str, Any]]:
-    """The instructions with the most estimated cycles in a whole program; those of one source and shape are taken together."""
+def costliest(parts: list[tuple[list[hlo.Cost], int]], chip: Chip, count: int) -> list[dict[str, Any]]:
+    """The instructions with the most estimated cycles in a whole program: its parts, and how often each runs.
+
+    Those of one source and shape are taken together.
+    """
     cycles, times = Counter(), Counter()
-    for cost in hlo.costs(module):
-        shape = shape_text(cost.operation.shapes)
-        cycles[cost.label, shape] += cost.cycles * cost.times
-        times[cost.label, shape] += cost.times
+    for cost, runs in ((cost, runs) for costs, runs in parts for cost in costs):
+        key = cost.label, shape_text(cost.operation.shapes)
+        cycles[key] += cost.cycles * cost.times * runs
+        times[key] += cost.times * runs
     assert chip.clock
     total = max(cycles.total(), 1)
     return [
@@ -564,7 +580,7 @@ def estimates(figures: dict[str, Any]) -> list[str]:
         lines.append(f"{'program':31}{'bound':>8}{'cycles':>8}{'dma':>8}{'ici':>8}{'from':>8}{'to':>8}")
     for name, row in known.items():
         lines.append(line(name, row, row.get("bound_ms_per_step", row["bound_ms"])))
-        for loop in row.get("loops", []):
+        for loop in (loop for loop in row.get("loops", []) if loop["steps"]):
             lines.append(line(f"  {loop['rows']} rows, {loop['slots']} slots, {loop['steps']} steps", loop))
         if "outside_loops" in row:
             lines.append(line("  once, outside the loops", row["outside_loops"]))

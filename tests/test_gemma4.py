@@ -4,6 +4,7 @@ Each public report of a broken Gemma 4 has a test that names it.
 """
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -132,9 +133,9 @@ PROMPT_LENGTHS = np.array([13, 3, 10])
 PROMPTS = np.random.default_rng(5).integers(3, 64, (Q, P)) * (np.arange(P) < PROMPT_LENGTHS[:, None])
 
 
-def drawn(config: GemmaConfig, params: Params, execution: ExecutionConfig) -> Any:
+def drawn(config: GemmaConfig, params: Params, execution: ExecutionConfig, width: int = C) -> Any:
     args = jnp.asarray(PROMPTS), jnp.asarray(PROMPT_LENGTHS), row_keys(0, 0, jnp.arange(B)), jnp.ones(B)
-    return jax.tree.map(np.asarray, sample(params, *args, config, execution, Sampling(C, ())))
+    return jax.tree.map(np.asarray, sample(params, *args, config, execution, Sampling(width, ())))
 
 
 @NAMES
@@ -156,6 +157,16 @@ def test_cached_decoding_equals_the_full_pass_and_the_trainer(model, name, unrol
     for b, end in enumerate(ends):
         written_out = logprobs[end - C - 1 : end - 1][np.arange(C), samples.tokens[b]]
         np.testing.assert_allclose(samples.logprobs[b], written_out, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gemma4-e2b", pytest.param("gemma4-12b", marks=LONG)])
+def test_attention_reads_what_is_written_of_both_kinds_of_caches(model, name):
+    """150 slots of the local layers and 260 of the global ones; unrolled layers read all of them."""
+    config, params, _ = model(REFERENCES / name)
+    config = replace(config, sliding_window=150)
+    loop, unrolled = (drawn(config, params, ExecutionConfig(ROLLOUT, unroll=unroll), 260) for unroll in (False, True))
+    np.testing.assert_array_equal(loop.tokens, unrolled.tokens)
+    np.testing.assert_allclose(loop.logprobs, unrolled.logprobs, rtol=0, atol=1e-5)
 
 
 def trainer_logprobs(params, prompts, lengths, tokens, config, chunk):

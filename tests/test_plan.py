@@ -97,29 +97,43 @@ def test_with_lora_the_gradients_that_move_and_the_state_that_rests_are_the_adap
 
 
 def loop_sizes(*arguments) -> list[tuple[int, ...]]:
-    return [tuple(size.values()) for size in plan.decode_loops(*arguments)]
+    return [tuple(stage.values()) for stages in plan.decode_loops(*arguments) for stage in stages]
 
 
 def test_the_steps_of_each_loop_of_decoding_are_those_of_the_rows_alive():
     """By hand: a loop ends when no device has more rows alive than the next loop holds, or when its slots are full."""
     lengths = np.array([3, 9, 6, 2, 5, 5, 4, 6])  # of two devices, four rows each
-    assert loop_sizes(lengths, 2, 10, 2) == [(4, 5, 5), (4, 10, 0), (2, 10, 1), (1, 10, 3)]
-    assert loop_sizes(lengths, 2, 10, 0) == [(4, 5, 5), (4, 10, 4)]
-    assert loop_sizes(lengths, 2, 20, 1) == [(4, 10, 5), (4, 20, 0), (2, 20, 4)]
-    assert loop_sizes(np.full(8, 11), 2, 11, 3) == [(4, 6, 6), (4, 11, 5), (2, 11, 0), (1, 11, 0)]
-    assert loop_sizes(np.full(6, 2), 2, 3, 2) == [(3, 2, 2), (3, 3, 0)]  # three rows do not halve
+    assert loop_sizes(lengths, 2, 10, 2, False) == [(4, 10, 5), (2, 10, 1), (1, 10, 3)]
+    assert loop_sizes(lengths, 2, 10, 2, True) == [(4, 5, 5), (4, 10, 0), (2, 10, 1), (1, 10, 3)]
+    assert loop_sizes(lengths, 2, 10, 0, True) == [(4, 5, 5), (4, 10, 4)]
+    assert loop_sizes(lengths, 2, 20, 1, True) == [(4, 10, 5), (4, 20, 0), (2, 20, 4)]
+    assert loop_sizes(np.full(8, 11), 2, 11, 3, True) == [(4, 6, 6), (4, 11, 5), (2, 11, 0), (1, 11, 0)]
+    assert loop_sizes(np.full(6, 2), 2, 3, 2, True) == [(3, 2, 2), (3, 3, 0)]  # three rows do not halve
+
+
+def test_a_stage_of_a_loop_reads_the_slots_that_are_written():
+    """By hand: step i needs i + 1 slots, of which attention reads multiples of 128, or of 256 where there are more than 1,024."""
+    lengths = np.array([100, 300, 140, 129])  # of two devices, two rows each
+    first = [(2, 128, 128), (2, 256, 1), (2, 384, 0), (2, 400, 0)]
+    assert loop_sizes(lengths, 2, 400, 1, False) == first + [(1, 128, 0), (1, 256, 127), (1, 384, 44), (1, 400, 0)]
+    assert [stage[1:] for stage in loop_sizes(np.array([700]), 1, 1100, 0, False)] == [
+        (256, 256), (512, 256), (768, 188), (1024, 0), (1100, 0)
+    ]  # fmt: skip
 
 
 @pytest.mark.long
-def test_the_loops_are_those_that_the_sampler_compiles(small):
+@pytest.mark.parametrize("unroll", [False, True])
+def test_the_loops_are_those_that_the_sampler_compiles(small, unroll):
     """Their number, and the rows and slots of each: the shapes of its tokens."""
-    config = replace(parsed("tiny", *SMALL), group_size=4, max_new_tokens=6, halvings=2)
+    config = replace(parsed("tiny", *SMALL), group_size=4, max_new_tokens=6, halvings=2, unroll=unroll)
     made = plan.make_plan(config)
     with jax.set_mesh(made.mesh):
         module = hlo.parse(plan.programs(made)["decode"].lower().compile().as_text())
     loops = hlo.outermost(module, hlo.open_loops(module))
-    sizes = plan.decode_loops(plan.row_limits(config, 0), made.mesh.size, config.max_new_tokens, config.halvings)
-    assert [(size["rows"], size["slots"]) for size in sizes] == [(4, 3), (4, 6), (2, 6), (1, 6)] and len(loops) == len(sizes)
+    sizes = plan.decode_loops(plan.row_limits(config, 0), made.mesh.size, config.max_new_tokens, config.halvings, unroll)
+    sizes = [stage for (stage,) in sizes]
+    assert [(size["rows"], size["slots"]) for size in sizes] == [(4, 3)] * unroll + [(4, 6), (2, 6), (1, 6)]
+    assert len(loops) == len(sizes)
     for loop, size in zip(loops, sizes, strict=True):
         (carry,) = (op for op in module.computations[loop.body].values() if op.kind == "parameter")
         assert hlo.Shape("s32", (size["rows"], size["slots"])) in carry.shapes
@@ -141,7 +155,8 @@ def test_an_estimate_is_the_compilers_cycles_copies_and_traffic_at_the_rates_of_
 
 
 def test_of_decoding_a_mean_step_each_loop_and_what_is_outside_are_estimated():
-    made = plan.make_plan(replace(parsed("tiny", *SMALL), max_new_tokens=14, group_size=3))  # three rows a device: two loops
+    sizes = dict(max_new_tokens=14, group_size=3, unroll=True)  # three rows a device: two loops
+    made = plan.make_plan(replace(parsed("tiny", *SMALL), **sizes))
     module = hlo.parse(CYCLES.replace("direction=LT", "direction=NE"))
     chip = replace(CHIPS["v5e"], clock=1e6, bandwidth=1e30, link=1e30)
     (loop,) = hlo.outermost(module, hlo.open_loops(module))

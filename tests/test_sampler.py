@@ -1,6 +1,7 @@
 """Laws of models/sampler.py: decoding is the full forward pass, draws follow the softmax, a row is its own."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from make_references import REFERENCES, pad
 
+import models.gemma
 import models.sampler
 from grpo.runs.metrics import CompileCounter
 from models.formats.convert import load_params, read_config
@@ -20,9 +22,11 @@ from models.gemma import (
     GemmaConfig,
     Params,
     axes,
+    empty_kv,
     forward,
     forward_group,
     init_params,
+    read_widths,
     token_logprobs,
     vocab_logits,
 )
@@ -224,14 +228,55 @@ def test_the_loop_ends_as_soon_as_all_rows_have_stopped(model, endless, monkeypa
 
 
 @pytest.mark.long
-def test_a_step_reads_half_of_the_slots_while_they_hold_all_tokens(model, monkeypatch):
+def test_a_step_of_unrolled_layers_reads_half_of_the_slots_while_they_hold_all_tokens(model, monkeypatch):
     steps = watch_steps(monkeypatch, slots=True)
     for unroll in (False, True):
         for width, stages in ((1, [1]), (2, [1, 2]), (7, [4, 7]), (16, [8, 16])):
             run(model, width=width, execution=replace(COMPUTE, unroll=unroll))
             jax.effects_barrier()
-            assert sorted(steps) == [(step, min(size for size in stages if step < size)) for step in range(width)]
+            read = [min(size for size in stages if step < size) if unroll else width for step in range(width)]
+            assert sorted(steps) == list(enumerate(read))
             steps.clear()
+
+
+@pytest.mark.parametrize(
+    ("slots", "most", "widths"),
+    [
+        (1, 1, [1]), (128, 128, [128]), (129, 129, [128, 129]), (768, 768, [128, 256, 384, 512, 640, 768]),
+        (1024, 1024, [*range(128, 1025, 128)]), (1100, 1100, [256, 512, 768, 1024, 1100]), (512, 1100, [256, 512]),
+        (100, 1100, [100]), (768, None, [768]),
+    ],
+)  # fmt: skip
+def test_attention_reads_multiples_of_128_slots(slots, most, widths):
+    assert read_widths(slots, most) == widths and len(widths) <= 8
+
+
+def test_a_step_of_stacked_layers_reads_the_slots_that_are_written(model, monkeypatch):
+    """The cache beyond them may hold anything, even NaN; and the samples are those of unrolled layers, which read all slots."""
+    width, read = 260, []
+    read_slots = models.gemma.read_slots
+
+    def watched(k, v, positions, local, index, width):
+        jax.debug.callback(lambda layer: read.append((int(layer), width)), index)
+        return read_slots(k, v, positions, local, index, width)
+
+    def spoilt(rows, width, config, execution):
+        kv = empty_kv(rows, width, config, execution)
+        return jax.tree.map(lambda x: jnp.where(jnp.arange(width)[:, None] < 256, x, jnp.nan), kv.replace(positions=None)).replace(
+            positions=kv.positions
+        )
+
+    unrolled = run(model, width=width, execution=replace(COMPUTE, unroll=True))
+    expect_equal(run(model, width=width), unrolled)
+    monkeypatch.setattr(models.gemma, "read_slots", watched)
+    monkeypatch.setattr(models.sampler, "empty_kv", spoilt)
+    jax.clear_caches()
+    samples = run(model, width=width, limits=np.full(B, 256))
+    jax.effects_barrier()
+    own = Counter(slots for layer, slots in read if layer == 0 and slots != P)
+    assert own == {128: 128, 256: 128}
+    np.testing.assert_array_equal(samples.tokens[:, :256], unrolled.tokens[:, :256])
+    jax.clear_caches()
 
 
 # The batch halves as rows stop.

@@ -82,6 +82,7 @@ class Module:
     devices: int
     aliases: dict[tuple[int, ...], int]  # output -> the parameter whose memory it reuses
     trips: Mapping[str, int] = field(default_factory=dict)  # of open loops by their body, where the caller knows them
+    branch: int | None = None  # the one that runs of each switch, or its last one if it has fewer; None: all of them
 
 
 @dataclass(frozen=True)
@@ -176,8 +177,11 @@ def operations(module: Module, computation: str, times: int = 1) -> Iterator[tup
             loop = as_loop(module, computation, operation)
             for part in (loop.condition, loop.body):
                 yield from operations(module, part, times * (1 if loop.trips is None else loop.trips))
-        for called in operation.calls:
-            yield from operations(module, called, times)
+        called = operation.calls
+        if operation.kind == "conditional" and module.branch is not None:
+            called = called[: module.branch + 1][-1:]
+        for part in called:
+            yield from operations(module, part, times)
 
 
 def loops(module: Module, computation: str | None = None) -> list[Loop]:
