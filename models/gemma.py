@@ -28,7 +28,7 @@ sound, experts, dropout, biases.
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -243,7 +243,7 @@ class KV:
     v: Any  # BKSH
     positions: Any  # BS
     segments: Any = None  # BS, when a row holds several texts that must not attend to each other
-    readers: Any = None  # BT, then the segment that each query reads
+    readers: Any = None  # tuple of BT, then the segments that each query reads
 
 
 def axes(config: GemmaConfig) -> Params:
@@ -490,8 +490,8 @@ def attention_scores(
     age = positions[..., None] - kv.positions[:, None, None]  # QGTS
     visible = (age >= 0) & (age < window)
     if kv.segments is not None:
-        readers = lax.reshape(kv.readers, (Q, G, T), out_sharding=at("QGT"))
-        visible &= readers[..., None] == kv.segments[:, None, None]
+        readers = [lax.reshape(each, (Q, G, T, 1), out_sharding=at("QGT.")) for each in kv.readers]
+        visible &= reduce(jnp.logical_or, [each == kv.segments[:, None, None] for each in readers])
     return scores, visible[:, None, :, :, None]
 
 
@@ -795,20 +795,30 @@ def forward_group(
     starts = repeat(lengths, B // Q, at)
     positions = starts + jnp.arange(C) if positions is None else positions
     prompt_positions = lax.reshape(prompt_slots(lengths, P // n), (Q, P), out_sharding=at("QP"))
-    which = None if n == 1 else jax.sharding.reshard(jnp.broadcast_to(jnp.arange(P) // (P // n), (Q, P)), at("QP"))
     table = rope_table(join_rows(prompt_positions, positions, at), config)
+    # Each row attends to a copy of its prompts and to itself, as to one text. Segments -1, -2, ... are the prompts.
+    seen_positions = jnp.concatenate([repeat(prompt_positions, B // Q, at), jax.sharding.reshard(positions, at("BC"))], axis=1)
+    prompt_segments = seen_segments = readers = None
+    if segments is not None:
+        prompt_segments = jax.sharding.reshard(-1 - jnp.broadcast_to(jnp.arange(P) // (P // n), (Q, P)), at("QP"))
+        segments = jax.sharding.reshard(segments, at("BC"))
+        seen_segments = jnp.concatenate([repeat(prompt_segments, B // Q, at), segments], axis=1)
+        readers = segments, -1 - (jnp.zeros_like(segments) if owners is None else owners)
 
     def step(kind, local, x, _, w, token, shared):
         q, k, v = attention_inputs(x, w, table[local], kind, execution)
         if k is None:
             k, v = shared
         window = layer_window(local, kind)
-        prompt = KV(jnp.moveaxis(k[:, :P], 1, 3), jnp.moveaxis(v[:, :P], 1, 2), prompt_positions, which, which)
+        k_prompt, v_prompt = jnp.moveaxis(k[:, :P], 1, 3), jnp.moveaxis(v[:, :P], 1, 2)
         q_own, k_own, v_own = (split_rows(side, P, B, at) for side in (q, k, v))
-        own = KV(jnp.moveaxis(k_own, 1, 3), jnp.moveaxis(v_own, 1, 2), positions, segments, segments)
+        k_seen = jnp.concatenate([repeat(k_prompt, B // Q, at), jnp.moveaxis(k_own, 1, 3)], axis=3)
+        v_seen = jnp.concatenate([repeat(v_prompt, B // Q, at), jnp.moveaxis(v_own, 1, 2)], axis=2)
+        prompt = KV(k_prompt, v_prompt, prompt_positions, prompt_segments, (prompt_segments,))
+        seen = KV(k_seen, v_seen, seen_positions, seen_segments, readers)
         mixed = join_rows(
             attend(q[:, :P], [prompt], prompt_positions, window, kind, at),
-            attend(q_own, [replace(prompt, readers=owners), own], positions, window, kind, at),
+            attend(q_own, [seen], positions, window, kind, at),
             at,
         )
         return attention_out_and_mlp(x, w, mixed, token, kind, execution), (k, v) if config.shared_layers else None

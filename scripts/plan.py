@@ -399,9 +399,9 @@ def estimate(module: hlo.Module, loops: list[hlo.Loop], plan: Plan) -> dict[str,
 
 
 def decode_loops(lengths: np.ndarray, devices: int, width: int, halvings: int, unroll: bool) -> list[list[dict[str, int]]]:
-    """Each loop of models.sampler.decode, of rows that end at `lengths` B, as its stages, of which each reads more of the cache.
+    """Each loop of models.sampler.decode, of rows that end at `lengths` B, as stages that read more and more of the cache.
 
-    A stage has rows a device, the slots that attention reads, and steps; its number is that of the branch that runs.
+    A stage has rows a device, the slots that attention reads, and steps; its place is that of the branch that runs.
     """
     rows, count, slots, found = len(lengths) // devices, 0, -(-width // 2) if unroll else width, []
     longest = -np.sort(-lengths.reshape(devices, rows))  # the rows of each device, the longest first

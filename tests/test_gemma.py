@@ -243,7 +243,7 @@ def test_attention_and_its_gradients_equal_those_of_one_softmax(cap):
 
     def ours(x):
         at, texts = jnp.asarray(own), jnp.asarray(segments)
-        pieces = [KV(x["k0"], x["v0"], jnp.asarray(prompt)), KV(x["k1"], x["v1"], at, texts, texts)]
+        pieces = [KV(x["k0"], x["v0"], jnp.asarray(prompt)), KV(x["k1"], x["v1"], at, texts, (texts,))]
         return (attend(x["q"], pieces, at, jnp.asarray(window), config, FLOAT32.at) * toward).sum()
 
     def plain(x):
