@@ -196,6 +196,16 @@ def test_copies_are_those_from_main_memory_to_main_memory():
     assert hlo.copies(module, "body", least=size + 1) == []
 
 
+def test_a_fusion_writes_all_of_its_results_and_an_asynchronous_copy_one():
+    """The result of `copy-start` names its operand too, and a flag."""
+    lines = (
+        "%both = (f32[64,32]{1,0}, f32[64,32]{1,0}) fusion(%x), kind=kLoop, calls=%moves",
+        "%start = (f32[64,32]{1,0}, f32[64,32]{1,0}, u32[]) copy-start(%x)",
+    )
+    both, start = (hlo.parse_operation(line) for line in lines)
+    assert both and start and hlo.copied_bytes([(both, 3), (start, 5)]) == (3 * 2 + 5) * 64 * 32 * FLOAT
+
+
 CYCLES = """HloModule jit_step, is_scheduled=true, num_partitions=8
 
 %inner (p: f32[8,128]) -> f32[8,128] {
@@ -272,6 +282,37 @@ def test_an_open_loop_runs_as_often_as_the_caller_says():
     assert total_cycles(module) == 1000 + 300
     assert total_cycles(replace(module, trips={"body": 7})) == 7 * 1000 + 300
     assert total_cycles(replace(hlo.parse(CYCLES), trips={"body": 7})) == 5 * 1000 + 300  # it counts its own trips
+
+
+SWITCH = """HloModule jit_step, is_scheduled=true, num_partitions=1
+
+%first (p: f32[8,128]) -> f32[8,128] {
+  %p = f32[8,128]{1,0} parameter(0)
+  ROOT %narrow = f32[8,128]{1,0} fusion(%p), kind=kLoop, calls=%sum, backend_config={"estimated_cycles":"100"}
+}
+
+%second (q: f32[8,128]) -> f32[8,128] {
+  %q = f32[8,128]{1,0} parameter(0)
+  ROOT %wide = f32[8,128]{1,0} fusion(%q), kind=kLoop, calls=%sum, backend_config={"estimated_cycles":"700"}
+}
+
+%sum (r: f32[8,128]) -> f32[8,128] {
+  %r = f32[8,128]{1,0} parameter(0)
+  ROOT %twice = f32[8,128]{1,0} add(%r, %r)
+}
+
+ENTRY %main (x: f32[8,128], i: s32[]) -> f32[8,128] {
+  %x = f32[8,128]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %chosen = f32[8,128]{1,0} conditional(%i, %x, %x), branch_computations={%first, %second}
+}
+"""
+
+
+def test_of_a_switch_the_branch_counts_that_the_caller_names():
+    module = hlo.parse(SWITCH)
+    found = {branch: total_cycles(replace(module, branch=branch)) for branch in (None, 0, 1, 2)}
+    assert found == {None: 800, 0: 100, 1: 700, 2: 700}  # it has two: a later one is its last
 
 
 def test_asynchronous_copies_count_once_into_vmem_and_twice_within_hbm():

@@ -331,7 +331,11 @@ def only_moves(module: Module, fusion: Operation) -> bool:
 
 def copied_bytes(found: list[tuple[Operation, int]]) -> int:
     """The bytes that copies write. The result of an asynchronous copy contains its operand too; only the larger counts."""
-    return sum(max(shape.bytes for shape in operation.shapes) * times for operation, times in found)
+    total = 0
+    for operation, times in found:
+        written = max if operation.kind.endswith("-start") else sum
+        total += written(shape.bytes for shape in operation.shapes) * times
+    return total
 
 
 @dataclass(frozen=True)
