@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from models.gemma import FAR, KV, ExecutionConfig, GemmaConfig, Params, unroll, unroll_kv
+from models.gemma import FAR, KV, ExecutionConfig, GemmaConfig, Params
+from models.kv_cache import unroll, unroll_kv
 from models.sampler import (
     DecodeState,
     PrefillResult,

@@ -15,7 +15,7 @@ Three forward passes share the two halves of a layer, `attention_inputs` and `at
 
     forward          whole sequences -> hidden states, and the keys and values of all layers  (prefill; the plain model)
     forward_group    each prompt once, with its G completions -> hidden states                (training, reference)
-    forward_cached   one token per row, against cached keys and values                        (decoding: reads all weights)
+    forward_cached   one token per row, against cached keys and values                        (decoding: kv_cache.py)
 
 Attention is masked by position: a query at position q sees a key at position k when 0 <= q - k < window. Padding has position
 FAR, in the future of every token, so it needs no mask of its own.
@@ -703,20 +703,6 @@ def reshape_first(x: Array, sizes: tuple[int, ...], count: int) -> Array:
     return lax.reshape(x, shape, out_sharding=placed.update(spec=(*(None,) * len(sizes), *placed.spec[count:])))
 
 
-def unroll(params: Params, config: GemmaConfig, execution: ExecutionConfig) -> Params:
-    """With `execution.unroll`, weights prepared for a decoding loop: a tuple of layers, and a transposed copy of the head."""
-    head = lax.optimization_barrier(params.embedding.T)
-    return replace(params, layers=unstack(params.layers, config, execution), head=head) if execution.unroll else params
-
-
-def unroll_kv(kv: KV, config: GemmaConfig, execution: ExecutionConfig) -> KV:
-    """The same for keys and values: LBKSH, LBKSH -> tuples of L times BKHS and L times BKSH, of layers that have any."""
-    if not execution.unroll:
-        return kv
-    k, v = (unstack(each, config, execution, config.own_layers) for each in (kv.k, kv.v))
-    return KV(tuple(jnp.swapaxes(each, 2, 3) for each in k), v, kv.positions)
-
-
 def unstack(tree: Any, config: GemmaConfig, execution: ExecutionConfig, count: int | None = None) -> Any:
     """With `execution.unroll`, a tree stacked on L, or a dict of those for each kind, as a tuple of (the first) L trees."""
     if isinstance(tree, tuple) or not execution.unroll:
@@ -726,25 +712,6 @@ def unstack(tree: Any, config: GemmaConfig, execution: ExecutionConfig, count: i
         place = kinds[:i].count(kind)
         found.append(jax.tree.map(itemgetter(place), tree[kind] if kind else tree))
     return tuple(found)
-
-
-def by_type(tree: Any, local: Any) -> Any:
-    """What holds for a local or for a global layer, of a dict with something for each (Gemma 4) or of one thing for both."""
-    return tree[TYPES[local]] if isinstance(tree, dict) else tree
-
-
-def empty_kv(rows: int, width: int, config: GemmaConfig, execution: ExecutionConfig) -> KV:
-    """Keys and values of `width` free slots in each row; in Gemma 4 local layers have none beyond their window."""
-    own = {name: kind for name, kind in config.kinds.items() if kind.own_layers}
-    slots = {name: min(width, kind.sliding_window) if name == "local" else width for name, kind in own.items()}
-
-    def zeros(name: str) -> Array:
-        shape = own[name].num_layers, rows, own[name].num_kv_heads, slots[name], own[name].head_dim
-        return jnp.zeros(shape, execution.dtype, out_sharding=execution.at("LBKCH"))
-
-    positions = {name: jnp.full((rows, count), FAR, out_sharding=execution.at("BC")) for name, count in slots.items()}
-    kv = {name: zeros(name) for name in own}
-    return KV(kv.get("", kv), kv.get("", kv), positions.get("", positions))
 
 
 def layer_window(local: Array, config: GemmaConfig) -> Array:  # 0 or 1 -> scalar
@@ -765,7 +732,7 @@ def forward(
         q, k, v = attention_inputs(x, w, table[local], kind, execution)
         if k is None:
             k, v = (jnp.swapaxes(each, 1, 2) for each in shared)
-        kv = KV(jnp.moveaxis(k, 1, 3), jnp.moveaxis(v, 1, 2), positions)
+        kv = with_kv(KV(None, None, positions), k, v)
         mixed = attend(q, [kv], positions, layer_window(local, kind), kind, execution.at)
         return attention_out_and_mlp(x, w, mixed, token, kind, execution), (jnp.swapaxes(kv.k, 2, 3), kv.v)
 
@@ -795,30 +762,27 @@ def forward_group(
     starts = repeat(lengths, B // Q, at)
     positions = starts + jnp.arange(C) if positions is None else positions
     prompt_positions = lax.reshape(prompt_slots(lengths, P // n), (Q, P), out_sharding=at("QP"))
+    segments, owners = (jnp.zeros_like(tokens) if x is None else x for x in (segments, owners))
     table = rope_table(join_rows(prompt_positions, positions, at), config)
-    # Each row attends to a copy of its prompts and to itself, as to one text. Segments -1, -2, ... are the prompts.
-    seen_positions = jnp.concatenate([repeat(prompt_positions, B // Q, at), jax.sharding.reshard(positions, at("BC"))], axis=1)
-    prompt_segments = seen_segments = readers = None
-    if segments is not None:
-        prompt_segments = jax.sharding.reshard(-1 - jnp.broadcast_to(jnp.arange(P) // (P // n), (Q, P)), at("QP"))
-        segments = jax.sharding.reshard(segments, at("BC"))
-        seen_segments = jnp.concatenate([repeat(prompt_segments, B // Q, at), segments], axis=1)
-        readers = segments, -1 - (jnp.zeros_like(segments) if owners is None else owners)
+
+    def with_prompts(of_prompts, own):  # QP..., BC... -> B, P + C, ...: a row attends to a copy of its prompts and to itself
+        own = jax.sharding.reshard(own, at("BC" + "." * (own.ndim - 2)))
+        return jnp.concatenate([repeat(of_prompts, B // Q, at), own], axis=1)
+
+    numbers = jax.sharding.reshard(-1 - jnp.broadcast_to(jnp.arange(P) // (P // n), (Q, P)), at("QP"))  # segments of prompts
+    prompt = KV(None, None, prompt_positions, numbers, (numbers,))
+    readers = segments, -1 - owners
+    row = KV(None, None, with_prompts(prompt_positions, positions), with_prompts(numbers, segments), readers)
 
     def step(kind, local, x, _, w, token, shared):
         q, k, v = attention_inputs(x, w, table[local], kind, execution)
         if k is None:
             k, v = shared
-        window = layer_window(local, kind)
-        k_prompt, v_prompt = jnp.moveaxis(k[:, :P], 1, 3), jnp.moveaxis(v[:, :P], 1, 2)
-        q_own, k_own, v_own = (split_rows(side, P, B, at) for side in (q, k, v))
-        k_seen = jnp.concatenate([repeat(k_prompt, B // Q, at), jnp.moveaxis(k_own, 1, 3)], axis=3)
-        v_seen = jnp.concatenate([repeat(v_prompt, B // Q, at), jnp.moveaxis(v_own, 1, 2)], axis=2)
-        prompt = KV(k_prompt, v_prompt, prompt_positions, prompt_segments, (prompt_segments,))
-        seen = KV(k_seen, v_seen, seen_positions, seen_segments, readers)
+        window, q_own = layer_window(local, kind), split_rows(q, P, B, at)
+        of_row = [with_prompts(side[:, :P], split_rows(side, P, B, at)) for side in (k, v)]
         mixed = join_rows(
-            attend(q[:, :P], [prompt], prompt_positions, window, kind, at),
-            attend(q_own, [seen], positions, window, kind, at),
+            attend(q[:, :P], [with_kv(prompt, k[:, :P], v[:, :P])], prompt_positions, window, kind, at),
+            attend(q_own, [with_kv(row, *of_row)], positions, window, kind, at),
             at,
         )
         return attention_out_and_mlp(x, w, mixed, token, kind, execution), (k, v) if config.shared_layers else None
@@ -830,9 +794,13 @@ def forward_group(
     before = jnp.roll(split_rows(x, P, B, at), 1, axis=1)
     for i in range(n):
         last = repeat(last_slot(x[:, i * P // n : (i + 1) * P // n], lengths[:, i]), B // Q, at)[:, None]
-        first = (positions == starts[:, i : i + 1]) & (True if owners is None else owners == i)
-        before = jnp.where(first[..., None], last, before)
+        before = jnp.where(((positions == starts[:, i : i + 1]) & (owners == i))[..., None], last, before)
     return rms_norm(before, params.final_norm, config)
+
+
+def with_kv(kv: KV, k: Array, v: Array) -> KV:  # BSKH, BSKH -> BKHS, BKSH
+    """The same slots with these keys and values."""
+    return replace(kv, k=jnp.moveaxis(k, 1, 3), v=jnp.moveaxis(v, 1, 2))
 
 
 def join_rows(prompts: Array, rows: Array, at) -> Array:
@@ -846,76 +814,6 @@ def split_rows(x: Array, P: int, B: int, at) -> Array:
     """The inverse of `join_rows`, without the prompts.  Q, P + (B/Q)C, ... -> BC..."""
     C = (x.shape[1] - P) * len(x) // B
     return lax.reshape(x[:, P:], (B, C, *x.shape[2:]), out_sharding=at("BC" + "." * (x.ndim - 2)))
-
-
-def forward_cached(
-    params: Params, tokens: Array, positions: Array, count: Array, prefix: KV, cache: KV, config: GemmaConfig,
-    execution: ExecutionConfig,
-) -> tuple[Array, KV]:  # fmt: skip
-    """One token per row.  B, B1, scalar, (LQKPH, QP), (LBKCH, BC) -> BD, cache
-
-    Their keys and values go to slot count % C of the cache, where its `positions` are theirs already. Layers, prefix and cache
-    are stacked on L, or all three are unrolled (`unroll`, `unroll_kv`). From a stacked cache attention reads the fewest of
-    `read_widths` slots that hold everything written: one branch for each width, because a shape cannot depend on `count`.
-    """
-    table = lax.optimization_barrier(rope_table(positions, config))  # otherwise XLA on CPU recomputes the sines for each head
-    apart = isinstance(params.layers, tuple)
-    most = None if apart else max(each.shape[1] for each in jax.tree.leaves(cache.positions))
-
-    def step(kind, local, carry, index, w, token, _):
-        x, all_k, all_v = carry
-        own_positions = by_type(cache.positions, local)
-        slot = count % own_positions.shape[1]
-        q, k, v = attention_inputs(x, w, table[local], kind, execution)
-        if k is not None:
-            all_k = write_slot(all_k, local, index, jnp.moveaxis(k, 1, 3 if apart else 2), slot, axis=3 if apart else 2)
-            all_v = write_slot(all_v, local, index, jnp.moveaxis(v, 1, 2), slot, axis=2)
-
-        def mix(width):
-            pieces = [
-                read_slots(prefix.k, prefix.v, prefix.positions, local, index, prefix.positions.shape[1]),
-                read_slots(all_k, all_v, own_positions, local, index, width),
-            ]
-            return attend(q, pieces, positions, layer_window(local, kind), kind, execution.at)
-
-        widths = read_widths(own_positions.shape[1], most)
-        mixed = lax.switch(jnp.minimum(count // widths[0], len(widths) - 1), [partial(mix, width) for width in widths])
-        return (attention_out_and_mlp(x, w, mixed, token, kind, execution), all_k, all_v), None
-
-    x = embed(params, tokens[:, None], config, execution)
-    per_layer = embed_per_layer(params, tokens[:, None], x, config, execution)
-    (x, k, v), _ = scan_layers(step, (x, cache.k, cache.v), params.layers, per_layer, config, execution, learning=False)
-    return rms_norm(x[:, 0], params.final_norm, config), KV(k, v, cache.positions)
-
-
-def read_widths(slots: int, most: int | None = None) -> list[int]:
-    """How many slots of a cache, counted from its first, attention may read: multiples of 128, and all of them.
-
-    At most eight for the largest cache, which has `most` slots; None: all slots only.
-    """
-    size = slots if most is None else 128 * -(-most // 1024)
-    return [*range(size, slots, size), slots]
-
-
-def read_slots(k: Any, v: Any, positions: Array, local: Any, index: Any, width: int) -> KV:
-    """The first `width` slots of one layer's keys and values, of which unrolled layers have no more."""
-    k, v = by_type(k, local), by_type(v, local)
-    if isinstance(k, tuple):
-        return KV(k[index], v[index], positions)
-    _, B, K, _, H = k.shape
-    k, v = (lax.dynamic_slice(each, (index, 0, 0, 0, 0), (1, B, K, width, H))[0] for each in (k, v))
-    return KV(jnp.swapaxes(k, 2, 3), v, positions[:, :width])
-
-
-def write_slot(cache: Any, local: Any, index: Any, new: Array, slot: Array, axis: int) -> Any:
-    """Write `new` into one slot of one layer's cache. -> the cache of all layers"""
-    where: list[Any] = [0, 0, 0, 0]
-    where[axis] = slot
-    if isinstance(cache, dict):
-        return cache | {TYPES[local]: write_slot(cache[TYPES[local]], local, index, new, slot, axis)}
-    if isinstance(cache, tuple):
-        return (*cache[:index], lax.dynamic_update_slice(cache[index], new, where), *cache[index + 1 :])
-    return lax.dynamic_update_slice(cache, new[None], (index, *where))
 
 
 def prompt_slots(lengths: Array, width: int) -> Array:  # Q -> QP

@@ -21,22 +21,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from models.gemma import (
-    FAR,
-    KV,
-    ExecutionConfig,
-    GemmaConfig,
-    Params,
-    empty_kv,
-    forward,
-    forward_cached,
-    last_slot,
-    prompt_slots,
-    repeat,
-    unroll,
-    unroll_kv,
-    vocab_logits,
-)
+from models.gemma import FAR, KV, ExecutionConfig, GemmaConfig, Params, forward, last_slot, prompt_slots, repeat, vocab_logits
+from models.kv_cache import empty_kv, forward_cached, unroll, unroll_kv
 from models.sharding import MeshJit
 
 

@@ -58,7 +58,8 @@ from models.bounds import hlo, roofline
 from models.bounds.gpu import GPUS, described_gpus
 from models.bounds.roofline import GIB, Chip, find_chip
 from models.formats.convert import read_config
-from models.gemma import FAR, ExecutionConfig, GemmaConfig, Params, axes, read_widths, shapes, split_table
+from models.gemma import FAR, ExecutionConfig, GemmaConfig, Params, axes, shapes, split_table
+from models.kv_cache import read_widths
 from models.lora import adapter_axes, adapter_shapes, count_adapters
 from models.presets import MODELS
 from models.sampler import Sampling, decode, prefill, row_keys

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from make_references import REFERENCES, pad
 
-import models.gemma
+import models.kv_cache
 import models.sampler
 from grpo.runs.metrics import CompileCounter
 from models.formats.convert import load_params, read_config
@@ -22,14 +22,13 @@ from models.gemma import (
     GemmaConfig,
     Params,
     axes,
-    empty_kv,
     forward,
     forward_group,
     init_params,
-    read_widths,
     token_logprobs,
     vocab_logits,
 )
+from models.kv_cache import empty_kv, read_widths
 from models.sampler import Samples, Sampling, decode, draw, keep_heaviest, prefill, row_keys, sample
 from models.sharding import ROLLOUT, STORE, make_mesh, to_devices
 
@@ -254,7 +253,7 @@ def test_attention_reads_multiples_of_128_slots(slots, most, widths):
 def test_a_step_of_stacked_layers_reads_the_slots_that_are_written(model, monkeypatch):
     """The cache beyond them may hold anything, even NaN; and the samples are those of unrolled layers, which read all slots."""
     width, read = 260, []
-    read_slots = models.gemma.read_slots
+    read_slots = models.kv_cache.read_slots
 
     def watched(k, v, positions, local, index, width):
         jax.debug.callback(lambda layer: read.append((int(layer), width)), index)
@@ -267,7 +266,7 @@ def test_a_step_of_stacked_layers_reads_the_slots_that_are_written(model, monkey
 
     unrolled = run(model, width=width, execution=replace(COMPUTE, unroll=True))
     expect_equal(run(model, width=width), unrolled)
-    monkeypatch.setattr(models.gemma, "read_slots", watched)
+    monkeypatch.setattr(models.kv_cache, "read_slots", watched)
     monkeypatch.setattr(models.sampler, "empty_kv", spoilt)
     jax.clear_caches()
     samples = run(model, width=width, limits=np.full(B, 256))
