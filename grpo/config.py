@@ -146,7 +146,7 @@ class Config:
     )  # fmt: skip
     mask_truncated: bool = flag(False, "leave completions that hit the length limit out of the loss", "loss")
     logprob_chunk: int = flag(
-        2048, "tokens, of all rows, whose vocabulary logits exist at a time in the update", "loss", above=0, free=True
+        1536, "tokens, of all rows, whose vocabulary logits exist at a time in the update", "loss", above=0, free=True
     )
     # optimizer
     learning_rate: float = flag(1e-6, "peak, after warm-up; a cosine takes it to a tenth", "optimizer", above=0)

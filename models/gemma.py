@@ -351,8 +351,8 @@ def product(
     """x @ weight in `dtype` (default: that of x), sharded as `out` (default: as XLA propagates it).  ...D, DF -> ...F
 
     The backward pass is written out for two reasons. It saves the weight as stored, and casts and gathers it again: no gathered
-    weight stays in memory. And it computes the weight's gradient as xᵀ·dy, reduced directly into the stored layout; automatic
-    differentiation computes dyᵀ·x, which transposes the larger of the two.
+    weight stays in memory. And it computes the weight's gradient as xᵀ·dy, reduced directly into the stored layout. Automatic
+    differentiation computes dyᵀ·x; on a CPU, which must transpose one of the two, one device transposes the smaller.
 
     The weight's gradient has the dtype of x until it has been summed over chips, so in bfloat16 it is rounded once a product
     and once a hop: 0.2% and, over eight chips, 0.4% of its size, beside the 1.5% that bfloat16 costs the whole gradient (four
@@ -370,7 +370,7 @@ def product(
         dy = dy.astype(x.dtype)
         dx = jnp.einsum("...F,DF->...D", dy, execution.use(weight, letters), out_sharding=jax.typeof(x).sharding)
         stored = jax.typeof(weight).sharding
-        if x.shape[-1] <= dy.shape[-1]:
+        if stored.mesh.size > 1 or x.shape[-1] <= dy.shape[-1]:
             dw = jnp.einsum("...D,...F->DF", x, dy, out_sharding=stored)
         else:
             dw = jnp.einsum("...F,...D->FD", dy, x, out_sharding=transposed(stored)).T
@@ -550,13 +550,27 @@ def attention_out_and_mlp(
     x = x + (rms_norm(h, w.post_attn_norm, config) if config.post_norms else h)
     h = rms_norm(x, w.pre_mlp_norm, config)
     h = jax.sharding.reshard(h, execution.at("MTd"))
-    h = jax.nn.gelu(linear(h, w.gate, "dF", execution), approximate=True) * linear(h, w.up, "dF", execution)
+    h = gated(linear(h, w.gate, "dF", execution), linear(h, w.up, "dF", execution))
     h = linear(h, w.down, "Fd", execution, out="BTd")
     x = x + (rms_norm(h, w.post_mlp_norm, config) if config.post_norms else h)
     if token is not None:
         h = jax.nn.gelu(linear(x, w.layer_gate, "DU", execution), approximate=True) * token
         x = x + rms_norm(linear(h, w.layer_out, "UD", execution), w.post_layer_norm, config)
     return x if w.scale is None else x * lax.stop_gradient(w.scale).astype(x.dtype)
+
+
+def gated(gate: Array, up: Array) -> Array:  # ...F, ...F -> ...F
+    """gelu(gate) * up. Both gradients are made together: apart, a TPU makes one in a pass of its own, not in the product."""
+
+    def activate(gate, up):
+        return jax.nn.gelu(gate, approximate=True) * up
+
+    apply = jax.custom_vjp(activate)
+    apply.defvjp(
+        lambda gate, up: (activate(gate, up), (gate, up)),
+        lambda kept, dy: lax.optimization_barrier(jax.vjp(activate, *kept)[1](dy)),
+    )
+    return apply(gate, up)
 
 
 def embed(params: Params, tokens: Array, config: GemmaConfig, execution: ExecutionConfig) -> Array:  # BT -> BTD
@@ -870,6 +884,14 @@ def pick_logprobs(logits: Array, tokens: Array, temperature: Array, cap: float |
     return apply(logits, tokens, temperature)
 
 
+def chunk_size(slots: int, most: int) -> int:
+    """The slots of a row that `token_logprobs` takes at a time: all, or a multiple of 8 (a TPU's tile) that pads few."""
+    count = -(-slots // most)
+    if count == 1 or most < 8:
+        return -(-slots // count)
+    return min(range(8 * (most // 8), most // 2, -8), key=lambda size: -(-slots // size) * size)
+
+
 def token_logprobs(
     params: Params,
     hidden: Array,
@@ -885,8 +907,8 @@ def token_logprobs(
     token in float32 for Gemma) never exist at once. With `chunk` >= C they do, and nothing is recomputed.
     """
     B, C, _ = hidden.shape
+    chunk = chunk_size(C, chunk)
     count = -(-C // chunk)
-    chunk = -(-C // count)
     padding = count * chunk - C
     cap = config.final_softcap
     if cap is not None:  # the bound is unknown inside a program that takes the temperature as an argument

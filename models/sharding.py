@@ -35,6 +35,11 @@ Axes = str | tuple[str, ...] | None
 # copies the whole stack of saved activations once per layer; a limit that no operand reaches avoids it.
 TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 2**20}
 
+# For the update on chips with 128 MiB of VMEM. One instruction may take 32 MiB of it (by default 16) and have several results:
+# fewer passes over activations, for half as much compiling again.
+UPDATE_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": 2**15, "xla_jf_enable_advanced_multi_output_fusion": True}
+LARGE_VMEM = ("TPU v5 lite", "TPU v6 lite")
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -117,19 +122,22 @@ def to_host(tree: Any) -> Any:
 class MeshJit:
     """`jax.jit`, with `TPU_OPTIONS` where the mesh of `jax.set_mesh` has TPUs, present or only described.
 
-    Inside another program it adds nothing: the outer one has the options.
+    `more` are options for chips with a large VMEM. Inside another program it adds nothing: the outer one has the options.
     """
 
-    def __init__(self, function: Callable, **how: Any):
+    def __init__(self, function: Callable, more: dict[str, Any] | None = None, **how: Any):
         update_wrapper(self, function)
         self.plain, self.tpu = jax.jit(function, **how), jax.jit(function, compiler_options=TPU_OPTIONS, **how)
+        self.large = jax.jit(function, compiler_options=TPU_OPTIONS | (more or {}), **how)
 
     def chosen(self) -> Any:
         try:
             mesh = jax.sharding.get_mesh()
         except ValueError:  # inside another program
             return self.plain
-        return self.plain if mesh.empty or mesh.devices.flat[0].platform != "tpu" else self.tpu
+        if mesh.empty or (chip := mesh.devices.flat[0]).platform != "tpu":
+            return self.plain
+        return self.large if chip.device_kind in LARGE_VMEM else self.tpu
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         return self.chosen()(*arguments, **named)

@@ -20,9 +20,11 @@ from models.gemma import (
     GemmaConfig,
     Params,
     attend,
+    chunk_size,
     embed,
     forward,
     forward_group,
+    gated,
     linear,
     pick_logprobs,
     shapes,
@@ -406,6 +408,33 @@ def test_all_logits_of_a_batch_never_exist_at_once(model):
             pieces = -(-C // chunk)
             rest = max(weight, pieces * -(-C // pieces) * B * config.embed_dim)  # the embedding, padded hidden states
             assert largest(chunk, transform) <= max(rest, B * chunk * config.vocab_size) < all_logits
+
+
+def test_chunks_of_the_vocabulary_are_aligned_and_pad_little():
+    assert chunk_size(896, 85) == 64  # 14 chunks without padding; 80 would pad 64 slots, and 82 is not aligned
+    assert chunk_size(900, 1000) == chunk_size(900, 900) == 900  # all at once
+    assert [chunk_size(16, most) for most in (1, 3, 5, 7)] == [1, 3, 4, 6]
+    for slots in range(1, 400, 7):
+        for most in range(8, slots, 5):
+            size = chunk_size(slots, most)
+            assert most // 2 < size <= most and size % 8 == 0
+
+
+def test_the_gradients_of_gate_and_up_are_those_of_their_product():
+    gate, up, dy = np.random.default_rng(0).normal(size=(3, 5, 7)).astype(np.float32)
+    both = jax.vjp(gated, gate, up)[1](dy)
+    step = 1e-6  # slopes in float64, by the formula of the tanh approximation
+
+    def exact(gate, up):
+        return up * gate / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
+
+    gate, up = gate.astype(np.float64), up.astype(np.float64)
+    slopes = [
+        (exact(gate + step, up) - exact(gate - step, up)) / (2 * step),
+        (exact(gate, up + step) - exact(gate, up - step)) / (2 * step),
+    ]
+    for found, slope in zip(both, slopes, strict=True):
+        np.testing.assert_allclose(found, dy * slope, rtol=1e-5, atol=1e-6)
 
 
 def round_to_bfloat16(x):

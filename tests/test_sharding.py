@@ -327,9 +327,10 @@ def test_the_options_of_a_tpu_are_for_a_mesh_of_tpus(monkeypatch):
         assert double.chosen() is double.plain
         assert jax.jit(lambda x: double(x) + 1)(jnp.ones(3)).tolist() == [3, 3, 3]
         assert double.lower(jnp.ones(3)).compile() and double.trace(jnp.ones(3)).jaxpr
-        monkeypatch.setattr(
-            jax.sharding, "get_mesh", lambda: SimpleNamespace(empty=False, devices=np.array([SimpleNamespace(platform="tpu")]))
-        )
+        chip = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+        monkeypatch.setattr(jax.sharding, "get_mesh", lambda: SimpleNamespace(empty=False, devices=np.array([chip])))
+        assert double.chosen() is double.large  # with options for chips that have 128 MiB of VMEM, of which the update has some
+        chip.device_kind = "TPU v3"
         assert double.chosen() is double.tpu
         with pytest.raises(jax.errors.JaxRuntimeError, match="xla_jf_spmd_threshold_for_windowed_einsum_mib"):
             double(jnp.ones(3))
