@@ -23,7 +23,7 @@ from grpo.batch import Batch, split, unsplit
 from grpo.loss import dapo_weights, dr_grpo_weights, grpo_loss, grpo_weights
 from models.gemma import Adapted, ExecutionConfig, GemmaConfig, Params, axes, forward_group, split_table, token_logprobs
 from models.lora import Adapters, adapter_axes, attach, attached, init_adapters
-from models.sharding import STORE, UPDATE_OPTIONS, MeshJit
+from models.sharding import STORE, VMEM_OPTIONS, MeshJit
 
 AGGREGATIONS = {"grpo": grpo_weights, "dapo": dapo_weights, "dr_grpo": dr_grpo_weights}
 
@@ -233,7 +233,7 @@ def batch_loss(
     return loss, terms | {"logprobs": lax.stop_gradient(logprobs), "old": old, "weight": weights}
 
 
-@partial(MeshJit, more=UPDATE_OPTIONS, static_argnames=("model", "execution", "config"), donate_argnames="state")
+@partial(MeshJit, more=VMEM_OPTIONS, static_argnames=("model", "execution", "config"), donate_argnames="state")
 def train_step(
     state: TrainState, batch: Batch, rate: ArrayLike, model: GemmaConfig, execution: ExecutionConfig, config: UpdateConfig,
     base: Params | None = None,

@@ -559,18 +559,16 @@ def attention_out_and_mlp(
     return x if w.scale is None else x * lax.stop_gradient(w.scale).astype(x.dtype)
 
 
+@jax.custom_vjp
 def gated(gate: Array, up: Array) -> Array:  # ...F, ...F -> ...F
     """gelu(gate) * up. Both gradients are made together: apart, a TPU makes one in a pass of its own, not in the product."""
+    return jax.nn.gelu(gate, approximate=True) * up
 
-    def activate(gate, up):
-        return jax.nn.gelu(gate, approximate=True) * up
 
-    apply = jax.custom_vjp(activate)
-    apply.defvjp(
-        lambda gate, up: (activate(gate, up), (gate, up)),
-        lambda kept, dy: lax.optimization_barrier(jax.vjp(activate, *kept)[1](dy)),
-    )
-    return apply(gate, up)
+gated.defvjp(
+    lambda gate, up: (gated(gate, up), (gate, up)),
+    lambda kept, dy: lax.optimization_barrier(jax.vjp(gated.__wrapped__, *kept)[1](dy)),
+)
 
 
 def embed(params: Params, tokens: Array, config: GemmaConfig, execution: ExecutionConfig) -> Array:  # BT -> BTD

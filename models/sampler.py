@@ -23,7 +23,7 @@ from jax.typing import ArrayLike
 
 from models.gemma import FAR, KV, ExecutionConfig, GemmaConfig, Params, forward, last_slot, prompt_slots, repeat, vocab_logits
 from models.kv_cache import empty_kv, forward_cached, unroll, unroll_kv
-from models.sharding import MeshJit
+from models.sharding import VMEM_OPTIONS, MeshJit
 
 
 @flax.struct.dataclass
@@ -106,7 +106,7 @@ def sample(
     return decode(params, prefilled, keys, temperature, limits, config, execution, sampling)
 
 
-@partial(MeshJit, static_argnames=("config", "execution", "sampling"))
+@partial(MeshJit, more=VMEM_OPTIONS, static_argnames=("config", "execution", "sampling"))
 def decode(
     params: Params,
     prefilled: PrefillResult,

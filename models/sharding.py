@@ -30,14 +30,16 @@ from models import ModelError
 
 Axes = str | tuple[str, ...] | None
 
-# For the compiler of TPUs; those of CPUs and GPUs refuse them. It turns a product followed by a reduce-scatter into a ring of
-# small products where an operand is larger than this many MiB. The ring reads the weight once per hop, and in a backward pass
-# copies the whole stack of saved activations once per layer; a limit that no operand reaches avoids it.
-TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 2**20}
+# For the compiler of TPUs; those of CPUs and GPUs refuse them.
+# 1. It turns a product followed by a reduce-scatter into a ring of small products where an operand is larger than this many
+#    MiB. The ring reads the weight once per hop, and in a backward pass copies the whole stack of saved activations once per
+#    layer; a limit that no operand reaches avoids it.
+# 2. An instruction may have several results: fewer passes over what they are made of.
+TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 2**20, "xla_jf_enable_advanced_multi_output_fusion": True}
 
-# For the update on chips with 128 MiB of VMEM. One instruction may take 32 MiB of it (by default 16) and have several results:
-# fewer passes over activations, for half as much compiling again.
-UPDATE_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": 2**15, "xla_jf_enable_advanced_multi_output_fusion": True}
+# On chips with 128 MiB of VMEM, for the update and for decoding: one instruction may take 32 MiB of it, by default 16. Two
+# products in a row become one; the update compiles half as long again.
+VMEM_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": 2**15}
 LARGE_VMEM = ("TPU v5 lite", "TPU v6 lite")
 
 
