@@ -567,7 +567,7 @@ def gated(gate: Array, up: Array) -> Array:  # ...F, ...F -> ...F
 
 gated.defvjp(
     lambda gate, up: (gated(gate, up), (gate, up)),
-    lambda kept, dy: lax.optimization_barrier(jax.vjp(gated.__wrapped__, *kept)[1](dy)),
+    lambda kept, dy: lax.optimization_barrier(jax.vjp(gated.fun, *kept)[1](dy)),
 )
 
 
@@ -617,7 +617,7 @@ def embed_per_layer(params: Params, tokens: Array, x: Array, config: GemmaConfig
 
 def scan_layers(
     step, carry, layers: Any, tokens: Any, config: GemmaConfig, execution: ExecutionConfig, learning: bool = True
-):  # fmt: skip
+) -> tuple[Any, Any]:  # fmt: skip
     """Run `step(kind, local, carry, index, weights, token, shared)` for each layer. -> the carry, the results of all steps
 
     `kind` is the configuration of layers of this shape, `local` (0 or 1) says whether the layer is one of those, `index` is its
@@ -640,6 +640,14 @@ def scan_layers(
     if config.family == 4:
         return scan_periods(body, carry, layers, tokens, config, learning)
     run, local = body(config), jnp.array(config.local_layers, jnp.int32)
+
+    def two_layers(carry, first):
+        for i in (first, first + 1):
+            carry, _ = run(local[i], carry, i, jax.tree.map(itemgetter(i), layers), None, None)
+        return carry, None
+
+    if not learning and len(local) % 2 == 0:  # half the trips: by a TPU's estimate 3% of a decode step
+        return lax.scan(two_layers, carry, jnp.arange(0, len(local), 2))
     return lax.scan(lambda carry, x: run(x[2], carry, x[0], x[1], None, None), carry, (jnp.arange(len(local)), layers, local))
 
 
