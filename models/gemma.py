@@ -559,15 +559,16 @@ def attention_out_and_mlp(
     return x if w.scale is None else x * lax.stop_gradient(w.scale).astype(x.dtype)
 
 
-@jax.custom_vjp
-def gated(gate: Array, up: Array) -> Array:  # ...F, ...F -> ...F
-    """gelu(gate) * up. Both gradients are made together: apart, a TPU makes one in a pass of its own, not in the product."""
+def activate(gate: Array, up: Array) -> Array:  # ...F, ...F -> ...F
+    """gelu(gate) * up."""
     return jax.nn.gelu(gate, approximate=True) * up
 
 
+# The same, with both gradients made together: apart, a TPU makes one in a pass of its own, not in the product before it.
+gated = jax.custom_vjp(activate)
 gated.defvjp(
-    lambda gate, up: (gated(gate, up), (gate, up)),
-    lambda kept, dy: lax.optimization_barrier(jax.vjp(gated.fun, *kept)[1](dy)),
+    lambda gate, up: (activate(gate, up), (gate, up)),
+    lambda kept, dy: lax.optimization_barrier(jax.vjp(activate, *kept)[1](dy)),
 )
 
 
