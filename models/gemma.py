@@ -352,7 +352,7 @@ def product(
 
     The backward pass is written out for two reasons. It saves the weight as stored, and casts and gathers it again: no gathered
     weight stays in memory. And it computes the weight's gradient as xᵀ·dy, reduced directly into the stored layout. Automatic
-    differentiation computes dyᵀ·x; on a CPU, which must transpose one of the two, one device transposes the smaller.
+    differentiation computes dyᵀ·x. On one device the smaller of the two is transposed, because a CPU has to transpose one.
 
     The weight's gradient has the dtype of x until it has been summed over chips, so in bfloat16 it is rounded once a product
     and once a hop: 0.2% and, over eight chips, 0.4% of its size, beside the 1.5% that bfloat16 costs the whole gradient (four
@@ -626,7 +626,7 @@ def scan_layers(
     keys and values it shares, or None. `layers` is stacked on L, and compiles to one loop; or it is a tuple (`unstack`), and
     compiles to L copies of the body. Layers of several kinds compile to one loop over each run of equal periods. Results are
     stacked on L, in Gemma 4 in a dict: those of local and those of global layers that have keys and values. `learning` False
-    says that there is no backward pass.
+    says that there is no backward pass, and that results are not needed.
     """
 
     def body(*kind_and_local):
