@@ -352,7 +352,7 @@ def product(
 
     The backward pass is written out for two reasons. It saves the weight as stored, and casts and gathers it again: no gathered
     weight stays in memory. And it computes the weight's gradient as xᵀ·dy, reduced directly into the stored layout. Automatic
-    differentiation computes dyᵀ·x. On one device the smaller of the two is transposed, because a CPU has to transpose one.
+    differentiation computes dyᵀ·x. A CPU has to transpose one of the two, here the smaller; a TPU need not.
 
     The weight's gradient has the dtype of x until it has been summed over chips, so in bfloat16 it is rounded once a product
     and once a hop: 0.2% and, over eight chips, 0.4% of its size, beside the 1.5% that bfloat16 costs the whole gradient (four
@@ -370,10 +370,16 @@ def product(
         dy = dy.astype(x.dtype)
         dx = jnp.einsum("...F,DF->...D", dy, execution.use(weight, letters), out_sharding=jax.typeof(x).sharding)
         stored = jax.typeof(weight).sharding
-        if stored.mesh.size > 1 or x.shape[-1] <= dy.shape[-1]:
-            dw = jnp.einsum("...D,...F->DF", x, dy, out_sharding=stored)
-        else:
-            dw = jnp.einsum("...F,...D->FD", dy, x, out_sharding=transposed(stored)).T
+
+        def straight(x, dy):
+            return jnp.einsum("...D,...F->DF", x, dy, out_sharding=stored)
+
+        def smaller(x, dy):
+            if x.shape[-1] <= dy.shape[-1]:
+                return straight(x, dy)
+            return jnp.einsum("...F,...D->FD", dy, x, out_sharding=transposed(stored)).T
+
+        dw = lax.platform_dependent(x, dy, tpu=straight, default=smaller)
         return dx, dw.astype(weight.dtype)
 
     apply = jax.custom_vjp(forward)
