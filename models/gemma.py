@@ -560,7 +560,7 @@ def attention_out_and_mlp(
     h = linear(h, w.down, "Fd", execution, out="BTd")
     x = x + (rms_norm(h, w.post_mlp_norm, config) if config.post_norms else h)
     if token is not None:
-        h = jax.nn.gelu(linear(x, w.layer_gate, "DU", execution), approximate=True) * token
+        h = activate(linear(x, w.layer_gate, "DU", execution), token)
         x = x + rms_norm(linear(h, w.layer_out, "UD", execution), w.post_layer_norm, config)
     return x if w.scale is None else x * lax.stop_gradient(w.scale).astype(x.dtype)
 

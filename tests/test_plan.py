@@ -23,7 +23,7 @@ SMALL = [
     "--rollout_tp=8", "--remat=full",
 ]  # fmt: skip
 # The estimate of Gemma 2 2B on v5e:2x4 with nothing overlapped, in ms, and 2% more: of a decode step of 128 rows, mean of all
-# 768 (6.13); of reference and update at natural lengths (160.8, 644.5).
+# 768 (5.75); of reference and update at natural lengths (159.1, 592.7).
 DECODE_MS, NATURAL_MS = 5.87, {"reference": 162.3, "update": 604.6}
 PROGRAMS = ["sampling_params", "prefill", "decode", "reference", "update"]
 
