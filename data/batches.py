@@ -8,7 +8,7 @@ which problems a session has.
 Packing puts the completions of one or two groups one after another in shared rows, so that training computes few padding slots.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,13 +87,22 @@ def pair(totals: np.ndarray) -> np.ndarray:
     return np.stack([ranked, ranked[::-1]], axis=1)[: len(ranked) // 2].reshape(-1)
 
 
+def ladder(width: int, group_size: int, finer: int) -> Iterator[int]:
+    """The slots that a group may get, below those of the padded form: multiples of `width` / `finer`, each about a fifth larger
+    than the one before."""
+    steps = 1
+    while steps < finer * group_size:
+        yield -(-width * steps // finer)
+        steps = max(steps + 1, steps * 6 // 5)
+
+
 def pack(tokens: np.ndarray, lengths: np.ndarray, prompt_lengths: np.ndarray, finer: int, together: int = 1) -> Packed:
     """Pack completions [Q*G, C] with `lengths` [Q*G] in the smallest shape that holds every group; `prompt_lengths` is [Q].
     The groups of `together` questions, one after another, count as one group.
 
-    Shapes grow in steps of C / `finer` slots per group, so that a run compiles few of them: one row up to 2C slots, then a row
-    for each C. With `finer` 0 every completion has its own row. The result depends on the arguments alone, so a resumed run
-    packs as the first one did. Raises DataError for a length that is not in 0..C.
+    A run compiles its programs for each shape that occurs, so there are few: sizes of `ladder`, one row up to 2C slots, then a
+    row for each C. With `finer` 0 every completion has its own row. The result depends on the arguments alone, so a resumed
+    run packs as the first one did. Raises DataError for a length that is not in 0..C.
     """
     (B, C), Q = tokens.shape, len(prompt_lengths) // together
     G = B // Q
@@ -102,8 +111,7 @@ def pack(tokens: np.ndarray, lengths: np.ndarray, prompt_lengths: np.ndarray, fi
         raise DataError(f"completion lengths {lengths.min()} to {lengths.max()} must lie in 0 to {C}")
     groups = lengths.reshape(Q, G)
     rows, width, places = G, C, [[(row, 0) for row in range(G)]] * Q
-    for step in range(1, finer * G):
-        slots = -(-C * step // finer)
+    for slots in ladder(C, G, finer):
         r = max(1, slots // C)
         found = [place for group in groups if (place := first_fit(group, r, slots // r))]
         if len(found) == Q:

@@ -225,8 +225,8 @@ class Config:
     )  # fmt: skip
     unroll: bool = flag(False, "unroll the layers: faster on a CPU, slower to compile", "machine", free=True)
     packing: int = flag(
-        4, "training packs completions into shapes that differ by max_new_tokens / packing slots; 0: a row for each",
-        "machine", least=0, free=True,
+        4, "training packs completions into rows of a few sizes, multiples of max_new_tokens / packing, each about a fifth "
+        "larger than the one before; 0: a row for each", "machine", least=0, free=True,
     )  # fmt: skip
 
     def __post_init__(self):

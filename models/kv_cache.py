@@ -130,7 +130,8 @@ def empty_kv(rows: int, width: int, config: GemmaConfig, execution: ExecutionCon
         shape = own[name].num_layers, rows, own[name].num_kv_heads, slots[name], own[name].head_dim
         return jnp.zeros(shape, execution.dtype, out_sharding=execution.at("LBKCH"))
 
-    positions = {name: jnp.full((rows, count), FAR, out_sharding=execution.at("BC")) for name, count in slots.items()}
+    at = execution.at("BC")
+    positions = {name: jnp.full((rows, count), FAR, jnp.int32, out_sharding=at) for name, count in slots.items()}
     kv = {name: zeros(name) for name in own}
     return KV(kv.get("", kv), kv.get("", kv), positions.get("", positions))
 

@@ -169,3 +169,13 @@ def test_rows_are_filled_again_before_a_quarter_of_them_is_idle(expected, monkey
     ONE.queue()
     assert max(started) == ROWS and min(steps) > 0
     assert sum(steps) <= expected.lengths.sum() / (ROWS * 3 / 4 + 1) + C
+
+
+@pytest.mark.parametrize("machine", [ONE, Machine(unroll=True)], ids=["loop", "unrolled"])
+def test_a_queue_compiles_each_program_once(machine):
+    """The first state and every later one have the same types: a weak type of the first one compiled everything twice."""
+    programs = models.continuous_batching.refill, models.continuous_batching.decode_chunk.plain
+    for program in programs:
+        program.clear_cache()
+    machine.queue(bank=3, rows=5)
+    assert [program._cache_size() for program in programs] == [1, 1]
