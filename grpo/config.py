@@ -328,7 +328,7 @@ PRESETS: dict[str, Config] = {
     "tiny": Config(
         preset="tiny", model_path=TINY_MODEL, data="arithmetic", system_prompt="", new_problems=320, sessions=3,
         prompts_per_step=16, group_size=8, max_prompt_tokens=48, max_new_tokens=32, learning_rate=5e-4, warmup_steps=5,
-        eval_problems=500, remat="none", packing=0, halvings=0, logprob_chunk=4096,
+        eval_problems=500, remat="dots", packing=0, halvings=0, logprob_chunk=4096,
     ),
     "gemma3-270m": Config(preset="gemma3-270m", epochs=10, learning_rate=2e-6, prompts_per_step=16),
     "gemma3-1b": Config(preset="gemma3-1b", epochs=10, rollout_tp=0),

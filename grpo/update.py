@@ -120,7 +120,6 @@ def reference_of(trained: Any, base: Params | None, dtype: str, config: UpdateCo
     return base if base is not None and config.lora_rank else policy(frozen(trained, dtype), base, config)
 
 
-@jax.jit
 def learnable(batch: Batch, weights: Params, reference: Params | None) -> Array:
     """Whether an update of the policy `weights` can learn anything from a batch.  -> scalar, bool
 
@@ -128,6 +127,12 @@ def learnable(batch: Batch, weights: Params, reference: Params | None) -> Array:
     Otherwise the exact gradient is 0, and Adam would make full steps of its rounding. Policies are compared by their weights,
     in the dtype of the reference, in which both compute. Adapters whose B is 0 are as none.
     """
+    return pulled(batch.mask, batch.advantages, weights, reference)  # one program for all shapes of packed rows
+
+
+@jax.jit
+def pulled(mask: Array, advantages: Array, weights: Params, reference: Params | None) -> Array:
+    """`learnable`, of the arrays that it reads.  BC, B"""
 
     def unlike(theirs: Any, mine: Any) -> Array:
         if not isinstance(mine, Adapted):
@@ -136,11 +141,11 @@ def learnable(batch: Batch, weights: Params, reference: Params | None) -> Array:
             return unlike(theirs, mine.base) | (mine.b.astype(theirs.dtype) != 0).any()
         return unlike(theirs.base, mine.base) | unlike(theirs.a, mine.a) | unlike(theirs.b, mine.b)
 
-    found = (batch.advantages != 0).any()
+    found = (advantages != 0).any()
     if reference is not None:
         unlikes = jax.tree.map(unlike, reference, weights, is_leaf=lambda leaf: isinstance(leaf, Adapted))
         found |= jnp.stack(jax.tree.leaves(unlikes)).any()
-    return (batch.mask > 0).any() & found
+    return (mask > 0).any() & found
 
 
 @partial(jax.jit, static_argnames="config")

@@ -14,9 +14,10 @@ group are neighbours. On one device every rule is the identity. Not supported: p
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import update_wrapper
+from functools import cache, update_wrapper
 from typing import Any
 
 import jax
@@ -129,17 +130,22 @@ class MeshJit:
 
     def __init__(self, function: Callable, more: dict[str, Any] | None = None, **how: Any):
         update_wrapper(self, function)
-        self.plain, self.tpu = jax.jit(function, **how), jax.jit(function, compiler_options=TPU_OPTIONS, **how)
-        self.large = jax.jit(function, compiler_options=TPU_OPTIONS | (more or {}), **how)
+        self.plain, self.more, self.how = jax.jit(function, **how), more or {}, how
+        self.with_options: dict[tuple, Any] = {}
 
     def chosen(self) -> Any:
+        """The jitted function for the mesh that is set."""
         try:
             mesh = jax.sharding.get_mesh()
         except ValueError:  # inside another program
             return self.plain
         if mesh.empty or (chip := mesh.devices.flat[0]).platform != "tpu":
             return self.plain
-        return self.large if chip.device_kind in LARGE_VMEM else self.tpu
+        options = TPU_OPTIONS | (self.more if chip.device_kind in LARGE_VMEM else {})
+        options = {name: value for name, value in options.items() if knows_option(mesh, name, value)}
+        if (key := tuple(options.items())) not in self.with_options:
+            self.with_options[key] = jax.jit(self.__wrapped__, compiler_options=options, **self.how)
+        return self.with_options[key]
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         return self.chosen()(*arguments, **named)
@@ -149,6 +155,20 @@ class MeshJit:
 
     def trace(self, *arguments: Any, **named: Any) -> jax.stages.Traced:
         return self.chosen().trace(*arguments, **named)
+
+
+@cache
+def knows_option(mesh: Mesh, name: str, value: Any) -> bool:
+    """Whether the compiler for a mesh knows an option; one of another version may not, and would compile nothing."""
+    scalar = jax.ShapeDtypeStruct((), "float32", sharding=NamedSharding(mesh, PartitionSpec()))
+    try:
+        jax.jit(lambda x: x + 1, compiler_options={name: value}).lower(scalar).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
+        warnings.warn(f"the compiler does not know {name}: programs are compiled without it, and may be slower", stacklevel=2)
+        return False
+    return True
 
 
 def abstract_like(function: Callable, *arguments: Any, mesh: Mesh) -> Any:

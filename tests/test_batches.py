@@ -160,8 +160,8 @@ def test_each_size_is_a_fifth_larger_than_the_one_before(C, G, finer):
 
 
 def test_few_shapes_serve_a_run_of_natural_lengths():
-    """16 x 8 completions of at most 768 tokens, their mean between 250 and 100 in 300 steps. Two programs of 2B compile for each
-    shape, together a minute; 300 updates and reference passes take three."""
+    """16 x 8 completions of at most 768 tokens, whose mean falls from 250 to 100 in 300 steps. For each shape two programs
+    compile, of 2B for a minute; 300 updates and reference passes take three."""
     rng, shapes, slots, tokens = np.random.default_rng(0), set(), 0, 0
     for step in range(300):
         lengths = np.clip(np.round(rng.lognormal(np.log(250 - step / 2) - 0.18, 0.6, (16, 8))), 1, 768).astype(int)

@@ -13,12 +13,26 @@ import pytest
 from jax.sharding import PartitionSpec
 from make_references import REFERENCES
 
+import models.sharding
 from grpo.loss import grpo_loss
 from models import ModelError
 from models.formats.convert import load_params, read_config
 from models.gemma import ExecutionConfig, GemmaConfig, Params, axes, forward_group, init_params, linear, token_logprobs
 from models.sampler import Samples, Sampling, decode, prefill, row_keys
-from models.sharding import ROLLOUT, STORE, TRAIN, MeshJit, Rules, check_divides, make_mesh, reshard, spec, specs
+from models.sharding import (
+    ROLLOUT,
+    STORE,
+    TPU_OPTIONS,
+    TRAIN,
+    MeshJit,
+    Rules,
+    check_divides,
+    knows_option,
+    make_mesh,
+    reshard,
+    spec,
+    specs,
+)
 
 NORMS = ("Ld", "LH", "d")
 Q, G, P, C = 8, 2, 10, 8
@@ -321,16 +335,31 @@ def test_no_weight_moves_while_decoding(config, tp):
 
 def test_the_options_of_a_tpu_are_for_a_mesh_of_tpus(monkeypatch):
     """And not for the CPU, whose compiler refuses them, nor inside another program, whose options hold."""
-    double = MeshJit(lambda x: x + x)
+    double = MeshJit(lambda x: x + x, more={"xla_large": 1})
     assert double(jnp.ones(3)).tolist() == [2, 2, 2]  # no mesh
     with jax.set_mesh(make_mesh()):
         assert double.chosen() is double.plain
         assert jax.jit(lambda x: double(x) + 1)(jnp.ones(3)).tolist() == [3, 3, 3]
         assert double.lower(jnp.ones(3)).compile() and double.trace(jnp.ones(3)).jaxpr
-        chip = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+        chip, known = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite"), {*TPU_OPTIONS, "xla_large"}
         monkeypatch.setattr(jax.sharding, "get_mesh", lambda: SimpleNamespace(empty=False, devices=np.array([chip])))
-        assert double.chosen() is double.large  # with options for chips that have 128 MiB of VMEM, of which the update has some
+        monkeypatch.setattr(models.sharding, "knows_option", lambda mesh, name, value: name in known)
+        large = double.chosen()  # with options for chips that have 128 MiB of VMEM, of which the update has some
+        assert double.with_options == {tuple((TPU_OPTIONS | {"xla_large": 1}).items()): large} and double.chosen() is large
         chip.device_kind = "TPU v3"
-        assert double.chosen() is double.tpu
+        assert double.chosen() is double.with_options[tuple(TPU_OPTIONS.items())] is not large
         with pytest.raises(jax.errors.JaxRuntimeError, match="xla_jf_spmd_threshold_for_windowed_einsum_mib"):
             double(jnp.ones(3))
+        known.clear()
+        assert double(jnp.ones(3)).tolist() == [2, 2, 2]
+
+
+def test_an_option_that_the_compiler_does_not_know_is_left_out_with_a_warning():
+    """Programs would not compile at all with a later compiler that has dropped one. A wrong value is an error."""
+    mesh = make_mesh()
+    with jax.set_mesh(mesh):
+        with pytest.warns(UserWarning, match="the compiler does not know xla_no_such: programs are compiled without it"):
+            assert not knows_option(mesh, "xla_no_such", True)
+        assert knows_option(mesh, "xla_cpu_enable_fast_math", False)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="xla_cpu_enable_fast_math"):
+            knows_option(mesh, "xla_cpu_enable_fast_math", "perhaps")
