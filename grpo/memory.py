@@ -1,6 +1,8 @@
 """Memory of a step: what stays resident on the devices, and which rematerialisation and decoding fit in what is left."""
 
+import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,8 +12,9 @@ from jax.sharding import Mesh
 from grpo.batch import Batch
 from grpo.config import Config
 from grpo.update import UpdateConfig, freezes_table
-from models.gemma import ExecutionConfig, GemmaConfig, shapes, split_table
+from models.gemma import ExecutionConfig, GemmaConfig, axes, shapes, split_table
 from models.lora import count_adapters
+from models.sharding import ROLLOUT, spec
 
 
 def resident_bytes(model: GemmaConfig, dtype: str, config: UpdateConfig) -> float:
@@ -47,17 +50,30 @@ def choose_remat(
     return replace(execution, remat="dots" if needed < 0.8 * memory else "full")
 
 
-def unroll_on_gpu(execution: ExecutionConfig, model: GemmaConfig, config: Config, mesh: Mesh, memory: float) -> ExecutionConfig:
-    """How a rollout decodes: on a GPU with unrolled layers, where nine tenths of `memory` (bytes a device) hold a second copy
-    of the weights. In a loop over layers XLA's compiler for GPUs copies the cache and some weights at every step.
+def unroll_decoding(
+    execution: ExecutionConfig, model: GemmaConfig, config: Config, mesh: Mesh, memory: float
+) -> ExecutionConfig:
+    """How a rollout decodes: with unrolled layers where nine tenths of `memory` (bytes a device) hold a second copy of weights.
+
+    In a loop over layers XLA's compiler for GPUs copies the cache and some weights at every step. That for TPUs reads weights
+    only when a product asks for them; of arrays apart it fetches the next ones during the last product. CPUs keep the loop, and
+    so does Gemma 4 on a TPU, whose unrolled programs were not compiled.
     """
-    gpu = mesh.devices.flat[0].platform in ("gpu", "cuda")
-    update, width, weights = UpdateConfig.of(config), jnp.dtype(execution.dtype).itemsize, count(shapes(model))
-    trained = count_adapters(model, update.lora_names, config.lora_rank) or weights  # gradients do not live while decoding
+    platform = mesh.devices.flat[0].platform
+    if execution.unroll or not (platform in ("gpu", "cuda") or (platform == "tpu" and model.family < 4)):
+        return execution
+    update, width = UpdateConfig.of(config), jnp.dtype(execution.dtype).itemsize
+    trained = count_adapters(model, update.lora_names, config.lora_rank) or count(shapes(model))
+    resident = resident_bytes(model, execution.dtype, update) - 4 * trained  # no gradient lives while decoding
+    cache = width * config.rows * (config.max_prompt_tokens + config.max_new_tokens) * 2 * model.cache_width
     copies = 1 if config.lora_rank and mesh.size == 1 else 2  # one device samples from the frozen base itself
-    cache = config.rows * (config.max_prompt_tokens + config.max_new_tokens) * 2 * model.cache_width
-    needed = resident_bytes(model, execution.dtype, update) - 4 * trained + width * (copies * weights + cache)
-    return replace(execution, unroll=execution.unroll or (gpu and needed / mesh.size < 0.9 * memory))
+    weights = copies * width * sum(jax.tree.leaves(jax.tree.map(partial(held, mesh), axes(model), shapes(model))))
+    return replace(execution, unroll=(resident + cache) / mesh.size + weights < 0.9 * memory)
+
+
+def held(mesh: Mesh, letters: str, leaf: Any) -> int:
+    """The numbers of a leaf of the weights that each device holds while sampling."""
+    return leaf.size // math.prod(mesh.shape[axis] for axis in spec(letters, ROLLOUT) if axis)
 
 
 def kept_by_layer(kind: GemmaConfig) -> int:

@@ -21,7 +21,7 @@ from data.batches import pad_prompts
 from grpo.batch import Batch, loss_mask, make_batch
 from grpo.config import Config
 from grpo.loss import batch_std, group_advantages, group_std, no_scale
-from grpo.memory import device_memory, unroll_on_gpu
+from grpo.memory import device_memory, unroll_decoding
 from grpo.timing import phase
 from grpo.update import sampling_params
 from models.gemma import Params
@@ -119,7 +119,7 @@ def decode_groups(params: Params, prefilled: PrefillResult, keys: Array, limits:
     """Up to `limits` tokens for each of B rows, at the run's temperature: samples on the host."""
     temperature = np.full(len(keys), run.config.temperature, np.float32)
     rows = keys, to_devices(temperature, "B"), to_devices(np.asarray(limits, np.int32), "B")
-    execution = unroll_on_gpu(run.sample, run.model, run.config, run.mesh, device_memory(run.mesh))
+    execution = unroll_decoding(run.sample, run.model, run.config, run.mesh, device_memory(run.mesh))
     return to_host(decode(params, prefilled, *rows, run.model, execution, sampling_config(run.tokenizer, run.config)))
 
 

@@ -130,7 +130,8 @@ class MeshJit:
 
     def __init__(self, function: Callable, more: dict[str, Any] | None = None, **how: Any):
         update_wrapper(self, function)
-        self.plain, self.more, self.how = jax.jit(function, **how), more or {}, how
+        self.function, self.more, self.how = function, more or {}, how
+        self.plain = jax.jit(function, **how)
         self.with_options: dict[tuple, Any] = {}
 
     def chosen(self) -> Any:
@@ -144,7 +145,7 @@ class MeshJit:
         options = TPU_OPTIONS | (self.more if chip.device_kind in LARGE_VMEM else {})
         options = {name: value for name, value in options.items() if knows_option(mesh, name, value)}
         if (key := tuple(options.items())) not in self.with_options:
-            self.with_options[key] = jax.jit(self.__wrapped__, compiler_options=options, **self.how)
+            self.with_options[key] = jax.jit(self.function, compiler_options=options, **self.how)
         return self.with_options[key]
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:

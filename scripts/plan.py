@@ -39,7 +39,7 @@ from jax.sharding import Mesh, NamedSharding
 from grpo.batch import Batch, make_batch
 from grpo.config import PRESETS, flag
 from grpo.errors import ConfigError
-from grpo.memory import choose_remat, device_memory, unroll_on_gpu
+from grpo.memory import choose_remat, device_memory, unroll_decoding
 from grpo.runs.cli import run_script
 from grpo.runs.flags import parse
 from grpo.runs.setup import check_shapes
@@ -236,11 +236,16 @@ def training(plan: Plan) -> ExecutionConfig:
     return choose_remat(execution, plan.model, abstract_batch(plan), plan.update, plan.mesh, memory)
 
 
+def decoding(plan: Plan) -> ExecutionConfig:
+    """How the rollout decodes, with its layers in a loop or unrolled as train.py decides it."""
+    sample = ExecutionConfig(ROLLOUT, plan.dtype, unroll=plan.config.unroll)
+    return unroll_decoding(sample, plan.model, plan.config, plan.mesh, plan.memory)
+
+
 def programs(plan: Plan) -> dict[str, Program]:
     """The programs of one training step, in the order in which they run, with the arguments that `grpo.step` gives them."""
     config, model, on, update = plan.config, plan.model, partial(abstract_like, mesh=plan.mesh), plan.update
     sample = ExecutionConfig(ROLLOUT, plan.dtype, unroll=config.unroll)
-    decoding = unroll_on_gpu(sample, model, config, plan.mesh, plan.memory)
     sampling = Sampling(config.max_new_tokens, STOP_IDS, config.top_k, config.top_p, config.halvings)
 
     batch, train = abstract_batch(plan), training(plan)
@@ -267,7 +272,7 @@ def programs(plan: Plan) -> dict[str, Program]:
     found = {
         "sampling_params": Program(moved_params, (weights, model, sample), [state.opt_state, apart, unmoved], adapters),
         "prefill": Program(prefill, (params, prompts, batch.lengths, model, sample), beside),
-        "decode": Program(decode, (params, prefilled, *rows, model, decoding, sampling), beside),
+        "decode": Program(decode, (params, prefilled, *rows, model, decoding(plan), sampling), beside),
     }
     if reference is not None:
         found["reference"] = Program(completion_logprobs, (reference, ungraded, model, train, update), [state])
@@ -375,8 +380,8 @@ def estimate(module: hlo.Module, loops: list[hlo.Loop], plan: Plan) -> dict[str,
     chip, config = plan.chip, plan.config
     if chip is None or chip.clock is None or not hlo.costs(module):
         return {}
-    lengths = row_limits(config, 0)
-    sizes = decode_loops(lengths, plan.mesh.size, config.max_new_tokens, config.halvings, config.unroll) if loops else []
+    rows = row_limits(config, 0), plan.mesh.size, config.max_new_tokens, config.halvings
+    sizes = decode_loops(*rows, decoding(plan).unroll) if loops else []
     if len(sizes) != len(loops):
         return {}
     rest = replace(module, trips={loop.body: 0 for loop in loops})

@@ -12,9 +12,9 @@ from tiny_run import CONFIG, MODEL
 from data.batches import PADDING_POSITION as FAR
 from data.batches import Packed
 from grpo.batch import Batch, loss_mask, make_batch, split, unsplit
-from grpo.memory import choose_remat, count, device_memory, resident_bytes, unroll_on_gpu
+from grpo.memory import choose_remat, count, device_memory, resident_bytes, unroll_decoding
 from grpo.update import UpdateConfig
-from models.gemma import ExecutionConfig, shapes
+from models.gemma import ExecutionConfig, GemmaConfig, shapes
 from models.lora import count_adapters
 
 pytestmark = pytest.mark.usefixtures("mesh")
@@ -165,22 +165,35 @@ def test_a_rematerialisation_that_is_asked_for_stays(remat):
     assert choose_remat(execution, MODEL, batch_of(1, 1), UPDATE, mesh_of(1), 1e12) == execution
 
 
-@pytest.mark.parametrize(("rank", "devices", "copies"), [(0, 1, 2), (0, 4, 2), (2, 1, 1), (2, 4, 2)])
-def test_a_gpu_decodes_unrolled_where_nine_tenths_of_its_memory_hold_another_copy_of_the_weights(rank, devices, copies):
-    """On one device LoRA samples from the frozen base, which is resident anyway. No gradient lives while decoding."""
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize(("rank", "tp", "devices", "copies"), [(0, 1, 1, 2), (0, 2, 8, 2), (2, 1, 1, 1), (2, 2, 8, 2)])
+def test_a_rollout_unrolls_where_nine_tenths_of_the_memory_hold_another_copy_of_the_weights(
+    platform, rank, tp, devices, copies
+):
+    """On one device LoRA samples from the frozen base, which is resident anyway. No gradient lives while decoding.
+
+    While sampling a device holds its share of the MLP and of the vocabulary, one of `tp`, and all of attention and the norms.
+    """
     config, width = replace(CONFIG, lora_rank=rank), 2
     weights, adapters = count(shapes(MODEL)), count_adapters(MODEL, UPDATE.lora_names, rank)
     resident = width * weights + 12 * adapters if rank else (12 + width) * weights
     cache = config.prompts_per_step * config.group_size * (config.max_prompt_tokens + config.max_new_tokens)
     keys_and_values = 2 * MODEL.num_layers * MODEL.num_kv_heads * MODEL.head_dim
-    needed = (resident + width * (copies * weights + cache * keys_and_values)) / devices
+    split = 3 * MODEL.embed_dim * MODEL.mlp_dim * MODEL.num_layers + MODEL.vocab_size * MODEL.embed_dim
+    copy = weights - split + split // tp
+    needed = (resident + width * cache * keys_and_values) / devices + copies * width * copy
     execution = ExecutionConfig(dtype="bfloat16")
 
-    def chosen(platform: str, memory: float) -> bool:
-        return unroll_on_gpu(execution, MODEL, config, mesh_of(devices, platform=platform), memory).unroll
+    def chosen(platform: str, memory: float, model: GemmaConfig = MODEL) -> bool:
+        mesh = mesh_of(devices, platform=platform)
+        mesh.shape = {"fsdp": devices // tp, "tp": tp}
+        return unroll_decoding(execution, model, config, mesh, memory).unroll
 
-    assert chosen("gpu", needed / 0.9 * 1.001) and not chosen("gpu", needed / 0.9 * 0.999)
-    assert not chosen("tpu", 1e12) and not chosen("cpu", 0)
+    assert chosen(platform, needed / 0.9 * 1.001) and not chosen(platform, needed / 0.9 * 0.999)
+    assert not chosen("cpu", 1e12)
+    gemma4 = replace(MODEL, norm_offset=0.0)
+    assert gemma4.family == 4 and not chosen("tpu", 1e12, gemma4)
+    assert unroll_decoding(replace(execution, unroll=True), MODEL, config, mesh_of(devices, platform=platform), 0).unroll
 
 
 def test_a_cpu_names_no_memory(mesh):
