@@ -22,9 +22,9 @@ SMALL = [
     "--prompts_per_step=8", "--group_size=2", "--max_prompt_tokens=8", "--max_new_tokens=4", "--logprob_chunk=4",
     "--rollout_tp=8", "--remat=full",
 ]  # fmt: skip
-# The estimate of Gemma 2 2B on v5e:2x4 with nothing overlapped, in ms, and 2% more: of a decode step of 128 rows, mean of all
-# 768 (5.75); of reference and update at natural lengths (159.1, 592.7).
-DECODE_MS, NATURAL_MS = 5.87, {"reference": 162.3, "update": 604.6}
+# The estimate of Gemma 2 2B on v5e:2x4 at natural lengths, in ms, and 2% more: a mean decode step with all overlapped (2.40),
+# and its cycles and copies in sum (4.42); reference and update with nothing overlapped (159.1, 592.7).
+DECODE_MS, NATURAL_MS = (2.45, 4.5), {"reference": 162.3, "update": 604.6}
 PROGRAMS = ["sampling_params", "prefill", "decode", "reference", "update"]
 
 
@@ -233,14 +233,15 @@ def test_the_search_finds_the_largest_size_that_fits_in_few_steps(needs, size):
 
 @pytest.fixture(scope="module")
 def tpu() -> dict:
-    """Gemma 2 2B on a v5e-8: decode and update, compiled once for all laws."""
+    """Gemma 2 2B on a v5e-8: decode at natural lengths and an update of full ones, compiled once for all laws."""
     pytest.importorskip("libtpu")
     flags = "--max_new_tokens=768 --rollout_tp=8 --topology=v5e:2x4"
     made = plan.make_plan(plan.parse(plan.PlanConfig, ["gemma2-2b", *flags.split()], "", plan.STARTS))
+    natural = replace(made, config=replace(made.config, mean_length=150))
     with jax.set_mesh(made.mesh):
-        parts = plan.programs(made)
-        figures = {name: plan.examine(parts[name], made) for name in ("decode", "update")}
-    return {"plan": made, "bounds": plan.bounds(made)} | figures
+        update = plan.examine(plan.programs(made)["update"], made)
+        decode = plan.examine(plan.programs(natural)["decode"], natural)
+    return {"plan": made, "bounds": plan.bounds(made), "update": update, "decode": decode}
 
 
 def test_decoding_on_a_tpu_moves_no_weight_and_copies_neither_weights_nor_cache(tpu):
@@ -251,17 +252,21 @@ def test_decoding_on_a_tpu_moves_no_weight_and_copies_neither_weights_nor_cache(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("model", ["gemma2-2b", "gemma3-1b"])
-def test_the_layout_of_the_cache_on_a_tpu_is_fixed_and_is_the_one_that_is_read(model):
-    """A newer libtpu (0.0.52) chose another one and copied the whole cache in each layer. Keys of one head: slots innermost."""
+@pytest.mark.parametrize(("model", "most"), [("gemma2-2b", 5.87), ("gemma3-1b", 4.0)])
+def test_the_layout_of_the_cache_on_a_tpu_is_fixed_and_is_the_one_that_is_read(model, most):
+    """In a loop over layers, which an evaluation has. A newer libtpu (0.0.52) chose another one and copied the whole cache in
+    each layer. Keys of one head: slots innermost. `most` are milliseconds of a step, the mean of all 768 or 512."""
     pytest.importorskip("libtpu")
     made = plan.make_plan(plan.parse(plan.PlanConfig, [model, "--topology=v5e:2x4", "--halvings=0"], "", plan.STARTS))
-    with jax.set_mesh(made.mesh):
+    with jax.set_mesh(made.mesh), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "unroll_decoding", lambda execution, *_: execution)
         program = plan.programs(made)["decode"]
         fixed = re.findall(r"@LayoutConstraint.*?result_layouts = \[dense<\[(.*?)\]>", program.lower().as_text())
         of_keys = "3, 4, 2, 1, 0" if model == "gemma3-1b" else "4, 3, 2, 1, 0"
         assert fixed == [of_keys, "4, 3, 2, 1, 0"] * 2  # a trip of the loop has two layers
-        assert plan.examine(program, made)["copied_bytes_per_step"] == 0
+        figures = plan.examine(program, made)
+        assert figures["copied_bytes_per_step"] == 0 and figures["to_ms"] <= most
+        assert [loop["steps"] for loop in figures["loops"]] == [128] * (made.config.max_new_tokens // 128)
 
 
 def test_no_program_on_a_tpu_receives_less_than_its_bound(tpu):
@@ -277,10 +282,13 @@ def test_an_update_of_a_whole_step_fits_on_a_tpu(tpu):
 
 
 def test_a_decode_step_on_a_tpu_is_estimated_no_slower_than_before(tpu):
+    """Cycles and copies of the mean step; unrolled, so the compiler fetches weights ahead of use."""
     decode = tpu["decode"]
-    assert [loop["steps"] for loop in decode["loops"]][:6] == [128] * 6
-    assert decode["cycles_ms"] <= decode["from_ms"] <= decode["to_ms"] <= DECODE_MS
-    assert decode["to_ms"] > tpu["bounds"]["decode"].seconds * 1e3 / 768
+    assert [loop["steps"] for loop in decode["loops"]] == [153, 0, 86, 100, 156]
+    assert max(decode["cycles_ms"], decode["dma_ms"]) <= decode["from_ms"] <= DECODE_MS[0]
+    assert decode["from_ms"] <= decode["cycles_ms"] + decode["dma_ms"] <= DECODE_MS[1]
+    natural = plan.bounds(replace(tpu["plan"], config=replace(tpu["plan"].config, mean_length=150)))["decode"]
+    assert decode["to_ms"] > natural.seconds * 1e3 / 495
 
 
 def test_training_on_a_tpu_is_estimated_no_slower_than_before(tpu):
