@@ -292,7 +292,7 @@ def test_adapters_reach_every_projection_and_come_back_from_peft(model, name, tm
     assert not any(key in fresh for key in ("shared_local.k", "shared_global.v"))
     assert ("global.v" in fresh) == (not config.values_are_keys)
     leaves, tree = jax.tree.flatten(fresh)
-    random = [jax.random.normal(jax.random.key(i), leaf.shape) for i, leaf in enumerate(leaves)]
+    random = [jax.random.normal(jax.random.key(i), leaf.shape) / 2 for i, leaf in enumerate(leaves)]
     adapters = jax.tree.unflatten(tree, random)
     write_peft(tmp_path, LoadedAdapters(jax.device_get(adapters), 2, 0.5), config, "base")
     back = read_peft(tmp_path, config)
@@ -303,8 +303,8 @@ def test_adapters_reach_every_projection_and_come_back_from_peft(model, name, tm
     merged = place_params(back.on(open_weights(REFERENCES / name, config), config), config, mesh, STORE, "float32")
     rows = rows_of(reference)
     apart = our_logits(attach(params, adapters, 0.5), config, rows, "right")
-    close(apart, our_logits(merged, config, rows, "right"), 1e-4)
-    assert np.abs(apart - reference["right"]).max() > 0.1
+    close(apart, our_logits(merged, config, rows, "right"), 3e-5)
+    assert np.abs(apart - reference["right"]).max() > 1
 
 
 @LONG
