@@ -17,9 +17,9 @@ from models.gemma import FAR, ExecutionConfig, GemmaConfig, Params
 from models.sharding import STORE
 
 # Four prompts, four completions each. A window of 8 starts inside the prompt at first, inside a long completion at last.
-Q, G, P, C, FINER = 4, 4, 13, 12, 4
+Q, G, P, C, FINER = 4, 4, 13, 12, 6
 PROMPT_LENGTHS = np.array([13, 3, 10, 1])
-LENGTHS = {  # rows a group -> completions of which the longest group needs so many: 1 x 18, 2 x 15, 3 x 13 slots
+LENGTHS = {  # rows a group -> completions of which the longest group needs so many: 1 x 18, 2 x 16, 3 x 14 slots
     1: [[12, 1, 3, 2], [2, 2, 7, 1], [4, 4, 4, 4], [1, 1, 1, 12]],
     2: [[12, 1, 12, 3], [2, 2, 7, 1], [4, 4, 4, 4], [1, 1, 1, 1]],
     3: [[12, 12, 3, 9], [2, 2, 7, 1], [4, 4, 4, 4], [12, 12, 12, 1]],
