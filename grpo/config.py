@@ -223,7 +223,7 @@ class Config:
         "auto", "what the backward pass recomputes; auto: everything but products, where memory allows it", "machine",
         choices=("auto", "none", "dots", "full"), free=True,
     )  # fmt: skip
-    unroll: bool = flag(False, "unroll the layers: faster on a CPU, slower to compile", "machine", free=True)
+    unroll: bool = flag(False, "unroll the layers of all programs: faster on a CPU, slower to compile", "machine", free=True)
     packing: int = flag(
         4, "training packs completions into rows of a few sizes, multiples of max_new_tokens / packing, each about a fifth "
         "larger than the one before; 0: a row for each", "machine", least=0, free=True,

@@ -55,9 +55,9 @@ def unroll_decoding(
 ) -> ExecutionConfig:
     """How a rollout decodes: with unrolled layers where nine tenths of `memory` (bytes a device) hold a second copy of weights.
 
-    In a loop over layers XLA's compiler for GPUs copies the cache and some weights at every step. That for TPUs reads weights
-    only when a product asks for them; of arrays apart it fetches the next ones during the last product. CPUs keep the loop, and
-    so does Gemma 4 on a TPU, whose unrolled programs were not compiled.
+    In a loop over layers a GPU copies the cache and some weights at every step. A TPU then reads weights only when a product
+    needs them; where each weight is an array of its own, it fetches the next one during the product before. CPUs keep the loop.
+    So does Gemma 4 on a TPU, whose unrolled programs were not compiled.
     """
     platform = mesh.devices.flat[0].platform
     if execution.unroll or not (platform in ("gpu", "cuda") or (platform == "tpu" and model.family < 4)):

@@ -113,7 +113,7 @@ def train_step(policy: Policy, batch: Batch, rate: float | None = None) -> tuple
     """
     run = policy.run
     with jax.set_mesh(run.mesh):
-        if not grpo.step.learnable(batch, policy.weights, policy.reference):
+        if not grpo.step.learnable(batch.mask, batch.advantages, policy.weights, policy.reference):
             return replace(policy, step=policy.step + 1), {}
         rates = [run.config.learning_rate if rate is None else rate]
         state, stats, _ = grpo.step.update(policy.state, batch, rates, run, policy.base)

@@ -120,19 +120,14 @@ def reference_of(trained: Any, base: Params | None, dtype: str, config: UpdateCo
     return base if base is not None and config.lora_rank else policy(frozen(trained, dtype), base, config)
 
 
-def learnable(batch: Batch, weights: Params, reference: Params | None) -> Array:
-    """Whether an update of the policy `weights` can learn anything from a batch.  -> scalar, bool
+@jax.jit
+def learnable(mask: Array, advantages: Array, weights: Params, reference: Params | None) -> Array:
+    """Whether an update of the policy `weights` can learn anything from a batch.  BC, B -> scalar, bool
 
     It can if a token counts, and an advantage is not 0 or the KL pulls: there is a reference, and it is another policy.
     Otherwise the exact gradient is 0, and Adam would make full steps of its rounding. Policies are compared by their weights,
     in the dtype of the reference, in which both compute. Adapters whose B is 0 are as none.
     """
-    return pulled(batch.mask, batch.advantages, weights, reference)  # one program for all shapes of packed rows
-
-
-@jax.jit
-def pulled(mask: Array, advantages: Array, weights: Params, reference: Params | None) -> Array:
-    """`learnable`, of the arrays that it reads.  BC, B"""
 
     def unlike(theirs: Any, mine: Any) -> Array:
         if not isinstance(mine, Adapted):

@@ -155,6 +155,11 @@ class Plan:
         return UpdateConfig.of(self.config)
 
     @property
+    def sample(self) -> ExecutionConfig:
+        """How prompts are prefilled, before `decoding` decides on unrolled layers."""
+        return ExecutionConfig(ROLLOUT, self.dtype, unroll=self.config.unroll)
+
+    @property
     def width(self) -> int:
         """Bytes of an activation."""
         return jnp.dtype(self.dtype).itemsize
@@ -238,14 +243,13 @@ def training(plan: Plan) -> ExecutionConfig:
 
 def decoding(plan: Plan) -> ExecutionConfig:
     """How the rollout decodes, with its layers in a loop or unrolled as train.py decides it."""
-    sample = ExecutionConfig(ROLLOUT, plan.dtype, unroll=plan.config.unroll)
-    return unroll_decoding(sample, plan.model, plan.config, plan.mesh, plan.memory)
+    return unroll_decoding(plan.sample, plan.model, plan.config, plan.mesh, plan.memory)
 
 
 def programs(plan: Plan) -> dict[str, Program]:
     """The programs of one training step, in the order in which they run, with the arguments that `grpo.step` gives them."""
     config, model, on, update = plan.config, plan.model, partial(abstract_like, mesh=plan.mesh), plan.update
-    sample = ExecutionConfig(ROLLOUT, plan.dtype, unroll=config.unroll)
+    sample = plan.sample
     sampling = Sampling(config.max_new_tokens, STOP_IDS, config.top_k, config.top_p, config.halvings)
 
     batch, train = abstract_batch(plan), training(plan)

@@ -252,10 +252,10 @@ def test_decoding_on_a_tpu_moves_no_weight_and_copies_neither_weights_nor_cache(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("model", "most"), [("gemma2-2b", 5.87), ("gemma3-1b", 4.0)])
+@pytest.mark.parametrize(("model", "most"), [("gemma2-2b", 5.87), ("gemma3-1b", 3.18)])
 def test_the_layout_of_the_cache_on_a_tpu_is_fixed_and_is_the_one_that_is_read(model, most):
     """In a loop over layers, which an evaluation has. A newer libtpu (0.0.52) chose another one and copied the whole cache in
-    each layer. Keys of one head: slots innermost. `most` are milliseconds of a step, the mean of all 768 or 512."""
+    each layer. Keys of one head: slots innermost. `most` are ms of a step, 2% above the mean of all (5.75, 3.11)."""
     pytest.importorskip("libtpu")
     made = plan.make_plan(plan.parse(plan.PlanConfig, [model, "--topology=v5e:2x4", "--halvings=0"], "", plan.STARTS))
     with jax.set_mesh(made.mesh), pytest.MonkeyPatch.context() as patch:

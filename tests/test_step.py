@@ -179,16 +179,19 @@ def test_with_adapters_the_reference_is_another_policy_as_soon_as_b_is_not_zero(
     """Or as soon as they are not those of the session's start."""
     quiet = replace(batch, advantages=0 * batch.advantages)
 
+    def learns(batch, weights, reference):
+        return learnable(batch.mask, batch.advantages, weights, reference)
+
     def adapted(b: float):
         return attach(params, {"q": Adapter(jnp.full((1, 8, 2), 0.5), jnp.zeros((1, 2, 8)).at[0, 1, 3].set(b))}, 1.5)
 
-    assert not learnable(quiet, adapted(0.0), params) and learnable(quiet, adapted(1e-9), params)
-    assert not learnable(quiet, adapted(0.25), adapted(0.25)) and learnable(quiet, adapted(0.25), adapted(0.5))
-    assert learnable(batch, adapted(0.0), params) and not learnable(replace(batch, mask=0 * batch.mask), adapted(1.0), params)
+    assert not learns(quiet, adapted(0.0), params) and learns(quiet, adapted(1e-9), params)
+    assert not learns(quiet, adapted(0.25), adapted(0.25)) and learns(quiet, adapted(0.25), adapted(0.5))
+    assert learns(batch, adapted(0.0), params) and not learns(replace(batch, mask=0 * batch.mask), adapted(1.0), params)
     one = replace(params, final_norm=params.final_norm.at[0].set(1.0))
     moved = replace(params, final_norm=params.final_norm.at[0].set(1 + 1e-6))
-    assert learnable(quiet, moved, one) and not learnable(quiet, moved, frozen(one, "bfloat16"))  # the same when cast
-    assert not learnable(quiet, params, None)
+    assert learns(quiet, moved, one) and not learns(quiet, moved, frozen(one, "bfloat16"))  # the same when cast
+    assert not learns(quiet, params, None)
 
 
 def test_rows_without_a_loss_have_no_vote(params, trained, monkeypatch):
