@@ -15,10 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
 
 from grpo.errors import ConfigError
 from grpo.runs.hub import first_line
 from grpo.runs.peers import GONE, WAIT, Watch, meet, split_address
+from models.sharding import TRAIN, Rules, spec
 
 # Seconds without a heartbeat after which jax ends all processes, if peers.py has not; seconds that finished processes wait for
 # the others.
@@ -97,8 +99,7 @@ def check_same(mine: dict[str, str], fault: str) -> None:
     """ConfigError on every process unless all have the same `mine`, by name, and none has a `fault`. One collective."""
     said = json.dumps({"fault": fault[:2000]} | mine).encode()
     assert len(said) < SAID, len(said)
-    everyone = multihost_utils.process_allgather(np.frombuffer(said.ljust(SAID), np.uint8))
-    processes = [json.loads(bytes(row)) for row in everyone]
+    processes = [json.loads(bytes(row)) for row in all_gather(np.frombuffer(said.ljust(SAID), np.uint8))]
     for i, theirs in enumerate(processes):
         if theirs["fault"]:
             raise ConfigError(f"process {i}: {theirs['fault']}")
@@ -135,4 +136,18 @@ def broadcast_from_main(value: Any) -> Any:
 
 def all_processes(ok: bool) -> bool:
     """Whether `ok` is true on every process."""
-    return ok if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(ok)).all())
+    return bool(all_gather(np.array(ok)).all())
+
+
+def all_gather(mine: np.ndarray) -> np.ndarray:
+    """`mine` of every process, [processes, ...], once all devices of this process have it.
+
+    `process_allgather` waits for one device. A process that ended after it left devices of others that were still connecting to
+    its own, and gloo wrote errors behind the one that was meant to be read.
+    """
+    if jax.process_count() == 1:
+        return mine[None]
+    mesh = Mesh(np.reshape(jax.devices(), (jax.process_count(), -1)), ("fsdp", "tp"))
+    rows = multihost_utils.host_local_array_to_global_array(mine[None], mesh, spec("Q", Rules(Q="fsdp")))
+    everyone = jax.jit(lambda rows: rows, out_shardings=NamedSharding(mesh, spec("", TRAIN)))(rows)
+    return np.asarray(jax.block_until_ready(everyone).addressable_data(0))
