@@ -16,6 +16,7 @@ On-policy the loss is close to β·KL and stays near 0 whatever happens to the r
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,7 @@ def no_scale(centred: Array, counts: Array) -> Array:
     return jnp.float32(1.0)
 
 
+@partial(jax.jit, static_argnames="scale")
 def group_advantages(rewards: ArrayLike, scale=group_std) -> Array:
     """How much better each completion is than its group.  QG -> QG, float32
 

@@ -26,9 +26,9 @@ from grpo.rollout import Completions
 from grpo.step import Run
 from grpo.update import AGGREGATIONS, TrainState, batch_loss, init_state, policy, reference_of, sampling_params, starting_point
 from models.gemma import Params
-from models.sharding import check_divides, to_host
+from models.sharding import MeshJit, check_divides, to_host
 
-compiled_loss = jax.jit(batch_loss, static_argnames=("model", "execution", "config"))
+compiled_loss = MeshJit(batch_loss, static_argnames=("model", "execution", "config"))
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def one_step(
     advantages = rollout.advantages_of(rewards, run.config)  # QG: (reward - mean) / std of each group
     mask, batch = rollout.weigh(batch, completions, rewards, advantages, run)
     rates, stats, terms = learning_rates(step, session, run.sessions[-1].end, run.config), {}, {}
-    if learnable(batch.mask, batch.advantages, weights, reference):  # else the optimizer is not called
+    if learnable(mask, advantages, weights, reference):  # else the optimizer is not called
         state, stats, terms = update(state, batch, rates, run, base)
     return state, StepResult(completions, grades, advantages, mask, batch, rates, stats, terms, resampled, drawn)
 

@@ -7,8 +7,9 @@
         one_step(...)
     seconds["decode"]
 
-Inside the context a phase waits for its result (`jax.block_until_ready`) before its clock stops; outside it costs nothing. One
-that only begins work on the devices, `phase(name, wait=False)`, does not wait.
+Inside the context a phase waits for its arguments before its clock starts and for its result before it stops
+(`jax.block_until_ready`); outside it costs nothing. One that only begins work on the devices, `phase(name, wait=False)`, does
+not wait.
 """
 
 import time
@@ -36,6 +37,8 @@ def phase(name: str, wait: bool = True) -> Callable[[Callable[P, R]], Callable[P
             seconds = clocks.get()
             if seconds is None:
                 return function(*args, **kwargs)
+            if wait:
+                jax.block_until_ready((args, kwargs))
             start = time.perf_counter()
             result = function(*args, **kwargs)
             if wait:

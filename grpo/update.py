@@ -120,13 +120,21 @@ def reference_of(trained: Any, base: Params | None, dtype: str, config: UpdateCo
     return base if base is not None and config.lora_rank else policy(frozen(trained, dtype), base, config)
 
 
-@jax.jit
-def learnable(mask: Array, advantages: Array, weights: Params, reference: Params | None) -> Array:
-    """Whether an update of the policy `weights` can learn anything from a batch.  BC, B -> scalar, bool
+def learnable(mask: Any, advantages: Any, weights: Params, reference: Params | None) -> bool:
+    """Whether an update of the policy `weights` can learn anything from a batch.  BC, any shape
 
     It can if a token counts, and an advantage is not 0 or the KL pulls: there is a reference, and it is another policy.
-    Otherwise the exact gradient is 0, and Adam would make full steps of its rounding. Policies are compared by their weights,
-    in the dtype of the reference, in which both compute. Adapters whose B is 0 are as none.
+    Otherwise the exact gradient is 0, and Adam would make full steps of its rounding.
+    """
+    if not (mask > 0).any():
+        return False
+    return bool((advantages != 0).any()) or (reference is not None and bool(another_policy(weights, reference)))
+
+
+@jax.jit
+def another_policy(weights: Params, reference: Params) -> Array:
+    """Whether two policies differ. They are compared by their weights, in the dtype of the reference, in which both compute;
+    adapters whose B is 0 are as none.  -> scalar, bool
     """
 
     def unlike(theirs: Any, mine: Any) -> Array:
@@ -136,11 +144,8 @@ def learnable(mask: Array, advantages: Array, weights: Params, reference: Params
             return unlike(theirs, mine.base) | (mine.b.astype(theirs.dtype) != 0).any()
         return unlike(theirs.base, mine.base) | unlike(theirs.a, mine.a) | unlike(theirs.b, mine.b)
 
-    found = (advantages != 0).any()
-    if reference is not None:
-        unlikes = jax.tree.map(unlike, reference, weights, is_leaf=lambda leaf: isinstance(leaf, Adapted))
-        found |= jnp.stack(jax.tree.leaves(unlikes)).any()
-    return (mask > 0).any() & found
+    unlikes = jax.tree.map(unlike, reference, weights, is_leaf=lambda leaf: isinstance(leaf, Adapted))
+    return jnp.stack(jax.tree.leaves(unlikes)).any()
 
 
 @partial(jax.jit, static_argnames="config")
@@ -211,14 +216,9 @@ def completion_logprobs(
 
 
 def batch_loss(
-    trained: Any,
-    base: Params | None,
-    batch: Batch,
-    weights: Array,
-    model: GemmaConfig,
-    execution: ExecutionConfig,
+    trained: Any, base: Params | None, batch: Batch, weights: Array, model: GemmaConfig, execution: ExecutionConfig,
     config: UpdateConfig,
-) -> tuple[Array, dict[str, Array]]:
+) -> tuple[Array, dict[str, Array]]:  # fmt: skip
     """The loss of a batch or of one microbatch, and its terms for each token.  -> scalar, {name: BC}
 
     `weights` BC are an aggregation over the whole optimizer step, so that the losses of microbatches add up.

@@ -906,14 +906,9 @@ def chunk_size(slots: int, most: int) -> int:
 
 
 def token_logprobs(
-    params: Params,
-    hidden: Array,
-    tokens: Array,
-    temperature: float,
-    config: GemmaConfig,
-    execution: ExecutionConfig,
+    params: Params, hidden: Array, tokens: Array, temperature: float, config: GemmaConfig, execution: ExecutionConfig,
     chunk: int,
-) -> Array:
+) -> Array:  # fmt: skip
     """Log-probabilities of `tokens` from the hidden states that predict them.  BCD, BC -> BC
 
     Processes `chunk` slots of every row at a time and recomputes their logits in the backward pass, so the logits BCV (1 MB per

@@ -91,15 +91,9 @@ def row_keys(seed: int, step: int, rows: Array) -> Array:  # B -> B keys
 
 
 def sample(
-    params: Params,
-    prompts: Array,
-    lengths: Array,
-    keys: Array,
-    temperature: Array,
-    config: GemmaConfig,
-    execution: ExecutionConfig,
-    sampling: Sampling,
-) -> Samples:
+    params: Params, prompts: Array, lengths: Array, keys: Array, temperature: Array, config: GemmaConfig,
+    execution: ExecutionConfig, sampling: Sampling,
+) -> Samples:  # fmt: skip
     """`prefill`, then `decode` of up to C tokens in each row.  QP, Q, B keys, B -> Samples"""
     prefilled = prefill(params, prompts, lengths, config, execution)
     limits = jnp.full(keys.shape, sampling.width, jnp.int32)

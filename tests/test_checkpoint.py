@@ -277,13 +277,25 @@ def test_saving_goes_on_beside_the_training(checkpoints, abstract_like):
 # -------------------------------------------------------------------------------------------------------------- digest
 
 
-def test_the_digest_is_the_same_on_every_mesh(meshes):
+@pytest.fixture(params=["host", "devices"])
+def digesting(request, monkeypatch):
+    """Where leaves as small as those of a test are digested."""
+    if request.param == "devices":
+        monkeypatch.setattr(grpo.runs.checkpoint, "SMALL", 0)
+
+
+def test_the_digest_is_the_same_on_every_mesh_and_on_the_host(meshes, monkeypatch):
+    monkeypatch.setattr(grpo.runs.checkpoint, "leaf_words", None)  # small leaves compile nothing
     digests = {digest(lay_out(host_tree(), mesh)) for mesh in meshes.values()}
+    monkeypatch.undo()
+    monkeypatch.setattr(grpo.runs.checkpoint, "SMALL", 0)
+    digests |= {digest(lay_out(host_tree(), mesh)) for mesh in meshes.values()}
     assert len(digests) == 1
     (one,) = digests
     assert len(one) == 16 and int(one, 16) >= 0
 
 
+@pytest.mark.usefixtures("digesting")
 def test_any_flipped_bit_changes_the_digest(meshes):
     tree, rng = host_tree(), np.random.default_rng(1)
     before = digest(lay_out(tree, meshes[8]))
@@ -296,6 +308,7 @@ def test_any_flipped_bit_changes_the_digest(meshes):
     assert digest(lay_out(host_tree(), meshes[8])) == before
 
 
+@pytest.mark.usefixtures("digesting")
 @pytest.mark.parametrize("distance", [1, 2, 256, 512, 1 << 12, 1 << 15, 1 << 16])
 @pytest.mark.parametrize(("one", "other"), [(1.0, 2.0), (1.0, -1.0), (0.0, 1.0), (0.375, 0.40625)])
 def test_two_swapped_elements_change_the_digest(one, other, distance):
@@ -307,6 +320,7 @@ def test_two_swapped_elements_change_the_digest(one, other, distance):
     assert digest({"w": jnp.asarray(leaf)}) != digest({"w": jnp.asarray(swapped)})
 
 
+@pytest.mark.usefixtures("digesting")
 def test_swapped_rows_and_swapped_layers_change_the_digest():
     rng = np.random.default_rng(2)
     leaf = np.asarray(jnp.asarray(rng.normal(size=(4, 64, 128)), jnp.bfloat16).astype(jnp.float32))

@@ -108,7 +108,7 @@ def test_what_is_frozen_is_narrowed_leaf_by_leaf_while_it_is_read(config, monkey
     with devices(1):
         prepared = grpo.runs.setup.prepare(replace(config, lora_rank=rank, dtype="bfloat16"))
     wide, held = [], {id(array) for array in jax.live_arrays()}
-    real_digest = grpo.runs.checkpoint.leaf_words
+    real_digest = grpo.runs.checkpoint.leaf_digest
 
     def spy(leaf):
         known = [array for array in jax.live_arrays() if id(array) not in held and array.dtype == "float32" and array.ndim > 1]
@@ -116,7 +116,7 @@ def test_what_is_frozen_is_narrowed_leaf_by_leaf_while_it_is_read(config, monkey
         return real_digest(leaf)
 
     with jax.set_mesh(prepared.mesh):
-        monkeypatch.setattr(grpo.runs.checkpoint, "leaf_words", spy)
+        monkeypatch.setattr(grpo.runs.checkpoint, "leaf_digest", spy)
         narrow, fingerprint = load_digested(partial(grpo.runs.setup.load_base, prepared), prepared.model)
         monkeypatch.undo()
         weights = prepared.base.load(prepared.mesh, STORE, "float32")

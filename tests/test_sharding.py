@@ -20,6 +20,7 @@ from models.formats.convert import load_params, read_config
 from models.gemma import ExecutionConfig, GemmaConfig, Params, axes, forward_group, init_params, linear, token_logprobs
 from models.sampler import Samples, Sampling, decode, prefill, row_keys
 from models.sharding import (
+    CPU_OPTIONS,
     ROLLOUT,
     STORE,
     TPU_OPTIONS,
@@ -334,24 +335,27 @@ def test_no_weight_moves_while_decoding(config, tp):
 
 
 def test_the_options_of_a_tpu_are_for_a_mesh_of_tpus(monkeypatch):
-    """And not for the CPU, whose compiler refuses them, nor inside another program, whose options hold."""
+    """And not for the CPU, whose compiler refuses them and has others, nor inside another program, whose options hold."""
     double = MeshJit(lambda x: x + x, more={"xla_large": 1})
-    assert double(jnp.ones(3)).tolist() == [2, 2, 2]  # no mesh
+    assert double(jnp.ones(3)).tolist() == [2, 2, 2] and double.chosen() is double.plain  # no mesh
     with jax.set_mesh(make_mesh()):
-        assert double.chosen() is double.plain
+        on_cpu = double.chosen()
+        assert double.with_options == {tuple(CPU_OPTIONS.items()): on_cpu} and on_cpu is not double.plain
         assert jax.jit(lambda x: double(x) + 1)(jnp.ones(3)).tolist() == [3, 3, 3]
         assert double.lower(jnp.ones(3)).compile() and double.trace(jnp.ones(3)).jaxpr
         chip, known = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite"), {*TPU_OPTIONS, "xla_large"}
         monkeypatch.setattr(jax.sharding, "get_mesh", lambda: SimpleNamespace(empty=False, devices=np.array([chip])))
         monkeypatch.setattr(models.sharding, "knows_option", lambda mesh, name, value: name in known)
         large = double.chosen()  # with options for chips that have 128 MiB of VMEM, of which the update has some
-        assert double.with_options == {tuple((TPU_OPTIONS | {"xla_large": 1}).items()): large} and double.chosen() is large
+        assert double.with_options[tuple((TPU_OPTIONS | {"xla_large": 1}).items())] is large and double.chosen() is large
         chip.device_kind = "TPU v3"
         assert double.chosen() is double.with_options[tuple(TPU_OPTIONS.items())] is not large
         with pytest.raises(jax.errors.JaxRuntimeError, match="xla_jf_spmd_threshold_for_windowed_einsum_mib"):
             double(jnp.ones(3))
         known.clear()
         assert double(jnp.ones(3)).tolist() == [2, 2, 2]
+        chip.platform = "gpu"
+        assert double.chosen() is double.with_options[()]
 
 
 def test_an_option_that_the_compiler_does_not_know_is_left_out_with_a_warning():

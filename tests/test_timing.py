@@ -27,7 +27,9 @@ def sleep(monkeypatch) -> Callable[[float], None]:
     return sleep
 
 
-def test_a_phase_counts_until_its_result_is_there_and_its_calls_add_up(sleep):
+def test_a_phase_counts_from_its_arguments_to_its_result_and_its_calls_add_up(sleep):
+    """What its arguments wait for belongs to the phase that they come from."""
+
     @phase("one")
     def one(seconds: float, double: bool = False) -> float:
         sleep(seconds)

@@ -38,6 +38,7 @@ from models.sharding import Rules, spec
 SPARE = 2**26  # bytes that a save leaves free
 LEFTOVER = ".orbax-checkpoint-tmp"  # in the name of directories that are half written or half deleted
 PIECE = 2**22  # elements digested at a time on the host
+SMALL = 2**19  # elements of a leaf for whose digest no program is compiled
 
 
 class Checkpoints:
@@ -342,7 +343,14 @@ def leaf_words(leaf: Array) -> Array:
 def digests(tree: Any) -> dict[str, str]:
     """The digest (16 hex digits) of each leaf by its name. It depends on the values alone, not on the sharding."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {leaf_name(path): hexadecimal(np.asarray(leaf_words(leaf))) for path, leaf in flat}
+    return {leaf_name(path): leaf_digest(leaf) for path, leaf in flat}
+
+
+def leaf_digest(leaf: Array) -> str:
+    """The digest of one leaf: of a small one on the host, where that takes less time than compiling for its shape."""
+    if leaf.size <= SMALL and leaf.is_fully_addressable:
+        return array_digest(np.asarray(leaf))
+    return hexadecimal(np.asarray(leaf_words(leaf)))
 
 
 def hexadecimal(words: np.ndarray) -> str:
@@ -364,7 +372,7 @@ def load_digested(load: Callable[[Keep], Params], config: GemmaConfig) -> tuple[
     found: dict[str, tuple[str, str]] = {}
 
     def keep(name: str, leaf: Array) -> Array:
-        found[name] = hexadecimal(np.asarray(leaf_words(leaf))), f"{leaf.shape} {leaf.dtype}"
+        found[name] = leaf_digest(leaf), f"{leaf.shape} {leaf.dtype}"
         return leaf
 
     params, names = load(keep), leaf_names(config)
