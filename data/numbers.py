@@ -13,6 +13,7 @@ evaluated, rounded or rescaled. Percent, dozen and pair are units like any other
 
 import re
 from decimal import Decimal
+from functools import lru_cache
 
 MAX_ANSWER_CHARS = 200  # about a sentence; every regex except OPERATION sees at most this much text
 MAX_NESTING = 4  # of LaTeX wrappers
@@ -161,7 +162,12 @@ def parse_number(text: str) -> Decimal | None:
     `$1,234.50` -> 1234.50; `5 + 13 = 18 dollars` -> 18; `5 + 13`, `36/2`, `18 or 20`, `18k`, `about 18`, `1e5` -> None
     """
     text = text.strip()
-    if len(text) > MAX_ANSWER_CHARS or not _has_digit(text) or INEXACT.search(text := plain(MATH.sub(r" \1 ", text))):
+    return None if len(text) > MAX_ANSWER_CHARS else _stated_number(text)
+
+
+@lru_cache(2**12)  # golds and answers come again and again within a step
+def _stated_number(text: str) -> Decimal | None:
+    if not _has_digit(text) or INEXACT.search(text := plain(MATH.sub(r" \1 ", text))):
         return None
     *left, right = EQUALS.split(text, MAX_SIDES)  # a further sign stays in the last side, which is then refused
     match = STATEMENT.fullmatch(right)
