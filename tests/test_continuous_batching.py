@@ -175,7 +175,8 @@ def test_rows_are_filled_again_before_a_quarter_of_them_is_idle(expected, monkey
 @pytest.mark.parametrize("machine", [ONE, Machine(unroll=True)], ids=["loop", "unrolled"])
 def test_a_queue_compiles_each_program_once(machine):
     """The first state and every later one have the same types: a weak type of the first one compiled everything twice."""
-    programs: Any = models.continuous_batching.refill, models.continuous_batching.decode_chunk.plain
+    with machine.mesh():
+        programs: Any = models.continuous_batching.refill, models.continuous_batching.decode_chunk.chosen()
     for program in programs:
         program.clear_cache()
     machine.queue(bank=3, rows=5)
