@@ -352,14 +352,14 @@ def product(
 
     The backward pass is written out for two reasons. It saves the weight as stored, and casts and gathers it again: no gathered
     weight stays in memory. And it computes the weight's gradient as xᵀ·dy, reduced directly into the stored layout. Automatic
-    differentiation computes dyᵀ·x. A CPU has to transpose one of the two: here the smaller, and apart from the product, since
-    what XLA folds into one its fast library for products does not take.
+    differentiation computes dyᵀ·x. A CPU has to transpose one of the two: here the smaller, and on one device apart from the
+    product, since XLA's fast library takes no product with a folded transpose.
 
     The weight's gradient has the dtype of x until it has been summed over chips, so in bfloat16 it is rounded once a product
     and once a hop: 0.2% and, over eight chips, 0.4% of its size, beside the 1.5% that bfloat16 costs the whole gradient (four
     layers of width 64). A float32 one would leave it at 1.5%. Microbatches and chunks of the vocabulary are added in float32.
     """
-    placed, apart = None if out is None else execution.at(out), lax.optimization_barrier
+    placed = None if out is None else execution.at(out)
 
     def forward(x, weight):
         return jnp.einsum(
@@ -370,15 +370,17 @@ def product(
         x, weight = kept
         dy = dy.astype(x.dtype)
         dx = jnp.einsum("...F,DF->...D", dy, execution.use(weight, letters), out_sharding=jax.typeof(x).sharding)
-        stored = jax.typeof(weight).sharding
+        stored, wall = jax.typeof(weight).sharding, lax.optimization_barrier
 
-        def straight(x, dy):
-            return jnp.einsum("...D,...F->DF", x, dy, out_sharding=stored)
+        def straight(x, dy, sharding=stored):
+            return jnp.einsum("...D,...F->DF", x, dy, out_sharding=sharding)
+
+        def apart(x, dy, sharding):
+            return wall(jnp.einsum("D...,...F->DF", wall(jnp.moveaxis(x, -1, 0)), dy, out_sharding=sharding))
 
         def smaller(x, dy):
-            if x.shape[-1] <= dy.shape[-1]:
-                return apart(jnp.einsum("D...,...F->DF", apart(jnp.moveaxis(x, -1, 0)), dy, out_sharding=stored))
-            return apart(jnp.einsum("F...,...D->FD", apart(jnp.moveaxis(dy, -1, 0)), x, out_sharding=transposed(stored))).T
+            form = apart if stored.mesh.size == 1 else straight
+            return form(x, dy, stored) if x.shape[-1] <= dy.shape[-1] else form(dy, x, transposed(stored)).T
 
         dw = lax.platform_dependent(x, dy, cpu=smaller, default=straight)
         return dx, dw.astype(weight.dtype)
