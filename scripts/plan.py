@@ -2,6 +2,7 @@
 
     python scripts/plan.py gemma2-2b --topology v5e:2x4 --mean_length 150
     python scripts/plan.py --model gemma3-1b --prompts_per_step 16 --rollout_tp 8 --topology v6e:2x4 --search
+    python scripts/plan.py gemma2-2b --topology v5e:2x4 --mean_length 150 --autotune
     python scripts/plan.py gemma2-2b-lora --topology v5e:1x1 --prompts_per_step 4 --mean_length 150
     python scripts/plan.py gemma2-2b-lora --topology gpu:l4 --prompts_per_step 4 --mean_length 150
     python scripts/plan.py tiny --topology local
@@ -67,6 +68,7 @@ from models.sharding import ROLLOUT, STORE, TRAIN, Rules, abstract_like, activat
 
 STOP_IDS = (1, 107)
 LARGE = 2**20  # bytes; smaller copies do not matter
+ROLLOUT_PROGRAMS = ("sampling_params", "prefill", "decode")
 
 # What libtpu would ask a TPU's host for.
 NO_TPU = {
@@ -82,6 +84,7 @@ class PlanConfig(Workload):
     )
     costliest: int = flag(0, "of a TPU slice: list this many instructions with the most estimated cycles", "machine", least=0)
     search: bool = flag(False, "find the largest prompts_per_step and the largest max_new_tokens that fit: minutes", "machine")
+    autotune: bool = flag(False, "of a TPU slice: estimate a rollout with each rollout_tp, name the best: minutes", "machine")
 
 
 # Each preset of train.py; without one, --model and the defaults of Config.
@@ -545,6 +548,39 @@ def search(plan: Plan, figures: dict[str, Any]) -> dict[str, int]:
     return found
 
 
+def autotune(plan: Plan, figures: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """For every rollout_tp the estimate of a rollout, and what a device holds in it. `figures` are those of the plan itself."""
+    found = {}
+    for tp in (tp for tp in (1, 2, 4, 8) if plan.mesh.size % tp == 0):
+        rows = [figures[name] for name in ROLLOUT_PROGRAMS]
+        if tp != plan.mesh.shape["tp"]:
+            print(f"autotune    rollout_tp {tp}", file=sys.stderr, flush=True)
+            other = make_plan(replace(plan.config, rollout_tp=tp))
+            with jax.set_mesh(other.mesh):
+                parts = programs(other)
+                rows = [examine(parts[name], other) for name in ROLLOUT_PROGRAMS]
+        ends = zip(*(row.get("estimate_ms", [math.inf] * 2) for row in rows), strict=True)
+        found[tp] = {"estimate_ms": [sum(end) for end in ends], "needed_gib_per_chip": max(map(total_gib, rows))}
+    return found
+
+
+def best_layout(plan: Plan, tuned: dict[int, dict[str, Any]]) -> int | None:
+    """The rollout_tp with the least estimate, halfway between its ends, of those that fit; None if none does."""
+    fitting = [tp for tp, row in tuned.items() if row["needed_gib_per_chip"] <= plan.memory / GIB]
+    return min(fitting, key=lambda tp: sum(tuned[tp]["estimate_ms"]), default=None)
+
+
+def layouts(plan: Plan, tuned: dict[int, dict[str, Any]]) -> str:
+    """A line for every rollout_tp."""
+    lines = ["the compiler's estimate of a rollout:"]
+    for tp, row in tuned.items():
+        (start, end), needed = row["estimate_ms"], row["needed_gib_per_chip"]
+        told = f"from {start / 1e3:.2f} to {end / 1e3:.2f} s, {needed:.2f} GiB a device"
+        lines.append(f"  rollout_tp {tp:2}  {'does not fit' if math.isinf(needed) else told}")
+    best = best_layout(plan, tuned)
+    return "\n".join([*lines, f"best      rollout_tp {best}" if best else "none fits"])
+
+
 def table(plan: Plan, figures: dict[str, Any]) -> str:
     """One line a program, then what the chips send each other in one step of decoding."""
     config, mesh = plan.config, plan.mesh
@@ -606,6 +642,9 @@ def estimates(figures: dict[str, Any]) -> list[str]:
 def main(argv: list[str]) -> dict[str, Any]:
     plan = make_plan(parse(PlanConfig, argv, __doc__ or "", STARTS))
     figures: dict[str, Any] = {}
+    if plan.config.autotune and (plan.chip is None or plan.chip.clock is None):
+        hint = "on the devices of this machine scripts/benchmark.py --autotune measures"
+        raise ConfigError(f"autotune needs a TPU's compiler, and topology is {plan.config.topology}: use v5e:2x4; {hint}")
     with jax.set_mesh(plan.mesh):
         for name, program in programs(plan).items():
             print(f"compiling   {name}", file=sys.stderr, flush=True)
@@ -621,6 +660,10 @@ def main(argv: list[str]) -> dict[str, Any]:
         if plan.config.search:
             summary["largest"] = search(plan, figures)
             print("largest   " + ", or ".join(f"{name} {size}" for name, size in summary["largest"].items()), flush=True)
+    if plan.config.autotune:
+        tuned = autotune(plan, figures)
+        print(layouts(plan, tuned), flush=True)
+        summary |= {"autotune": tuned, "best_rollout_tp": best_layout(plan, tuned)}
     return summary | {"programs": figures}
 
 

@@ -188,6 +188,7 @@ def test_without_a_reference_and_with_two_updates_the_programs_are_others():
         (["tiny", "--prompts_per_step=12"], "error: prompts_per_step 12 / microbatches 1 = 12 must divide over 8 devices"),
         (["tiny", "--rollout_tp=3"], "error: rollout_tp 3 does not divide 8 devices"),
         (["tiny", "--lora_rank=100"], "error: lora_rank 100 is above that of k, 128 x 32; give a smaller one"),
+        (["tiny", "--autotune"], "error: autotune needs a TPU's compiler, and topology is local: use v5e:2x4; on the devices"),
     ],
 )
 def test_the_users_mistake_is_one_line_and_exit_code_2(argv, message, capsys):
@@ -229,6 +230,38 @@ def test_the_search_finds_the_largest_size_that_fits_in_few_steps(needs, size):
     largest = max((n for n in range(8, 1000, 8) if needs(n) <= 9.9), default=0)
     assert plan.find_largest(need, 8, size, needs(size), 2.0, 9.9) == largest
     assert len(tried) <= 8 and all(n > 0 and n % 8 == 0 for n in tried)
+
+
+@pytest.mark.long
+def test_autotune_estimates_a_rollout_in_every_layout_and_names_the_least(capsys):
+    pytest.importorskip("libtpu")
+    argv = ["tiny", "--topology=v5e:2x4", "--prompts_per_step=8", "--halvings=0", "--autotune"]
+    result = plan.main(argv)
+    tuned, middle = result["autotune"], {}
+    assert list(tuned) == [1, 2, 4, 8]
+    for tp, row in tuned.items():
+        start, end = row["estimate_ms"]
+        assert 0 < start < end < 1e3 and row["needed_gib_per_chip"] < 1
+        middle[tp] = start + end
+    assert len(set(middle.values())) == 4  # each layout was compiled
+    own = [result["programs"][name]["estimate_ms"] for name in plan.ROLLOUT_PROGRAMS]
+    assert tuned[1]["estimate_ms"] == [sum(ends) for ends in zip(*own, strict=True)]  # that of the plan is not compiled again
+    assert result["best_rollout_tp"] == min(middle, key=middle.__getitem__)
+    assert capsys.readouterr().out.endswith(f"best      rollout_tp {result['best_rollout_tp']}\n")
+
+
+@pytest.mark.parametrize(
+    ("needed", "best"), [([9, 9, 9, 9], 4), ([9, 9, 16, 9], 8), ([math.inf, 16, 16, 15], 8), ([16, math.inf, 16, 16], None)]
+)
+def test_the_best_layout_is_the_fastest_one_that_fits(needed, best):
+    made = plan.make_plan(plan.PlanConfig(model="gemma2-2b"))
+    ends = [[5, 9], [3, 12], [2, 8], [4, 7]]
+    tuned = {
+        tp: {"estimate_ms": each, "needed_gib_per_chip": gib} for tp, each, gib in zip((1, 2, 4, 8), ends, needed, strict=True)
+    }
+    made = replace(made, memory=15.75 * 2**30)
+    assert plan.best_layout(made, tuned) == best
+    assert plan.layouts(made, tuned).count("does not fit") == needed.count(math.inf)
 
 
 @pytest.fixture(scope="module")
