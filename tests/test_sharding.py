@@ -22,6 +22,8 @@ from models.sampler import Samples, Sampling, decode, prefill, row_keys
 from models.sharding import (
     CPU_OPTIONS,
     ROLLOUT,
+    SMALL,
+    SMALL_OPTIONS,
     STORE,
     TPU_OPTIONS,
     TRAIN,
@@ -339,7 +341,17 @@ def test_the_options_of_a_tpu_are_for_a_mesh_of_tpus(monkeypatch):
     double = MeshJit(lambda x: x + x, more={"xla_large": 1})
     assert double(jnp.ones(3)).tolist() == [2, 2, 2] and double.chosen() is double.plain  # no mesh
     with jax.set_mesh(make_mesh(1, jax.devices()[:1])):
-        assert double.chosen() is double.with_options[tuple(CPU_OPTIONS.items())]
+        small, large = jnp.ones(SMALL // 4), jax.ShapeDtypeStruct((SMALL // 4 + 1, 2), "float32")
+        rest = {"b": 2 * [small], "a": jax.ShapeDtypeStruct((SMALL // 2,), "float32")}  # all arguments count
+        assert double.chosen(((small, "x", None, 3), {})) is double.with_options[tuple((CPU_OPTIONS | SMALL_OPTIONS).items())]
+        for arguments in ((large, large), rest):
+            assert double.chosen(arguments) is double.with_options[tuple(CPU_OPTIONS.items())]
+        double.with_options.clear()
+        for used in (double, double.lower, double.trace):
+            used(small)
+        assert [len(options) for options in double.with_options] == [2]
+        double.lower(jax.ShapeDtypeStruct((SMALL,), "float32"))
+        assert [len(options) for options in double.with_options] == [2, 1]
     with jax.set_mesh(make_mesh()):
         assert double.chosen() is double.with_options[()]  # several devices: none
         assert jax.jit(lambda x: double(x) + 1)(jnp.ones(3)).tolist() == [3, 3, 3]
