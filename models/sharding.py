@@ -32,8 +32,8 @@ from models import ModelError
 Axes = str | tuple[str, ...] | None
 
 # For the compiler of one CPU device: LLVM's -O1 instead of -O2 compiles in four fifths of the time, and the code is no slower.
-# And for a program with fewer numbers than this in its arguments, which compiles longer than it runs: XLA's older emitters of
-# fusions need six tenths of the time. On larger arrays their code is a tenth to a quarter slower.
+# Programs with fewer than `SMALL` numbers in their arguments get XLA's older emitters of fusions too, which need six tenths of
+# the time. The code of larger programs would be slower by a tenth or more.
 CPU_OPTIONS = {"xla_backend_optimization_level": 1}
 SMALL, SMALL_OPTIONS = 2**22, {"xla_cpu_use_fusion_emitters": False}
 
@@ -115,10 +115,8 @@ def to_devices(x: ArrayLike, letters: str) -> Array:
     """A host array on the devices, sharded by TRAIN. With several processes, each must pass the whole array."""
     if jax.process_count() == 1:
         return jax.device_put(x, spec(letters, TRAIN))
-    whole = np.asarray(x)
-    return jax.make_array_from_callback(
-        whole.shape, NamedSharding(jax.sharding.get_mesh(), spec(letters, TRAIN)), whole.__getitem__
-    )
+    whole, sharding = np.asarray(x), NamedSharding(jax.sharding.get_mesh(), spec(letters, TRAIN))
+    return jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)
 
 
 def to_host(tree: Any) -> Any:
@@ -131,15 +129,13 @@ def to_host(tree: Any) -> Any:
 class MeshJit:
     """`jax.jit`, with the options for the devices of the mesh of `jax.set_mesh`, present or only described.
 
-    `more` are options for chips with a large VMEM. Inside another program it adds nothing: the outer one has the options. On a
-    CPU they depend on the size of the arguments too.
+    `more` are options for chips with a large VMEM. Inside another program it adds nothing: the outer one has the options.
     """
 
     def __init__(self, function: Callable, more: dict[str, Any] | None = None, **how: Any):
         update_wrapper(self, function)
         self.function, self.more, self.how = function, more or {}, how
-        self.plain = jax.jit(function, **how)
-        self.with_options: dict[tuple, Any] = {}
+        self.plain, self.with_options = jax.jit(function, **how), dict[tuple, Any]()
 
     def chosen(self, arguments: Any = ()) -> Any:
         """The jitted function for the mesh that is set, and for such arguments, a tree."""
@@ -149,12 +145,10 @@ class MeshJit:
             return self.plain
         if mesh.empty:
             return self.plain
-        options: dict[str, Any] = {}
-        if (chip := mesh.devices.flat[0]).platform == "tpu":
-            options = TPU_OPTIONS | (self.more if chip.device_kind in LARGE_VMEM else {})
-        elif chip.platform == "cpu" and mesh.size == 1:
-            numbers = sum(getattr(leaf, "size", 0) for leaf in jax.tree.leaves(arguments))
-            options = CPU_OPTIONS | (SMALL_OPTIONS if numbers < SMALL else {})
+        chip, numbers = mesh.devices.flat[0], sum(getattr(leaf, "size", 0) for leaf in jax.tree.leaves(arguments))
+        on_cpu = CPU_OPTIONS | (SMALL_OPTIONS if numbers < SMALL else {}) if mesh.size == 1 else {}
+        on_tpu = TPU_OPTIONS | (self.more if chip.device_kind in LARGE_VMEM else {})
+        options = {"cpu": on_cpu, "tpu": on_tpu}.get(chip.platform, {})
         options = {name: value for name, value in options.items() if knows_option(mesh, name, value)}
         if (key := tuple(options.items())) not in self.with_options:
             self.with_options[key] = jax.jit(self.function, compiler_options=options, **self.how)
@@ -186,10 +180,8 @@ def knows_option(mesh: Mesh, name: str, value: Any) -> bool:
 
 def abstract_like(function: Callable, *arguments: Any, mesh: Mesh) -> Any:
     """The shapes, dtypes and shardings of what `function` would return. Nothing is computed."""
-    return jax.tree.map(
-        lambda a: a.update(sharding=NamedSharding(mesh, a.sharding.spec if a.sharding else PartitionSpec())),
-        jax.eval_shape(function, *arguments),
-    )
+    found, whole = jax.eval_shape(function, *arguments), PartitionSpec()
+    return jax.tree.map(lambda x: x.update(sharding=NamedSharding(mesh, x.sharding.spec if x.sharding else whole)), found)
 
 
 def transposed(sharding: NamedSharding) -> NamedSharding:
