@@ -137,7 +137,8 @@ def test_the_sampler_gives_the_trainers_logprobs(any_model):
         rows = np.equal(TEMPERATURES, temperature)
         logprobs = np.asarray(trainer(params, hidden, samples.tokens, temperature, config, ExecutionConfig(), 5))
         assert rows.sum() >= 2
-        np.testing.assert_allclose(samples.logprobs[rows], logprobs[rows], rtol=0, atol=1e-5)
+        # Rounding errors of logits are divided by the temperature. At 0.5 the trainer alone is off by up to 9.6e-6 (float64).
+        np.testing.assert_allclose(samples.logprobs[rows], logprobs[rows], rtol=0, atol=1e-5 / temperature)
 
 
 def test_logprobs_are_of_the_full_softmax_whatever_is_left_out(model):
