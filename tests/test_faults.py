@@ -482,7 +482,12 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-SHARED = ["--prompts_per_step=16", "--new_problems=64", "--eval_problems=8", "--retention_problems=8", "--logprob_chunk=64"]
+# Sums over processes round in another order, and Adam divides a gradient near 0 by its own size. So at a large learning rate
+# weights soon differ enough for another sample, on some CPUs in step 6.
+SHARED = [
+    "--prompts_per_step=16", "--new_problems=64", "--eval_problems=8", "--retention_problems=8", "--logprob_chunk=64",
+    "--learning_rate=1e-5",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
