@@ -32,8 +32,7 @@ from models import ModelError
 Axes = str | tuple[str, ...] | None
 
 # For the compiler of one CPU device: LLVM's -O1 instead of -O2 compiles in four fifths of the time, and the code is no slower.
-# Programs with fewer than `SMALL` numbers in their arguments get XLA's older emitters of fusions too, which need six tenths of
-# the time. The code of larger programs would be slower by a tenth or more.
+# With fewer than `SMALL` numbers in the arguments XLA's older emitters too: six tenths; larger programs would be slower.
 CPU_OPTIONS = {"xla_backend_optimization_level": 1}
 SMALL, SMALL_OPTIONS = 2**22, {"xla_cpu_use_fusion_emitters": False}
 
@@ -135,7 +134,8 @@ class MeshJit:
     def __init__(self, function: Callable, more: dict[str, Any] | None = None, **how: Any):
         update_wrapper(self, function)
         self.function, self.more, self.how = function, more or {}, how
-        self.plain, self.with_options = jax.jit(function, **how), dict[tuple, Any]()
+        self.plain = jax.jit(function, **how)
+        self.with_options: dict[tuple, Any] = {}
 
     def chosen(self, arguments: Any = ()) -> Any:
         """The jitted function for the mesh that is set, and for such arguments, a tree."""
@@ -145,10 +145,10 @@ class MeshJit:
             return self.plain
         if mesh.empty:
             return self.plain
-        chip, numbers = mesh.devices.flat[0], sum(getattr(leaf, "size", 0) for leaf in jax.tree.leaves(arguments))
-        on_cpu = CPU_OPTIONS | (SMALL_OPTIONS if numbers < SMALL else {}) if mesh.size == 1 else {}
-        on_tpu = TPU_OPTIONS | (self.more if chip.device_kind in LARGE_VMEM else {})
-        options = {"cpu": on_cpu, "tpu": on_tpu}.get(chip.platform, {})
+        more = self.more if (chip := mesh.devices.flat[0]).device_kind in LARGE_VMEM else {}
+        options = {"cpu": CPU_OPTIONS if mesh.size == 1 else {}, "tpu": TPU_OPTIONS | more}.get(chip.platform, {})
+        if options is CPU_OPTIONS and sum(getattr(leaf, "size", 0) for leaf in jax.tree.leaves(arguments)) < SMALL:
+            options = CPU_OPTIONS | SMALL_OPTIONS
         options = {name: value for name, value in options.items() if knows_option(mesh, name, value)}
         if (key := tuple(options.items())) not in self.with_options:
             self.with_options[key] = jax.jit(self.function, compiler_options=options, **self.how)
@@ -180,8 +180,8 @@ def knows_option(mesh: Mesh, name: str, value: Any) -> bool:
 
 def abstract_like(function: Callable, *arguments: Any, mesh: Mesh) -> Any:
     """The shapes, dtypes and shardings of what `function` would return. Nothing is computed."""
-    found, whole = jax.eval_shape(function, *arguments), PartitionSpec()
-    return jax.tree.map(lambda x: x.update(sharding=NamedSharding(mesh, x.sharding.spec if x.sharding else whole)), found)
+    whole, found = NamedSharding(mesh, PartitionSpec()), jax.eval_shape(function, *arguments)
+    return jax.tree.map(lambda x: x.update(sharding=whole.update(spec=x.sharding.spec) if x.sharding else whole), found)
 
 
 def transposed(sharding: NamedSharding) -> NamedSharding:

@@ -35,7 +35,7 @@ from grpo.runs.flags import parse
 from grpo.runs.grading import make_grader
 from grpo.runs.metrics import CompileCounter
 from grpo.runs.reward_worker import UserRewards
-from grpo.runs.workload import Workload, row_limits
+from grpo.runs.workload import Workload, layouts, row_limits
 from grpo.session import plan_sessions
 from grpo.step import Run, one_step
 from grpo.timing import phase_seconds
@@ -170,7 +170,7 @@ def bounds(run: Run, config: BenchmarkConfig, chip: Chip, step: int) -> dict[str
 def autotune(config: BenchmarkConfig) -> dict[int, float]:
     """Seconds of one rollout by `rollout_tp`, for every k in 1, 2, 4, 8 that divides the devices."""
     seconds = {}
-    for k in (k for k in (1, 2, 4, 8) if len(jax.devices()) % k == 0):
+    for k in layouts(len(jax.devices())):
         run = make_run(config, make_mesh(k))
         with jax.set_mesh(run.mesh):
             params = sampling_params(random_weights(run), run.model, run.sample)

@@ -44,7 +44,7 @@ from grpo.memory import choose_remat, device_memory, unroll_decoding
 from grpo.runs.cli import run_script
 from grpo.runs.flags import parse
 from grpo.runs.setup import check_shapes
-from grpo.runs.workload import Workload, row_limits
+from grpo.runs.workload import Workload, layouts, row_limits
 from grpo.update import (
     UpdateConfig,
     completion_logprobs,
@@ -549,35 +549,40 @@ def search(plan: Plan, figures: dict[str, Any]) -> dict[str, int]:
 
 
 def autotune(plan: Plan, figures: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """For every rollout_tp the estimate of a rollout, and what a device holds in it. `figures` are those of the plan itself."""
+    """For every rollout_tp the estimate of a rollout, and what a device holds in it; both None where a program cannot be
+    compiled to fit. `figures` are those of the plan itself."""
     found = {}
-    for tp in (tp for tp in (1, 2, 4, 8) if plan.mesh.size % tp == 0):
-        rows = [figures[name] for name in ROLLOUT_PROGRAMS]
-        if tp != plan.mesh.shape["tp"]:
+    for tp in layouts(plan.mesh.size):
+        if tp == plan.mesh.shape["tp"]:
+            rows = [figures[name] for name in ROLLOUT_PROGRAMS]
+        else:
             print(f"autotune    rollout_tp {tp}", file=sys.stderr, flush=True)
             other = make_plan(replace(plan.config, rollout_tp=tp))
             with jax.set_mesh(other.mesh):
                 parts = programs(other)
                 rows = [examine(parts[name], other) for name in ROLLOUT_PROGRAMS]
-        ends = zip(*(row.get("estimate_ms", [math.inf] * 2) for row in rows), strict=True)
-        found[tp] = {"estimate_ms": [sum(end) for end in ends], "needed_gib_per_chip": max(map(total_gib, rows))}
+        found[tp] = dict.fromkeys(("estimate_ms", "needed_gib_per_chip"))
+        if math.isfinite(needed := max(map(total_gib, rows))):
+            ends = zip(*(row["estimate_ms"] for row in rows), strict=True)
+            found[tp] = {"estimate_ms": [sum(end) for end in ends], "needed_gib_per_chip": needed}
     return found
 
 
-def best_layout(plan: Plan, tuned: dict[int, dict[str, Any]]) -> int | None:
-    """The rollout_tp with the least estimate, halfway between its ends, of those that fit; None if none does."""
-    fitting = [tp for tp, row in tuned.items() if row["needed_gib_per_chip"] <= plan.memory / GIB]
+def best_layout(tuned: dict[int, dict[str, Any]], memory: float) -> int | None:
+    """The rollout_tp with the least estimate, halfway between its ends, of those that fit `memory` GiB; None if none does."""
+    fitting = [tp for tp, row in tuned.items() if row["estimate_ms"] and row["needed_gib_per_chip"] <= memory]
     return min(fitting, key=lambda tp: sum(tuned[tp]["estimate_ms"]), default=None)
 
 
-def layouts(plan: Plan, tuned: dict[int, dict[str, Any]]) -> str:
+def layout_lines(tuned: dict[int, dict[str, Any]], best: int | None) -> str:
     """A line for every rollout_tp."""
     lines = ["the compiler's estimate of a rollout:"]
     for tp, row in tuned.items():
-        (start, end), needed = row["estimate_ms"], row["needed_gib_per_chip"]
-        told = f"from {start / 1e3:.2f} to {end / 1e3:.2f} s, {needed:.2f} GiB a device"
-        lines.append(f"  rollout_tp {tp:2}  {'does not fit' if math.isinf(needed) else told}")
-    best = best_layout(plan, tuned)
+        told = "does not fit"
+        if row["estimate_ms"]:
+            start, end = (ms / 1e3 for ms in row["estimate_ms"])
+            told = f"from {start:.2f} to {end:.2f} s, {row['needed_gib_per_chip']:.2f} GiB a device"
+        lines.append(f"  rollout_tp {tp:2}  {told}")
     return "\n".join([*lines, f"best      rollout_tp {best}" if best else "none fits"])
 
 
@@ -662,8 +667,9 @@ def main(argv: list[str]) -> dict[str, Any]:
             print("largest   " + ", or ".join(f"{name} {size}" for name, size in summary["largest"].items()), flush=True)
     if plan.config.autotune:
         tuned = autotune(plan, figures)
-        print(layouts(plan, tuned), flush=True)
-        summary |= {"autotune": tuned, "best_rollout_tp": best_layout(plan, tuned)}
+        best = best_layout(tuned, plan.memory / GIB)
+        print(layout_lines(tuned, best), flush=True)
+        summary |= {"autotune": tuned, "best_rollout_tp": best}
     return summary | {"programs": figures}
 
 

@@ -22,12 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from training import REWARDS, lines, without_times, write_model, xla_flags
 
 import grpo.runs.checkpoint
 from grpo.runs.checkpoint import Checkpoints
 from grpo.runs.interrupts import Interrupts, Stopped
+from grpo.runs.model_source import find_model
+from models.sharding import STORE, make_mesh
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 300  # seconds that any wait may take before it is called a hang
@@ -498,8 +501,16 @@ def single(launch) -> Path:
     return folder
 
 
+def weights_of(folder: Path) -> np.ndarray:
+    """All weights of a model, or of a run's last checkpoint, in one vector."""
+    last = find_model(folder)
+    return np.concatenate(
+        [np.ravel(x) for x in jax.tree.leaves(last.load(make_mesh(devices=jax.devices()[:1]), STORE, "float32"))]
+    )
+
+
 def assert_same_to_rounding(folder: Path, single: Path) -> None:
-    """The same samples; the same losses, whose sums have another order."""
+    """The same samples; the same losses and weights, whose sums have another order."""
     found, expected = records(folder), records(single)
     assert found["completions"] == expected["completions"]
     assert [pieces_of(record) for record in found["tokens"]] == [pieces_of(record) for record in expected["tokens"]]
@@ -507,6 +518,8 @@ def assert_same_to_rounding(folder: Path, single: Path) -> None:
         assert record.pop("alarms") == other.pop("alarms")
         assert record == pytest.approx(other, rel=1e-3, abs=1e-4)
     assert [record["accuracy"] for record in found["evaluations"]] == [record["accuracy"] for record in expected["evaluations"]]
+    ours, theirs, start = map(weights_of, (folder, single, single.parent / "model"))
+    assert np.linalg.norm(ours - theirs) < 1e-3 * np.linalg.norm(theirs - start)  # one update of the twelve moves much further
 
 
 @pytest.mark.long

@@ -251,17 +251,28 @@ def test_autotune_estimates_a_rollout_in_every_layout_and_names_the_least(capsys
 
 
 @pytest.mark.parametrize(
-    ("needed", "best"), [([9, 9, 9, 9], 4), ([9, 9, 16, 9], 8), ([math.inf, 16, 16, 15], 8), ([16, math.inf, 16, 16], None)]
+    ("needed", "best"), [([9, 9, 9, 9], 4), ([9, 9, 16, 9], 8), ([None, 16, 16, 15], 8), ([16, None, 16, 16], None)]
 )
 def test_the_best_layout_is_the_fastest_one_that_fits(needed, best):
-    made = plan.make_plan(plan.PlanConfig(model="gemma2-2b"))
     ends = [[5, 9], [3, 12], [2, 8], [4, 7]]
     tuned = {
-        tp: {"estimate_ms": each, "needed_gib_per_chip": gib} for tp, each, gib in zip((1, 2, 4, 8), ends, needed, strict=True)
+        tp: {"estimate_ms": gib and each, "needed_gib_per_chip": gib}
+        for tp, each, gib in zip((1, 2, 4, 8), ends, needed, strict=True)
     }
-    made = replace(made, memory=15.75 * 2**30)
-    assert plan.best_layout(made, tuned) == best
-    assert plan.layouts(made, tuned).count("does not fit") == needed.count(math.inf)
+    assert plan.best_layout(tuned, 15.75) == best
+    printed = plan.layout_lines(tuned, best)
+    assert printed.count("does not fit") == needed.count(None)
+    assert printed.endswith(f"best      rollout_tp {best}" if best else "none fits")
+
+
+def test_a_layout_that_does_not_fit_is_null_in_json(monkeypatch):
+    made = plan.make_plan(plan.PlanConfig(model="gemma2-2b", prompts_per_step=8))
+    fits = {"peak_gib": 3.0, "beside_gib": 1.0, "estimate_ms": [1.0, 2.0]}
+    monkeypatch.setattr(plan, "programs", lambda other: dict.fromkeys(plan.ROLLOUT_PROGRAMS, other.mesh.shape["tp"]))
+    monkeypatch.setattr(plan, "examine", lambda tp, _: fits | ({"peak_gib": None, "estimate_ms": None} if tp == 4 else {}))
+    tuned = plan.autotune(made, dict.fromkeys(plan.ROLLOUT_PROGRAMS, fits))
+    found, other = {"estimate_ms": [3, 6], "needed_gib_per_chip": 4}, {"estimate_ms": None, "needed_gib_per_chip": None}
+    assert json.loads(json.dumps(tuned, allow_nan=False)) == {"1": found, "2": found, "4": other, "8": found}
 
 
 @pytest.fixture(scope="module")

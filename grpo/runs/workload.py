@@ -28,3 +28,8 @@ def row_limits(config: Workload, step: int) -> np.ndarray:
     if not config.mean_length:
         return np.full(config.rows, config.max_new_tokens)
     return np.asarray(natural_lengths(step, config.rows, config.mean_length, config.max_new_tokens))
+
+
+def layouts(devices: int) -> list[int]:
+    """The values of `rollout_tp` that `--autotune` compares."""
+    return [tp for tp in (1, 2, 4, 8) if devices % tp == 0]
